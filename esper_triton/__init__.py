@@ -1,0 +1,66 @@
+"""Esper grows a neural network while it trains.
+
+The names below are loaded on first use (PEP 562). Importing this package imports neither torch nor triton: Triton imports
+`esper_triton.cpu` by entry point while it is itself being imported, so anything heavier here would be circular.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Artifact": "esper_triton.urza",
+    "Blueprint": "esper_triton.contracts.blueprint",
+    "EsperError": "esper_triton.contracts.errors",
+    "KasminaLayer": "esper_triton.kasmina",
+    "KasminaStateLayout": "esper_triton.kasmina",
+    "KernelCache": "esper_triton.kasmina",
+    "MorphableModel": "esper_triton.model",
+    "SeedLifecycleState": "esper_triton.kasmina",
+    "Urza": "esper_triton.urza",
+    "compile": "esper_triton.compile",
+    "seed_parameters": "esper_triton.model",
+    "unwrap": "esper_triton.model",
+    "wrap": "esper_triton.model",
+}
+
+__all__ = [
+    "Artifact",
+    "Blueprint",
+    "EsperError",
+    "KasminaLayer",
+    "KasminaStateLayout",
+    "KernelCache",
+    "MorphableModel",
+    "SeedLifecycleState",
+    "Urza",
+    "__version__",
+    "compile",
+    "seed_parameters",
+    "unwrap",
+    "wrap",
+]
+
+if TYPE_CHECKING:
+    from esper_triton.compile import compile
+    from esper_triton.contracts.blueprint import Blueprint
+    from esper_triton.contracts.errors import EsperError
+    from esper_triton.kasmina import KasminaLayer, KasminaStateLayout, KernelCache, SeedLifecycleState
+    from esper_triton.model import MorphableModel, seed_parameters, unwrap, wrap
+    from esper_triton.urza import Artifact, Urza
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'esper_triton' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    # Kept: `esper_triton.compile` is also a submodule, and importing it would otherwise shadow the function.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,90 @@
+"""The one hierarchy of errors that Esper raises on purpose.
+
+Every message names the object, what was found, what was expected and, where there is one, the nearest valid choice.
+The CPU backend (`esper_triton.cpu`) is usable without Esper and has its own two errors in `esper_triton.cpu.errors`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArtifactNotFound",
+    "ArtifactRefused",
+    "BlueprintError",
+    "CompileError",
+    "CorruptObject",
+    "EsperError",
+    "InvalidTransition",
+    "ProofFailed",
+    "StoreUnavailable",
+    "UnknownTarget",
+    "nearest",
+]
+
+
+class EsperError(Exception):
+    """Base of every error that Esper raises on purpose."""
+
+
+class BlueprintError(EsperError, ValueError):
+    """A blueprint, or the dims and dtype asked of it, is not valid. The message lists every fault at once."""
+
+
+class UnknownTarget(EsperError, ValueError):
+    """A compile target is not of the form `cpu`, `cuda:<capability>` or `hip:<gfx name>`."""
+
+
+class CompileError(EsperError, RuntimeError):
+    """A kernel could not be compiled; the compiler's own error is the `__cause__`."""
+
+
+class ProofFailed(EsperError, RuntimeError):
+    """A compiled artifact did not match its float64 reference; it was stored as REJECTED."""
+
+
+class StoreUnavailable(EsperError, OSError):
+    """The directory of a store cannot be created, read or written."""
+
+
+class ArtifactNotFound(EsperError, KeyError):
+    """No committed artifact has this id."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class CorruptObject(EsperError, RuntimeError):
+    """The bytes of a stored object do not have the SHA-256 that names it; it has been moved to quarantine."""
+
+
+class ArtifactRefused(EsperError, RuntimeError):
+    """An intact artifact may not run here: its status, target, toolchain, dims or dtype does not fit (law 4)."""
+
+
+class InvalidTransition(EsperError, RuntimeError):
+    """A seed was asked for a move that the lifecycle table does not have. Nothing was changed.
+
+    Attributes:
+        layer: qualified name of the layer. seed: index of the seed. source, target: state names.
+        allowed: names of the states that could have been asked for.
+    """
+
+    def __init__(self, layer: str, seed: int, source: str, target: str, allowed: Iterable[str]) -> None:
+        self.layer, self.seed, self.source, self.target = layer, seed, source, target
+        self.allowed = tuple(allowed)
+        moves = ", ".join(self.allowed) if self.allowed else "nothing; the state is final"
+        super().__init__(f"seed {seed} of layer {layer!r} cannot go from {source} to {target}; allowed: {moves}")
+
+
+def nearest(name: str, candidates: Iterable[str], *, limit: int = 3) -> str:
+    """A phrase such as `; did you mean 'fc1' or 'fc2'?` for the end of a message, or the list of what there is."""
+    known = sorted(set(candidates))
+    if not known:
+        return ""
+    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
+    if close:
+        return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
+    shown = ", ".join(repr(c) for c in known[:8])
+    return f"; known: {shown}" + (f" and {len(known) - 8} more" if len(known) > 8 else "")
