@@ -1,0 +1,62 @@
+"""What the CPU backend raises on purpose. None of these depends on the rest of Esper.
+
+Triton keeps a deep copy of an error that a kernel raised when it was loaded and raises that copy on later launches, so
+every class here survives `copy.deepcopy` and `pickle` with its attributes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["CPUBackendError", "LaunchError", "MLIRSyntaxError", "ObjectRefused", "UnsupportedOperation"]
+
+
+class CPUBackendError(RuntimeError):
+    """Base of every error of the CPU backend. The message is one line."""
+
+
+class MLIRSyntaxError(CPUBackendError):
+    """Triton's printer gave text that is not the generic form of MLIR which the backend reads."""
+
+
+class LaunchError(CPUBackendError):
+    """A launch was refused before anything ran (grid, arity, type or place of an argument), or ran out of memory."""
+
+
+class ObjectRefused(CPUBackendError):
+    """Object code is malformed, for another machine, lacks its entry point, or refers to a symbol it may not call."""
+
+
+class UnsupportedOperation(CPUBackendError):
+    """The kernel uses an operation, or a form of one, that the CPU backend does not have yet.
+
+    Attributes:
+        operation: name of the operation, such as `tt.histogram`. kernel: name of the kernel or None.
+        file, line: where the kernel's source uses it, or None. reason: what is missing, or None.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        *,
+        kernel: str | None = None,
+        file: str | None = None,
+        line: int | None = None,
+        reason: str | None = None,
+    ) -> None:
+        self.operation, self.kernel, self.file, self.line, self.reason = operation, kernel, file, line, reason
+        place = [f"kernel {kernel!r}"] if kernel else []
+        if file:
+            place.append(f"{file}:{line}" if line is not None else file)
+        message = f"{operation} is not supported by the CPU backend yet"
+        message += f" ({', '.join(place)})" if place else ""
+        super().__init__(message + (f": {reason}" if reason else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the default would pass the message as `operation`
+        return _unsupported, (self.operation, self.kernel, self.file, self.line, self.reason)
+
+
+def _unsupported(
+    operation: str, kernel: str | None, file: str | None, line: int | None, reason: str | None
+) -> UnsupportedOperation:
+    return UnsupportedOperation(operation, kernel=kernel, file=file, line=line, reason=reason)
