@@ -1,0 +1,62 @@
+# `make demo` and `make test` need Python 3.11 (or later) and make; they install everything else into .venv on first use.
+# Every path here is relative, so that a checkout may lie in a folder with spaces in its name.
+
+PYTHON ?= python3.11 python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+# torch's OpenMP threads spin while they wait for the next parallel region. On a machine with few or shared cores they
+# take the cores from the threads that have work, and everything threaded becomes many times slower.
+OMP_WAIT_POLICY ?= PASSIVE
+export OMP_WAIT_POLICY
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint types clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo    grow a compiled kernel inside a model while it trains (DEMO_ARGS="--quick" for fewer steps)'
+	@echo 'make test    lint, types and tests (PYTEST_ARGS="-k name" for some of them)'
+	@echo 'make lint    ruff: rules and format'
+	@echo 'make types   mypy, strict on the package'
+	@echo 'make clean   remove .venv and everything that the tools left behind'
+
+demo: $(STAMP)
+	@$(BIN)/python -m esper_triton.demo $(DEMO_ARGS)
+
+test: lint types
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/python -m ruff check --quiet --output-format concise .
+	@$(BIN)/python -m ruff format --check --quiet . || { echo 'to repair: $(BIN)/python -m ruff format .' >&2; exit 1; }
+
+types: $(STAMP)
+	@$(BIN)/python -m mypy --no-error-summary
+
+# The stamp is written last: a set-up that was cut short has none and is done again. A .venv whose pip does not run was
+# cut short still earlier, and is made anew.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	    || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  found=; for candidate in $(PYTHON); do \
+	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo 'error: Python 3.11 or later is needed; tried: $(PYTHON) (python3 is:' \
+	      "$$(python3 --version 2>&1 | head -n 1)). Name another with: make PYTHON=/path/to/python" >&2; \
+	    exit 1; \
+	  fi; \
+	  "$$found" -m venv --clear $(VENV) \
+	    || { echo "error: $$found -m venv failed; on Debian and Ubuntu install the python3-venv package" >&2; exit 1; }; \
+	fi
+	@echo 'Setting up $(VENV) (once; some minutes) ...'
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev,demo]'
+	@touch $@
+
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
