@@ -68,7 +68,7 @@ class Parser:
         self._text = text
         self._aliases = aliases
         self._locations: dict[str, Location | None] = {}
-        self._tokens = [token for token in _TOKEN.findall(text) if not token.startswith("//")]
+        self._tokens: list[str] = [token for token in _TOKEN.findall(text) if not token.startswith("//")]
         self._tokens.append("")
         self._position = 0
         # One per open region: the values defined in it, and those used in it before they were defined.

@@ -1,0 +1,215 @@
+"""The compiler half of the Triton plugin: TTIR, LLVM IR, object code.
+
+Triton imports this module while it is itself being imported, in every process of every user. So it imports neither
+torch nor llvmlite, and whatever is missing is reported when a kernel is first compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+from triton.backends.compiler import BaseBackend, GPUTarget
+
+from esper_triton.cpu.errors import CPUBackendError, UnsupportedOperation
+
+__all__ = ["LOWERING_VERSION", "CPUBackend", "CPUOptions"]
+
+# Raised whenever the same TTIR gives other object code than before: it is part of Triton's cache key.
+LOWERING_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPUOptions:
+    """Options of a compilation, under the names that Triton's users and frontend know.
+
+    A CPU has no warps, stages, clusters or register limits: those options are taken and have no effect, so that one
+    source runs on every target.
+
+    Attributes:
+        debug: keep `tl.device_assert`. sanitize_overflow: with `debug`, check 32-bit integer arithmetic.
+        opt_level: LLVM's speed level, 0 to 3. slp_vectorize: join scalar operations into vectors after lowering.
+    """
+
+    num_warps: int = 1
+    num_stages: int = 1
+    num_ctas: int = 1
+    warp_size: int = 1
+    maxnreg: int | None = None
+    waves_per_eu: int = 0
+    matrix_instr_nonkdim: int = 0
+    kpack: int = 1
+    launch_cooperative_grid: bool = False
+    launch_pdl: bool = False
+    ir_override: str | None = None
+    enable_fp_fusion: bool = True
+    supported_fp8_dtypes: tuple[str, ...] = ("fp8e4nv", "fp8e5")
+    deprecated_fp8_dot_operand_dtypes: tuple[str, ...] = ()
+    default_dot_input_precision: str = "ieee"
+    allowed_dot_input_precisions: tuple[str, ...] = ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
+    max_num_imprecise_acc_default: int = 0
+    extern_libs: Any = ()
+    debug: bool = False
+    sanitize_overflow: bool = True
+    backend_name: str = "cpu"
+    arch: str = ""
+    instrumentation_mode: str = ""
+    opt_level: int = 3
+    slp_vectorize: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.opt_level <= 3:
+            raise ValueError(f"opt_level is {self.opt_level}, expected 0 to 3")
+        if isinstance(self.extern_libs, dict):  # a frozen dataclass must be hashable
+            object.__setattr__(self, "extern_libs", tuple(sorted(self.extern_libs.items())))
+
+    def hash(self) -> str:
+        """Part of Triton's cache key."""
+        text = "_".join(f"{field.name}-{getattr(self, field.name)!r}" for field in fields(self))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class CPUBackend(BaseBackend):  # type: ignore[misc]  # triton carries no types
+    """Compiles Triton kernels to object code for the processor of this machine."""
+
+    binary_ext = "o"
+
+    @staticmethod
+    def supports_target(target: GPUTarget) -> bool:
+        return bool(target.backend == "cpu")
+
+    def hash(self) -> str:
+        """Everything outside kernel and options that object code depends on: it must not run on another processor."""
+        return _toolchain_hash()
+
+    def parse_options(self, opts: dict[str, Any]) -> CPUOptions:
+        """Options from the keyword arguments of a launch; names that are not options are left to Triton.
+
+        Raises:
+            CPUBackendError: the target is another processor than this machine's.
+        """
+        from esper_triton.cpu.host import cpu_name
+
+        if self.target.arch not in ("native", cpu_name()):
+            raise CPUBackendError(
+                f"cannot compile for the processor {self.target.arch!r} here: expected 'native' or {cpu_name()!r}"
+            )
+        known = {field.name for field in fields(CPUOptions)}
+        chosen = {name: value for name, value in opts.items() if name in known and value is not None}
+        if "enable_fp_fusion" not in chosen:
+            from triton import knobs
+
+            chosen["enable_fp_fusion"] = knobs.language.default_fp_fusion
+        return CPUOptions(**{**chosen, "arch": cpu_name()})
+
+    def pack_metadata(self, metadata: Any) -> tuple[int, int, int]:
+        return metadata.num_warps, metadata.num_ctas, metadata.shared
+
+    def get_target_name(self, options: CPUOptions) -> str:
+        return f"cpu:{options.arch}"
+
+    def get_codegen_implementation(self, options: CPUOptions) -> dict[str, Any]:
+        return {"min_dot_size": lambda _lhs, _rhs: (1, 1, 1)}
+
+    def get_module_map(self) -> dict[str, Any]:
+        """`libdevice` resolves to the externs of CUDA's (`__nv_tanhf` and so on), which the lowering knows by name."""
+        from triton.language.extra.cuda import libdevice
+
+        return {"triton.language.extra.libdevice": libdevice}
+
+    def load_dialects(self, ctx: Any) -> None:
+        """Nothing: TTIR needs no dialect of this backend's own."""
+
+    def add_stages(self, stages: dict[str, Callable[..., Any]], options: CPUOptions, *language: Any) -> None:
+        """Fill in the stages `ttir`, `llir`, `o`. Wheels before 3.7 may pass no language.
+
+        Raises:
+            UnsupportedOperation: the source is Gluon, which is written against the layout of a GPU.
+        """
+        if language and getattr(language[0], "name", "") == "GLUON":
+            raise UnsupportedOperation("Gluon", reason="its layouts are those of a GPU; write the kernel in Triton")
+        stages["ttir"] = _make_ttir
+        stages["llir"] = _make_llir
+        stages["o"] = lambda source, metadata: _make_object(source, metadata, options)
+
+
+@lru_cache(maxsize=1)
+def _toolchain_hash() -> str:
+    import llvmlite
+
+    from esper_triton.cpu.host import cpu_name, feature_string
+
+    parts = ("cpu", str(LOWERING_VERSION), llvmlite.__version__, cpu_name(), feature_string())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
+    """Upstream's passes that do not ask for a GPU; afterwards only `noinline` calls are left."""
+    from triton._C.libtriton import ir, passes
+
+    manager = ir.pass_manager(module.context)
+    manager.enable_debug()
+    passes.common.add_inliner(manager)
+    for name in ("add_rewrite_tensor_pointer", "add_rewrite_tensor_descriptor_to_pointer"):
+        if add := getattr(passes.ttir, name, None):  # wheels differ in which of them they need
+            add(manager)
+    passes.common.add_canonicalizer(manager)
+    passes.ttir.add_combine(manager)
+    passes.ttir.add_reorder_broadcast(manager)
+    passes.common.add_cse(manager)
+    passes.common.add_symbol_dce(manager)
+    passes.ttir.add_loop_unroll(manager)
+    passes.common.add_licm(manager)
+    passes.common.add_canonicalizer(manager)
+    passes.common.add_cse(manager)
+    manager.run(module, "make_ttir")
+    return module
+
+
+def _make_llir(module: Any, metadata: dict[str, Any]) -> str:
+    """LLVM IR as text. The last use of `module`: `mlir.generic_text` leaves it unfit for MLIR."""
+    from esper_triton.cpu import mlir
+    from esper_triton.cpu.lowering import lower
+
+    parsed = mlir.parse(mlir.generic_text(module, module.context))
+    public = [name for name, op in parsed.functions.items() if op.attributes.get("sym_visibility") != "private"]
+    if len(public) != 1:
+        raise CPUBackendError(f"expected one public function in the module, found {public}")
+    metadata["name"] = public[0]
+    metadata["shared"] = 0
+    return str(lower(parsed, public[0]))
+
+
+def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> bytes:
+    """An ELF relocatable for this machine's processor. The code is position-independent."""
+    import llvmlite.binding as llvm
+
+    from esper_triton.cpu.host import cpu_name, feature_string
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_default_triple()
+    machine = target.create_target_machine(
+        cpu=cpu_name(), features=feature_string(), opt=options.opt_level, reloc="pic", codemodel="small"
+    )
+    # A context of its own, so that kernels compiled in different threads do not meet, and types are freed.
+    context = llvm.create_context()
+    try:
+        module = llvm.parse_assembly(source, context)
+        module.triple = target.triple
+        module.data_layout = str(machine.target_data)
+        module.verify()
+    except RuntimeError as error:
+        raise CPUBackendError(
+            f"the lowering of kernel {metadata.get('name')!r} is not valid LLVM IR: {str(error).strip()}"
+        ) from error
+    tuning = llvm.create_pipeline_tuning_options(speed_level=options.opt_level)
+    # The lowering has already chosen its vectors; LLVM's loop vectoriser makes its remainder loops slower.
+    tuning.loop_vectorization = False
+    tuning.slp_vectorization = options.slp_vectorize
+    builder = llvm.create_pass_builder(machine, tuning)
+    builder.getModulePassManager().run(module, builder)
+    return bytes(machine.emit_object(module))
