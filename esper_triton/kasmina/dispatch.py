@@ -1,0 +1,135 @@
+"""What an active layer does in a call: the host's forward, then one compiled kernel a seed, blended by law 2.
+
+The plan is immutable and rebuilt at every commit, so a call follows it and decides nothing: it compiles nothing,
+touches no disk or network, waits for no lock and reads no tensor's contents on the host (law 3). A fault of a seed is
+noted on the seed and its span is the host's (law 1).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper_triton.kasmina.autograd import SeedBlend
+from esper_triton.kasmina.plan import ActiveSeed, Contribution, Plan, matrix
+from esper_triton.kasmina.seed import LayerRecord
+
+__all__ = ["Dispatch"]
+
+
+class Dispatch:
+    """The instance `forward` of a layer with an active seed."""
+
+    def __init__(self, record: LayerRecord, host_forward: Callable[..., Any], plan: Plan) -> None:
+        self.record = record
+        self.host_forward = host_forward
+        self.plan = plan
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        h = self.host_forward(*args, **kwargs)
+        self.record.forward_calls_active += 1
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        try:
+            return _dispatch(self.plan, x, h)
+        except Exception as error:
+            for active in self.plan.seeds:
+                active.seed.fault(error)
+            return h
+
+
+def _dispatch(plan: Plan, x: Any, h: Any) -> Any:
+    if _is_plain(h) and h.is_nested:
+        # nn.TransformerEncoder packs padded batches so in eval mode; every sequence of the pack is a matrix of its own.
+        return torch.nested.as_nested_tensor([_dispatch(plan, None, part) for part in h.unbind()])
+    fitting = [active for active in plan.seeds if _fits(plan, active, x, h)]
+    for active in plan.seeds:
+        if active not in fitting:
+            active.seed.specialisation_misses += 1
+    if not fitting:
+        return h
+    with torch.no_grad():
+        h2 = matrix(h)
+        x2 = matrix(x) if any("x" in active.program.inputs for active in fitting) else None
+        out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+        contributions = _run(plan, fitting, x2, h2, out.view(h2.shape))
+    if not contributions:
+        return h
+    parameters = [p for c in contributions for p in c.active.parameters.values()]
+    inputs = [h] if x2 is None else [h, x]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *parameters)):
+        apply: Callable[..., Tensor] = SeedBlend.apply
+        return apply(plan, contributions, (out,), h, None if x2 is None else x, *parameters)
+    return out
+
+
+def _is_plain(value: Any) -> bool:
+    # A subclass (DTensor, a fake tensor) may have no memory of its own for a kernel to read.
+    return type(value) is Tensor or type(value) is nn.Parameter
+
+
+def _fits(plan: Plan, active: ActiveSeed, x: Any, h: Any) -> bool:
+    program = active.program
+    if not _is_plain(h) or h.layout is not torch.strided or h.dim() == 0 or h.shape[-1] != plan.width:
+        return False
+    if h.dtype != program.dtype or h.device != active.alpha.device:
+        return False
+    if "x" not in program.inputs:
+        return True
+    return (
+        _is_plain(x)
+        and not x.is_nested
+        and x.layout is torch.strided
+        and x.dtype == program.dtype
+        and x.device == h.device
+        and x.dim() == h.dim()
+        and x.shape[:-1] == h.shape[:-1]
+        and x.shape[-1] == program.x_width
+    )
+
+
+def _run(plan: Plan, fitting: Sequence[ActiveSeed], x: Tensor | None, h: Tensor, out: Tensor) -> list[Contribution]:
+    """Writes the blend into `out`, [rows, width], and returns what the seeds that ran leave for backward."""
+    if plan.overlapping:
+        out.copy_(h)
+    else:
+        for start, stop in plan.gaps:
+            out[:, start:stop] = h[:, start:stop]
+        for active in plan.seeds:
+            if active not in fitting:
+                out[:, active.start : active.stop] = h[:, active.start : active.stop]
+    contributions = []
+    for active in fitting:
+        h_span = h[:, active.start : active.stop]
+        out_span = out[:, active.start : active.stop]
+        target = torch.empty(h_span.shape, dtype=h.dtype, device=h.device) if plan.overlapping else out_span
+        try:
+            contribution = _run_seed(plan, active, x, h_span, target)
+        except Exception as error:
+            active.seed.fault(error)
+            if not plan.overlapping:
+                out_span.copy_(h_span)
+            continue
+        if plan.overlapping:
+            difference = target - h_span
+            # Selected, not only added: -0.0 + 0.0 is 0.0, and a silent seed must leave every bit of the host's output.
+            out_span.copy_(torch.where(difference == 0, out_span, out_span + difference))
+        contributions.append(contribution)
+    return contributions
+
+
+def _run_seed(plan: Plan, active: ActiveSeed, x: Tensor | None, h: Tensor, target: Tensor) -> Contribution:
+    inputs = {"h": h} if x is None else {"h": h, "x": x}
+    began = time.perf_counter_ns() if plan.timed else 0
+    saved = active.program.forward(inputs, active.parameters, active.alpha, target)
+    if plan.timed:
+        active.seed.latency_ns += time.perf_counter_ns() - began
+        active.seed.timed_calls += 1
+    rejected = None
+    if plan.guard:
+        rejected = (h.isfinite() & ~target.isfinite()).any()
+        target.copy_(torch.where(rejected, h, target))
+    return Contribution(active, saved, rejected)

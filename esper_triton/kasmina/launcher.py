@@ -1,0 +1,372 @@
+"""From a stored artifact to something that runs: what may run here (law 4), and the launches of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from esper_triton.contracts.errors import ArtifactRefused
+from esper_triton.contracts.expressions import evaluate
+from esper_triton.contracts.manifest import LAUNCH_FORMAT, KernelStatus, LaunchStep, Manifest
+
+__all__ = ["X_DIM", "KernelProgram", "check_machine", "check_runs_here"]
+
+X_DIM = "d_in"
+"""Symbol of the width of `x`, in blueprints that read it."""
+
+TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_POINTEE = {
+    "*fp32": torch.float32,
+    "*fp16": torch.float16,
+    "*bf16": torch.bfloat16,
+    "*i8": torch.int8,
+    "*i32": torch.int32,
+    "*i64": torch.int64,
+}
+_INT32_LIMIT = 2**31
+_ROWS_REMEMBERED = 64  # batch sizes in use at once are few: the usual one, the last of an epoch, evaluation
+
+
+class _Launchable(Protocol):
+    @property
+    def code_bytes(self) -> int: ...
+
+    def launch(self, grid: tuple[int, int, int], args: Sequence[int | float]) -> None: ...
+
+
+def check_machine(manifest: Manifest) -> None:
+    """The machine's side of law 4, whatever the status. Raises ArtifactRefused with the way out."""
+    if manifest.launch_format != LAUNCH_FORMAT:
+        raise ArtifactRefused(
+            f"artifact {manifest.id} has launch format {manifest.launch_format}, this release reads {LAUNCH_FORMAT}; "
+            f"compile blueprint {manifest.blueprint_name!r} again with this release"
+        )
+    target = manifest.target
+    if target.backend != "cpu":
+        if not _has_gpu(target.backend, target.arch):
+            raise ArtifactRefused(
+                f"artifact {manifest.id} is for {target.label} and this process has no such device; "
+                f"compile blueprint {manifest.blueprint_name!r} for cpu, or load it on a machine that has one"
+            )
+        raise ArtifactRefused(
+            f"artifact {manifest.id} is for {target.label}: this release launches cpu artifacts only; "
+            f"compile blueprint {manifest.blueprint_name!r} for cpu"
+        )
+    from esper_triton.cpu.host import cpu_features, cpu_name  # here: llvmlite is loaded with the first cpu artifact
+
+    missing = sorted(set(target.features) - set(cpu_features()))
+    if missing:
+        raise ArtifactRefused(
+            f"artifact {manifest.id} was compiled for {target.arch} and uses CPU features that this machine "
+            f"({cpu_name()}) does not have: {', '.join(missing)}; "
+            f"compile blueprint {manifest.blueprint_name!r} on this machine"
+        )
+
+
+def check_runs_here(manifest: Manifest) -> None:
+    """Law 4 but for the bytes, which Urza has verified: proven, of a known format, and for this machine.
+
+    Raises ArtifactRefused with the way out.
+    """
+    if manifest.status is not KernelStatus.VALIDATED:
+        raise ArtifactRefused(
+            f"artifact {manifest.id} is {manifest.status.value} and only VALIDATED ones run; "
+            "compile it again, or see its report for why it was not validated"
+        )
+    check_machine(manifest)
+
+
+def _has_gpu(backend: str, arch: str) -> bool:
+    if not torch.cuda.is_available():
+        return False
+    if backend == "hip":
+        return torch.version.hip is not None
+    major, minor = torch.cuda.get_device_capability()
+    return torch.version.cuda is not None and f"{major}{minor}" == arch
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """One run-time argument of one launch. `kind` is the tensor's address, its row stride, or the number of rows."""
+
+    kind: str  # "pointer", "stride32", "stride64" or "rows"
+    tensor: str
+
+
+@dataclass(frozen=True)
+class _Launch:
+    kernel: _Launchable
+    arguments: tuple[_Argument, ...]
+    grid: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Everything of a call that depends on the number of rows alone."""
+
+    forward_grids: tuple[tuple[int, int, int], ...]
+    backward_grids: tuple[tuple[int, int, int], ...]
+    saved: dict[str, tuple[int, ...]]
+    scratch: dict[str, tuple[int, ...]]
+
+
+class KernelProgram:
+    """The loaded kernels of one artifact with their launch plans bound; immutable, shared by every seed that uses it.
+
+    Activations are [rows, width] with unit stride in the last dimension and any row stride, in the artifact's dtype, on
+    its device. `forward` and `backward` check what they are given before any launch and raise TypeError or ValueError;
+    they read no tensor's contents on the host. With no rows nothing is launched.
+    """
+
+    def __init__(self, manifest: Manifest, kernels: Mapping[str, _Launchable]) -> None:
+        self.manifest = manifest
+        self.device_type = "cpu"
+        self.dtype = TORCH_DTYPE[manifest.dtype]
+        self.width = manifest.width
+        self.code_bytes = sum(kernel.code_bytes for kernel in kernels.values())
+        self.inputs: tuple[str, ...] = {"x": ("x",), "h": ("h",), "xh": ("x", "h")}[manifest.input]
+        self._widths = {"h": manifest.width, "out": manifest.width, "grad_out": manifest.width}
+        self.x_width = _x_width(manifest) if "x" in self.inputs else None
+        if self.x_width is not None:
+            self._widths["x"] = self.x_width
+        self._dtypes = _tensor_dtypes(manifest)
+        self._forward = self._bind(manifest.forward, kernels, backward=False)
+        self._backward = self._bind(manifest.backward, kernels, backward=True)
+        named = {a.tensor for launch in self._backward for a in launch.arguments}
+        self.input_grads = tuple(name for name in ("h", "x") if f"grad_{name}" in named)
+        unlearnable = sorted(name for name in manifest.parameters if f"grad_{name}" not in named)
+        if self._backward and unlearnable:
+            raise ArtifactRefused(f"artifact {manifest.id}: backward computes no gradient of {', '.join(unlearnable)}")
+        self._sizes: dict[int, _Sizes] = {}
+
+    @classmethod
+    def load(cls, manifest: Manifest, blobs: Mapping[str, bytes]) -> KernelProgram:
+        """Loads every kernel of an artifact whose blobs (by SHA-256) have been verified.
+
+        Whether the artifact is proven is not asked here, so that it can be proven; `check_runs_here` asks it. Raises
+        ArtifactRefused where it cannot run on this machine or its plan is not consistent with its kernels.
+        """
+        check_machine(manifest)
+        from esper_triton.cpu.native import NativeKernel
+
+        loaded: dict[str, _Launchable] = {}
+        for name, record in manifest.kernels.items():
+            if record.binary_kind != "o":
+                raise ArtifactRefused(
+                    f"artifact {manifest.id}: kernel {name!r} is a {record.binary_kind} and its target is cpu"
+                )
+            loaded[name] = NativeKernel.load(blobs[record.binary], symbol=record.symbol, signature=record.signature)
+        return cls(manifest, loaded)
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether gradients can flow through it."""
+        return bool(self._backward)
+
+    def forward(
+        self, inputs: Mapping[str, Tensor], parameters: Mapping[str, Tensor], alpha: Tensor, out: Tensor
+    ) -> dict[str, Tensor]:
+        """Writes `h + alpha * (k - h)` into `out`, [rows, width].
+
+        Args:
+            inputs: `h` always (what is blended with), and `x` where the blueprint reads it.
+            parameters: by name, contiguous, in the artifact's dtype.
+            alpha: one float32 on the device; the kernel reads it there.
+            out: may be a view with a row stride of its own; must not overlap an input.
+
+        Returns the tensors that backward needs, by name.
+        """
+        tensors = self._check(inputs, parameters, alpha, out, "out")
+        rows = out.shape[0]
+        sizes = self._sizes_for(rows)
+        saved = self._allocate(sizes.saved, out)
+        tensors |= saved
+        if rows:
+            self._run(self._forward, sizes.forward_grids, tensors, rows)
+        return saved
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        inputs: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        alpha: Tensor,
+        saved: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of a loss with respect to the inputs that the kernels differentiate, [rows, width of the input],
+        and to every parameter, given `grad_out`, [rows, width], and what `forward` saved. Zeros for parameters with no
+        rows.
+        """
+        tensors = self._check(inputs, parameters, alpha, grad_out, "grad_out")
+        rows = grad_out.shape[0]
+        sizes = self._sizes_for(rows)
+        input_grads = {name: grad_out.new_empty(rows, self._widths[name]) for name in self.input_grads}
+        parameter_grads = {
+            name: torch.empty_like(parameter, dtype=self._dtypes[f"grad_{name}"])
+            for name, parameter in parameters.items()
+        }
+        if rows:
+            tensors |= {f"grad_{name}": grad for name, grad in (input_grads | parameter_grads).items()}
+            tensors |= saved
+            tensors |= self._allocate(sizes.scratch, grad_out)
+            self._run(self._backward, sizes.backward_grids, tensors, rows)
+        else:
+            for grad in parameter_grads.values():
+                grad.zero_()
+        return input_grads, {name: grad.to(self.dtype) for name, grad in parameter_grads.items()}
+
+    def _bind(
+        self, steps: Sequence[LaunchStep], kernels: Mapping[str, _Launchable], *, backward: bool
+    ) -> list[_Launch]:
+        manifest = self.manifest
+        known = {"h", "x", "out", "alpha", *manifest.parameters, *manifest.saved}
+        if backward:
+            known |= {"grad_out", "grad_h", "grad_x", *manifest.scratch, *(f"grad_{p}" for p in manifest.parameters)}
+            known -= {"out"}
+        if "x" not in self.inputs:
+            known -= {"x", "grad_x"}
+        launches = []
+        for step in steps:
+            where = f"artifact {manifest.id}: launch of {step.kernel!r}"
+            if step.kernel not in kernels:
+                raise ArtifactRefused(f"{where}: it has no such kernel")
+            record = manifest.kernels[step.kernel]
+            if len(record.signature) != len(step.arguments):
+                raise ArtifactRefused(
+                    f"{where} binds {len(step.arguments)} arguments, the kernel takes {len(record.signature)}"
+                )
+            arguments = tuple(
+                self._argument(where, text, kind, known)
+                for text, kind in zip(step.arguments, record.signature, strict=True)
+            )
+            launches.append(_Launch(kernels[step.kernel], arguments, step.grid))
+        return launches
+
+    def _argument(self, where: str, text: str, kind: str, known: set[str]) -> _Argument:
+        tensor, _, suffix = text.partition(".")
+        if text == "rows":
+            if kind not in ("i32", "i64"):
+                raise ArtifactRefused(f"{where}: rows is {kind} in the signature, an integer is expected")
+            return _Argument("rows", "")
+        if tensor not in known or suffix not in ("", "row_stride"):
+            raise ArtifactRefused(
+                f"{where}: argument {text!r} is not a tensor of this artifact, its row_stride or rows"
+            )
+        if suffix:
+            if kind not in ("i32", "i64"):
+                raise ArtifactRefused(f"{where}: {text} is {kind} in the signature, an integer is expected")
+            return _Argument("stride64" if kind == "i64" else "stride32", tensor)
+        if kind not in _POINTEE:
+            raise ArtifactRefused(f"{where}: {text} is {kind} in the signature, a pointer is expected")
+        expected = self._dtypes.setdefault(tensor, _POINTEE[kind])  # of a gradient, the kernel decides
+        if _POINTEE[kind] != expected:
+            raise ArtifactRefused(f"{where}: {text} is {kind} in the signature, {expected} is expected")
+        return _Argument("pointer", tensor)
+
+    def _sizes_for(self, rows: int) -> _Sizes:
+        sizes = self._sizes.get(rows)
+        if sizes is None:
+            values = {**self.manifest.dims, "rows": rows}
+
+            def grids(launches: Sequence[_Launch]) -> tuple[tuple[int, int, int], ...]:
+                return tuple(
+                    (evaluate(g[0], values), evaluate(g[1], values), evaluate(g[2], values))
+                    for g in (launch.grid for launch in launches)
+                )
+
+            sizes = _Sizes(
+                forward_grids=grids(self._forward),
+                backward_grids=grids(self._backward),
+                saved={n: tuple(evaluate(t, values) for t in s.shape) for n, s in self.manifest.saved.items()},
+                scratch={n: tuple(evaluate(t, values) for t in s.shape) for n, s in self.manifest.scratch.items()},
+            )
+            if len(self._sizes) >= _ROWS_REMEMBERED:
+                self._sizes.clear()
+            self._sizes[rows] = sizes
+        return sizes
+
+    def _allocate(self, shapes: Mapping[str, tuple[int, ...]], like: Tensor) -> dict[str, Tensor]:
+        return {name: like.new_empty(shape, dtype=self._dtypes[name]) for name, shape in shapes.items()}
+
+    def _check(
+        self,
+        inputs: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        alpha: Tensor,
+        last: Tensor,
+        last_name: str,
+    ) -> dict[str, Tensor]:
+        rows = last.shape[0] if last.dim() == 2 else -1
+        tensors: dict[str, Tensor] = {last_name: last, "h": inputs["h"]}
+        if "x" in self.inputs:
+            tensors["x"] = inputs["x"]
+        for name, tensor in tensors.items():
+            width = self._widths[name]
+            if tensor.shape != (rows, width) or tensor.dtype != self.dtype or tensor.device.type != self.device_type:
+                raise ValueError(
+                    f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, artifact {self.manifest.id} "
+                    f"takes [rows, {width}] {self.dtype} on {self.device_type}"
+                )
+            if width > 1 and tensor.stride(1) != 1:
+                raise ValueError(f"{name} has stride {tensor.stride(1)} in its last dimension, 1 is expected")
+        if alpha.dtype != torch.float32 or alpha.numel() != 1 or alpha.device.type != self.device_type:
+            raise ValueError(f"alpha is {tuple(alpha.shape)} {alpha.dtype} on {alpha.device}, one float32 is expected")
+        tensors["alpha"] = alpha
+        for name, record in self.manifest.parameters.items():
+            parameter = parameters[name]
+            if (
+                parameter.shape != record.shape
+                or parameter.dtype != self.dtype
+                or parameter.device.type != self.device_type
+                or not parameter.is_contiguous()
+            ):
+                raise ValueError(
+                    f"parameter {name} is {tuple(parameter.shape)} {parameter.dtype} on {parameter.device}, contiguous "
+                    f"{record.shape} {self.dtype} on {self.device_type} is expected"
+                )
+            tensors[name] = parameter
+        return tensors
+
+    @staticmethod
+    def _run(
+        launches: Sequence[_Launch], grids: Sequence[tuple[int, int, int]], tensors: Mapping[str, Tensor], rows: int
+    ) -> None:
+        for launch, grid in zip(launches, grids, strict=True):
+            values: list[int | float] = []
+            for argument in launch.arguments:
+                if argument.kind == "pointer":
+                    values.append(tensors[argument.tensor].data_ptr())
+                elif argument.kind == "rows":
+                    values.append(rows)
+                else:
+                    stride = tensors[argument.tensor].stride(0)
+                    # A kernel that indexes with 32 bits would wrap around and write outside of the tensor.
+                    if argument.kind == "stride32" and rows * stride >= _INT32_LIMIT:
+                        raise ValueError(
+                            f"{argument.tensor} spans {rows} rows of stride {stride}, more than 2**31 elements"
+                        )
+                    values.append(stride)
+            if min(grid) > 0:
+                launch.kernel.launch(grid, values)
+
+
+def _x_width(manifest: Manifest) -> int:
+    if X_DIM not in manifest.dims:
+        raise ArtifactRefused(
+            f"artifact {manifest.id} reads x and has no dim {X_DIM!r} for its width; dims: {', '.join(manifest.dims)}"
+        )
+    return manifest.dims[X_DIM]
+
+
+def _tensor_dtypes(manifest: Manifest) -> dict[str, torch.dtype]:
+    """Dtypes that the executor fixes; gradients of parameters have whatever their kernel writes."""
+    dtype = TORCH_DTYPE[manifest.dtype]
+    dtypes = dict.fromkeys(["h", "x", "out", "grad_out", "grad_h", "grad_x", *manifest.parameters], dtype)
+    dtypes["alpha"] = torch.float32
+    for name, spec in (manifest.saved | manifest.scratch).items():
+        dtypes[name] = dtype if spec.dtype == "input" else torch.float32
+    return dtypes

@@ -1,0 +1,120 @@
+"""Fetching, checking and loading an artifact for one seed. Runs off the training thread and touches no layer."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from esper_triton.contracts.errors import ArtifactRefused
+from esper_triton.contracts.manifest import Manifest
+from esper_triton.kasmina.cache import CacheKey, KernelCache
+from esper_triton.kasmina.kinds import Kind
+from esper_triton.kasmina.launcher import TORCH_DTYPE, X_DIM, KernelProgram, check_runs_here
+from esper_triton.kasmina.seed import LoadedKernel
+from esper_triton.urza import Urza
+
+__all__ = ["LoadRequest", "check_dtype", "load", "make_parameters"]
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """What is loaded for whom. `dtype` is None for a host without parameters: any fits until a call shows otherwise."""
+
+    artifact_id: str
+    layer_name: str
+    layer_key: int
+    seed: int
+    span: tuple[int, int]
+    kind: Kind
+    device: torch.device
+    dtype: torch.dtype | None
+    holder: object
+
+    @property
+    def who(self) -> str:
+        """For messages."""
+        return f"seed {self.seed} of layer {self.layer_name!r}"
+
+
+def load(request: LoadRequest, urza: Urza) -> LoadedKernel:
+    """Law 4 in order: bytes (by Urza, every one), ban, status and machine, fit to the span; then the cache.
+
+    Raises an EsperError that says what was wrong and what would work.
+    """
+    artifact, blobs = urza.load(request.artifact_id)
+    manifest = artifact.manifest
+    cache = KernelCache.process()
+    cache.check_not_banned(manifest.id)
+    check_runs_here(manifest)
+    _check_fit(request, manifest)
+    key = CacheKey(artifact.digest, f"{manifest.dtype}x{manifest.width}", str(request.device))
+    try:
+        program = cache.load(key, lambda: KernelProgram.load(manifest, blobs), request.holder)
+    except ArtifactRefused:
+        raise
+    except Exception:
+        cache.record_failure(manifest.id, request.layer_key)
+        raise
+    return LoadedKernel(manifest=manifest, digest=artifact.digest, program=program, key=key)
+
+
+def _check_fit(request: LoadRequest, manifest: Manifest) -> None:
+    start, stop = request.span
+    if manifest.width != stop - start:
+        raise ArtifactRefused(
+            f"artifact {manifest.id} computes {manifest.width} features ({manifest.feature_dim}), {request.who} has "
+            f"{stop - start} (columns {start} to {stop - 1}); compile blueprint {manifest.blueprint_name!r} with "
+            f"{manifest.feature_dim}={stop - start}"
+        )
+    check_dtype(request.who, manifest, request.dtype)
+    if "x" in manifest.input:
+        if request.kind.x_width is None:
+            raise ArtifactRefused(f"artifact {manifest.id} reads the layer's input; that of {request.who} does not fit")
+        if manifest.dims.get(X_DIM) != request.kind.x_width:
+            raise ArtifactRefused(
+                f"artifact {manifest.id} reads inputs of width {manifest.dims.get(X_DIM)} ({X_DIM}), {request.who} has "
+                f"{request.kind.x_width}; compile blueprint {manifest.blueprint_name!r} with "
+                f"{X_DIM}={request.kind.x_width}"
+            )
+    if not manifest.backward:
+        raise ArtifactRefused(f"artifact {manifest.id} has no backward, so gradients would stop at {request.who}")
+
+
+def check_dtype(who: str, manifest: Manifest, dtype: torch.dtype | None) -> None:
+    """Raises ArtifactRefused where the layer computes in another dtype than the artifact."""
+    if dtype is not None and TORCH_DTYPE[manifest.dtype] != dtype:
+        name = str(dtype).removeprefix("torch.")
+        raise ArtifactRefused(
+            f"artifact {manifest.id} is for {manifest.dtype}, {who} is {name}; "
+            f"compile blueprint {manifest.blueprint_name!r} with dtype {name}"
+        )
+
+
+def make_parameters(request: LoadRequest, manifest: Manifest) -> dict[str, nn.Parameter]:
+    """The seed's parameters as the blueprint initialises them, the same for the same artifact, layer name and seed.
+
+    Drawn from a generator of their own: the global random stream does not move (law 8). `kaiming_uniform` is uniform
+    within sqrt(1 / fan_in), fan-in being the last dimension, as `nn.Linear` draws its weights.
+    """
+    identity = f"{manifest.id}\0{request.layer_name}\0{request.seed}".encode()
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(identity).digest()[:8], "big") >> 1)
+    parameters = {}
+    for name in sorted(manifest.parameters):
+        record = manifest.parameters[name]
+        value = torch.zeros(record.shape, dtype=torch.float32)
+        match record.init:
+            case "zeros":
+                pass
+            case "ones":
+                value.fill_(1.0)
+            case "kaiming_uniform":
+                bound = math.sqrt(1.0 / record.shape[-1])
+                value.uniform_(-bound, bound, generator=generator)
+            case unknown:
+                raise ArtifactRefused(f"artifact {manifest.id}: parameter {name!r} has unknown init {unknown!r}")
+        parameters[name] = nn.Parameter(value.to(device=request.device, dtype=TORCH_DTYPE[manifest.dtype]))
+    return parameters

@@ -1,0 +1,82 @@
+"""The plan that a layer's calls follow while a seed is active."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from esper_triton.kasmina.launcher import KernelProgram
+from esper_triton.kasmina.seed import LayerRecord, Seed
+
+__all__ = ["ActiveSeed", "Contribution", "Plan", "make_plan", "matrix"]
+
+
+@dataclass(frozen=True)
+class ActiveSeed:
+    """A seed of a plan. `alpha` is a view of the layer's state on the device; a new value needs no new plan."""
+
+    seed: Seed
+    program: KernelProgram
+    start: int
+    stop: int
+    alpha: Tensor
+    parameters: dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who writes which columns. `gaps` are the columns of no active seed. With `overlapping` spans every seed's own
+    blend goes to a temporary and its difference from the host's span is added (law 2's sum)."""
+
+    width: int
+    seeds: tuple[ActiveSeed, ...]
+    gaps: tuple[tuple[int, int], ...]
+    overlapping: bool
+    guard: bool
+    timed: bool
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a seed that ran leaves for backward. `rejected` is a 0-d bool on the device under guard: the call's output
+    was not finite where the host's was, and was selected away."""
+
+    active: ActiveSeed
+    saved: dict[str, Tensor]
+    rejected: Tensor | None
+
+
+def make_plan(record: LayerRecord, alpha_of: Callable[[int], Tensor], device: torch.device) -> Plan | None:
+    """The plan of a layer's active seeds, or None where every one is silent."""
+    seeds = tuple(
+        ActiveSeed(seed, seed.kernel.program, *seed.span, alpha_of(seed.index), dict(seed.parameters))
+        for seed in record.seeds
+        if seed.state.is_active and seed.kernel is not None
+    )
+    if not seeds:
+        return None
+    gaps, end = [], 0
+    ordered = sorted((active.start, active.stop) for active in seeds)
+    for start, stop in [*ordered, (record.kind.width, record.kind.width)]:
+        if start > end:
+            gaps.append((end, start))
+        end = max(end, stop)
+    return Plan(
+        width=record.kind.width,
+        seeds=seeds,
+        gaps=tuple(gaps),
+        overlapping=any(after[0] < before[1] for before, after in itertools.pairwise(ordered)),
+        guard=record.guard,
+        # On another device a launch returns before it has run, and its end cannot be read without a sync.
+        timed=record.telemetry_enabled and device.type == "cpu",
+    )
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """[rows, width] with unit stride in the last dimension; a view wherever that is possible."""
+    matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
