@@ -89,13 +89,14 @@ class LoadedCode:
         imports = _check_object(object_code, symbol)
         import llvmlite.binding as llvm
 
-        for name in imports:
-            # MCJIT would resolve it to address zero and the call would crash.
-            if llvm.address_of_symbol(name) is None:
-                raise ObjectRefused(f"object code of {symbol!r} refers to {name!r}, which this process does not have")
         with _load_lock:
             machine = _target().create_target_machine()
-            engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=True)
+            # The first engine also makes the process's own symbols known to LLVM.
+            engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+            for name in imports:
+                # MCJIT would resolve it to address zero and the call would crash.
+                if llvm.address_of_symbol(name) is None:
+                    raise ObjectRefused(f"object code of {symbol!r} refers to {name!r}, which is not in this process")
             engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
             engine.finalize_object()
             address = engine.get_function_address(symbol)

@@ -1,0 +1,173 @@
+"""From parsed TTIR to LLVM IR: one entry function per kernel that runs a range of programs.
+
+`elementwise` and `vmath` emit arithmetic, `chunks` memory accesses, `nest` loop nests over a tile, `reduction` and
+`dot` the operations that need loops of their own, `program` the order of it all. This module makes the entry function.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from esper_triton.cpu.errors import UnsupportedOperation
+from esper_triton.cpu.lowering.elementwise import (
+    F32,
+    I1,
+    I8,
+    I32,
+    I64,
+    Unlowered,
+    float_to_float,
+    register_type,
+)
+from esper_triton.cpu.lowering.program import Program
+from esper_triton.cpu.mlir import Module, Operation
+
+_POINTER = ir.PointerType()
+# Slots of the frame that `esper_triton.cpu.native` passes, all of eight bytes.
+_ARGUMENTS, _GRID, _THREAD_NUM, _NUM_THREADS, _STATUS = 0, 1, 4, 5, 6
+_OUT_OF_MEMORY = 1
+_SCRATCH_ALIGNMENT = 64
+
+
+def lower(module: Module, name: str, *, vector_bits: int | None = None) -> str:
+    """LLVM IR, as text, of a module that exports `void name(Frame *)`.
+
+    Args:
+        module: the parsed TTIR, calls inlined.
+        name: the kernel's function.
+        vector_bits: width of the target's vector registers; this machine's where it is None.
+
+    Raises:
+        UnsupportedOperation: the kernel uses something that has no lowering yet.
+    """
+    if vector_bits is None:
+        from esper_triton.cpu.host import vector_bits as detect
+
+        vector_bits = detect()
+    function = module.functions[name]
+    llvm = ir.Module(name)
+    try:
+        body = _lower_program(llvm, function, name, lanes=2 * vector_bits // 32)
+    except Unlowered as error:  # of the function itself, such as a parameter of an unknown type
+        raise UnsupportedOperation("tt.func", kernel=name, reason=str(error)) from None
+    _emit_entry(llvm, function, name, body)
+    return str(llvm)
+
+
+class _Body:
+    """The function of one program, and the scratch memory it needs."""
+
+    def __init__(self, function: Any, scratch_bytes: int) -> None:
+        self.function, self.scratch_bytes = function, scratch_bytes
+
+
+def _lower_program(llvm: Any, function: Operation, name: str, lanes: int) -> _Body:
+    region = function.regions[0]
+    if len(region.blocks) != 1:
+        terminator = region.blocks[0].terminator
+        place = terminator.location
+        raise UnsupportedOperation(
+            terminator.name,
+            kernel=name,
+            file=place.file if place else None,
+            line=place.line if place else None,
+            reason="a return from inside a condition",
+        )
+    block = region.block
+    parameters = [register_type(argument.type) for argument in block.arguments]
+    body = ir.Function(llvm, ir.FunctionType(ir.VoidType(), [*parameters, *[I32] * 6, _POINTER]), f"{name}.program")
+    body.linkage = "internal"
+    *arguments, x, y, z, nx, ny, nz, scratch = body.args
+    grid = {"id0": x, "id1": y, "id2": z, "size0": nx, "size1": ny, "size2": nz}
+    program = Program(name, body, scratch, grid, lanes)
+    program.scalars.update(zip(block.arguments, arguments, strict=True))
+    program.run(block, until="tt.return")
+    program.b.ret_void()
+    return _Body(body, program.scratch_bytes)
+
+
+def _emit_entry(llvm: Any, function: Operation, name: str, body: _Body) -> None:
+    """`void name(Frame *)`: every thread of a team calls it and runs its contiguous share of the programs."""
+    entry = ir.Function(llvm, ir.FunctionType(ir.VoidType(), [_POINTER]), name)
+    b = ir.IRBuilder(entry.append_basic_block("entry"))
+    (frame,) = entry.args
+
+    def slot(k: int) -> Any:
+        return b.gep(frame, [ir.Constant(I64, k)], source_etype=I64)
+
+    packed = b.load(slot(_ARGUMENTS), typ=_POINTER)
+    arguments = [_unpack(b, packed, k, argument.type) for k, argument in enumerate(function.regions[0].block.arguments)]
+    nx, ny, nz = (b.load(slot(_GRID + k), typ=I64) for k in range(3))
+    total = b.mul(b.mul(nx, ny), nz)
+
+    # Both callbacks are null where the caller is the only thread.
+    query = ir.FunctionType(I32, []).as_pointer()
+    thread_num, num_threads = (b.load(slot(k), typ=query) for k in (_THREAD_NUM, _NUM_THREADS))
+    before = b.block
+    with b.if_then(b.icmp_unsigned("!=", b.ptrtoint(num_threads, I64), ir.Constant(I64, 0))):
+        own = b.sext(b.call(thread_num, []), I64)
+        team = b.sext(b.call(num_threads, []), I64)
+        inside = b.block
+    thread, threads = b.phi(I64), b.phi(I64)
+    for phi, alone, many in ((thread, 0, own), (threads, 1, team)):
+        phi.add_incoming(ir.Constant(I64, alone), before)
+        phi.add_incoming(many, inside)
+    share, extra = b.udiv(total, threads), b.urem(total, threads)
+    spare = b.select(b.icmp_unsigned("<", thread, extra), thread, extra)
+    start = b.add(b.mul(thread, share), spare)
+    count = b.add(share, b.zext(b.icmp_unsigned("<", thread, extra), I64))
+    stop = b.add(start, count)
+
+    done = entry.append_basic_block("done")
+    work = entry.append_basic_block("work")
+    b.cbranch(b.icmp_unsigned("<", start, stop), work, done)
+    b.position_at_end(work)
+    # From the C heap, once per thread and launch: nothing is shared between concurrent launches, and the allocator
+    # keeps freed arenas at hand. Never on the stack, whose size is not ours.
+    scratch: Any = ir.Constant(_POINTER, None)
+    if body.scratch_bytes:
+        allocate = ir.Function(llvm, ir.FunctionType(I32, [_POINTER, I64, I64]), "posix_memalign")
+        place = b.alloca(_POINTER)
+        code = b.call(allocate, [place, ir.Constant(I64, _SCRATCH_ALIGNMENT), ir.Constant(I64, body.scratch_bytes)])
+        failed, ready = entry.append_basic_block("failed"), entry.append_basic_block("ready")
+        b.cbranch(b.icmp_unsigned("!=", code, ir.Constant(I32, 0)), failed, ready)
+        b.position_at_end(failed)
+        b.store(ir.Constant(I64, _OUT_OF_MEMORY), slot(_STATUS))
+        b.branch(done)
+        b.position_at_end(ready)
+        scratch = b.load(place, typ=_POINTER)
+
+    preheader = b.block
+    loop, after = entry.append_basic_block("programs"), entry.append_basic_block("after")
+    b.branch(loop)
+    b.position_at_end(loop)
+    linear = b.phi(I64)
+    linear.add_incoming(start, preheader)
+    rest = b.udiv(linear, nx)
+    position = (b.urem(linear, nx), b.urem(rest, ny), b.udiv(rest, ny))
+    coordinates = [b.trunc(value, I32) for value in (*position, nx, ny, nz)]
+    b.call(body.function, [*arguments, *coordinates, scratch])
+    following = b.add(linear, ir.Constant(I64, 1))
+    linear.add_incoming(following, b.block)
+    b.cbranch(b.icmp_unsigned("<", following, stop), loop, after)
+    b.position_at_end(after)
+    if body.scratch_bytes:
+        release = ir.Function(llvm, ir.FunctionType(ir.VoidType(), [_POINTER]), "free")
+        b.call(release, [scratch])
+    b.branch(done)
+    b.position_at_end(done)
+    b.ret_void()
+
+
+def _unpack(b: ir.IRBuilder, packed: Any, k: int, type_: Any) -> Any:
+    """Run-time argument k from its eight-byte slot; f16 and bf16 travel as float32, i1 as a byte."""
+    address = b.gep(packed, [ir.Constant(I64, k)], source_etype=I64)
+    register = register_type(type_)
+    if register == I1:
+        return b.trunc(b.load(address, typ=I8), I1)
+    name = str(type_)
+    if name in ("f16", "bf16"):
+        return float_to_float(b, b.load(address, typ=F32), "f32", name)
+    return b.load(address, typ=register)

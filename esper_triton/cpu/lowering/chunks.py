@@ -1,0 +1,198 @@
+"""Chunks: what the lowering holds of a tensor at one step of an innermost loop, and how memory is read and written.
+
+A chunk is W neighbouring elements along one axis (the lanes), at fixed positions along every other axis. It is kept in
+the cheapest of three forms, so that addresses stay scalar and a contiguous access is seen to be one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+
+from esper_triton.cpu.lowering.elementwise import I1, I8, I32, I64, memory_type, register_type, size_of
+from esper_triton.cpu.lowering.vmath import Value, call, mangle, splat_constant
+from esper_triton.cpu.mlir import Type
+
+POINTER = ir.PointerType()
+
+
+@dataclass(frozen=True)
+class Index:
+    """A position along one axis: `value` (i64), or `value + lane` where `lanes`. `level` is the depth of the loop that
+    it changes in, 0 for none."""
+
+    value: Value
+    lanes: bool = False
+    level: int = 0
+
+
+ZERO = Index(ir.Constant(I64, 0))
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The same element in every lane: an LLVM scalar."""
+
+    value: Value
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Lane i holds `base + i * step`: integers of any width, or addresses (then `step` is in bytes). Arithmetic on
+    indices is taken not to wrap inside one chunk, as an address that wrapped would be outside its tensor."""
+
+    base: Value
+    step: int
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """An LLVM vector."""
+
+    value: Value
+
+
+Chunk = Uniform | Affine | Lanes
+
+
+def as_vector(b: ir.IRBuilder, chunk: Chunk, width: int) -> Value:
+    """The chunk as an LLVM vector of `width` lanes."""
+    if isinstance(chunk, Lanes):
+        return chunk.value
+    scalar = chunk.value if isinstance(chunk, Uniform) else chunk.base
+    vector = splat(b, scalar, width)
+    if isinstance(chunk, Affine):
+        ramp = ir.Constant(vector.type, [ir.Constant(scalar.type, i * chunk.step) for i in range(width)])
+        vector = b.add(vector, ramp)
+    return vector
+
+
+def splat(b: ir.IRBuilder, scalar: Value, width: int) -> Value:
+    """A vector with `scalar` in every lane."""
+    type_ = ir.VectorType(scalar.type, width)
+    if isinstance(scalar, ir.Constant):
+        return ir.Constant(type_, [scalar] * width)
+    first = b.insert_element(ir.Constant(type_, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return b.shuffle_vector(
+        first, ir.Constant(type_, ir.Undefined), ir.Constant(ir.VectorType(I32, width), [ir.Constant(I32, 0)] * width)
+    )
+
+
+def _to_register(b: ir.IRBuilder, value: Value, element: Type) -> Value:
+    if register_type(element) != I1:
+        return value
+    return b.icmp_unsigned("!=", value, splat_constant(value.type, 0))
+
+
+def _to_memory(b: ir.IRBuilder, value: Value, element: Type) -> Value:
+    if register_type(element) != I1:
+        return value
+    wide = ir.VectorType(I8, value.type.count) if isinstance(value.type, ir.VectorType) else I8
+    return b.zext(value, wide)
+
+
+def load_scalar(b: ir.IRBuilder, pointer: Value, element: Type) -> Value:
+    """One element from memory at an LLVM pointer."""
+    return _to_register(b, b.load(pointer, typ=memory_type(element), align=size_of(element)), element)
+
+
+def store_scalar(b: ir.IRBuilder, value: Value, pointer: Value, element: Type) -> None:
+    """One element to memory at an LLVM pointer."""
+    b.store(_to_memory(b, value, element), pointer, align=size_of(element))
+
+
+def load_vector(b: ir.IRBuilder, pointer: Value, element: Type, width: int) -> Value:
+    """`width` neighbouring elements."""
+    vector = b.load(pointer, typ=ir.VectorType(memory_type(element), width), align=size_of(element))
+    return _to_register(b, vector, element)
+
+
+def store_vector(b: ir.IRBuilder, value: Value, pointer: Value, element: Type) -> None:
+    """Writes neighbouring elements."""
+    b.store(_to_memory(b, value, element), pointer, align=size_of(element))
+
+
+def masked_load(b: ir.IRBuilder, pointer: Value, mask: Value, other: Value, element: Type) -> Value:
+    """Neighbouring elements where `mask`, `other` elsewhere; masked-off addresses are not touched."""
+    other = _to_memory(b, other, element)
+    align = ir.Constant(I32, size_of(element))
+    name = f"llvm.masked.load.{mangle(other.type)}.p0"
+    return _to_register(b, call(b, name, other.type, (pointer, align, mask, other)), element)
+
+
+def masked_store(b: ir.IRBuilder, value: Value, pointer: Value, mask: Value, element: Type) -> None:
+    """Writes neighbouring elements where `mask`."""
+    value = _to_memory(b, value, element)
+    align = ir.Constant(I32, size_of(element))
+    call(b, f"llvm.masked.store.{mangle(value.type)}.p0", ir.VoidType(), (value, pointer, align, mask))
+
+
+def gather(b: ir.IRBuilder, addresses: Value, mask: Value, other: Value, element: Type) -> Value:
+    """Elements at a vector of addresses (i64) where `mask`, `other` elsewhere."""
+    other = _to_memory(b, other, element)
+    pointers = b.inttoptr(addresses, ir.VectorType(POINTER, other.type.count))
+    align = ir.Constant(I32, size_of(element))
+    name = f"llvm.masked.gather.{mangle(other.type)}.{mangle(pointers.type)}"
+    return _to_register(b, call(b, name, other.type, (pointers, align, mask, other)), element)
+
+
+def scatter(b: ir.IRBuilder, value: Value, addresses: Value, mask: Value, element: Type) -> None:
+    """Writes elements at a vector of addresses (i64) where `mask`, lower lanes first."""
+    value = _to_memory(b, value, element)
+    pointers = b.inttoptr(addresses, ir.VectorType(POINTER, value.type.count))
+    align = ir.Constant(I32, size_of(element))
+    name = f"llvm.masked.scatter.{mangle(value.type)}.{mangle(pointers.type)}"
+    call(b, name, ir.VoidType(), (value, pointers, align, mask))
+
+
+def all_true(b: ir.IRBuilder, mask: Value) -> Value:
+    """Whether every lane of a vector of i1 is set, as an i1."""
+    width = mask.type.count
+    return b.icmp_unsigned("==", b.bitcast(mask, ir.IntType(width)), ir.Constant(ir.IntType(width), (1 << width) - 1))
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor in scratch memory, row-major and dense. `pointer` is an LLVM pointer to its first element."""
+
+    pointer: Value
+    shape: tuple[int, ...]
+    element: Type
+
+    def _address(self, b: ir.IRBuilder, index: tuple[Index, ...]) -> tuple[Value, int]:
+        """Pointer to the (first) element, and the lanes' stride in elements (0 where no axis has lanes)."""
+        offset: Any = ir.Constant(I64, 0)
+        lane_stride, stride = 0, 1
+        for extent, position in zip(reversed(self.shape), reversed(index), strict=True):
+            if position.lanes:
+                lane_stride = stride
+            if not (isinstance(position.value, ir.Constant) and position.value.constant == 0):
+                term = position.value if stride == 1 else b.mul(position.value, ir.Constant(I64, stride))
+                offset = b.add(offset, term)
+            stride *= extent
+        return b.gep(self.pointer, [offset], source_etype=memory_type(self.element)), lane_stride
+
+    def read(self, b: ir.IRBuilder, index: tuple[Index, ...], width: int) -> Chunk:
+        """The chunk at `index`."""
+        pointer, stride = self._address(b, index)
+        if stride == 0:
+            return Uniform(load_scalar(b, pointer, self.element))
+        if stride == 1:
+            return Lanes(load_vector(b, pointer, self.element, width))
+        vector: Any = ir.Constant(ir.VectorType(register_type(self.element), width), ir.Undefined)
+        for lane in range(width):
+            at = b.gep(pointer, [ir.Constant(I64, lane * stride)], source_etype=memory_type(self.element))
+            vector = b.insert_element(vector, load_scalar(b, at, self.element), ir.Constant(I32, lane))
+        return Lanes(vector)
+
+    def write(self, b: ir.IRBuilder, index: tuple[Index, ...], chunk: Chunk, width: int) -> None:
+        """Stores a chunk at `index`; the lanes must run along the last axis that is longer than 1."""
+        pointer, stride = self._address(b, index)
+        if stride == 0:
+            assert isinstance(chunk, Uniform)
+            store_scalar(b, chunk.value, pointer, self.element)
+            return
+        assert stride == 1, "tiles are written along their rows"
+        store_vector(b, as_vector(b, chunk, width), pointer, self.element)
