@@ -43,7 +43,7 @@ _TOKEN = re.compile(
     |->|<{{|}}>|[,()=:{{}}\[\]]
     |\^[\w$.-]+
     |@(?:{_STRING}|[\w$.]+)
-    |[!#]?[A-Za-z_][\w$.]*(?:<(?!{{){_BODY}>)?
+    |[!#]?[A-Za-z_][\w$.]*(?:<{_BODY}>)?
     |-?0x[0-9A-Fa-f]+|-?[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?
     |//[^\n]*
     |\S""",
@@ -244,10 +244,9 @@ class Parser:
             self._expect(":")
             region.blocks.append(self._block(block))
         self._expect("}")
-        labels = self._labels.pop()
-        if len(labels) > len(region.blocks):
-            known = {block.label for block in region.blocks}
-            raise self._error("a block for each label", next(label for label in labels if label not in known))
+        for label, block in self._labels.pop().items():
+            if block.region is not region:
+                raise self._error("a block for each label", label)
         self._scopes.pop()
         pending = self._pending.pop()
         if pending and parent.name in ("tt.func", "builtin.module"):
