@@ -1,1 +1,5 @@
+"""Urza, the library: a directory, addressed by content, of compiled artifacts."""
 
+from esper_triton.urza.library import Artifact, InvalidCommit, Urza, default_root
+
+__all__ = ["Artifact", "InvalidCommit", "Urza", "default_root"]
