@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from esper_triton.contracts.blueprint import TensorSpec
 from esper_triton.contracts.errors import ArtifactRefused
-from esper_triton.contracts.expressions import evaluate
+from esper_triton.contracts.expressions import _parse, _walk
 from esper_triton.contracts.manifest import LAUNCH_FORMAT, KernelStatus, LaunchStep, Manifest
 
 __all__ = ["X_DIM", "KernelProgram", "check_machine", "check_runs_here"]
@@ -97,11 +98,23 @@ class _Argument:
     tensor: str
 
 
+class _Extent:
+    """An expression over `rows`, parsed once: a batch size that was never seen needs no parser in forward."""
+
+    def __init__(self, text: str, dims: Mapping[str, int]) -> None:
+        self._text, self._tree, self._dims = text, _parse(text), dims
+        self(1)  # an unknown symbol is an error now, not in forward
+
+    def __call__(self, rows: int) -> int:
+        values = {**self._dims, "rows": rows}
+        return _walk(self._tree, values.__getitem__, self._text)
+
+
 @dataclass(frozen=True)
 class _Launch:
     kernel: _Launchable
     arguments: tuple[_Argument, ...]
-    grid: tuple[str, str, str]
+    grid: tuple[_Extent, _Extent, _Extent]
 
 
 @dataclass(frozen=True)
@@ -134,6 +147,8 @@ class KernelProgram:
         if self.x_width is not None:
             self._widths["x"] = self.x_width
         self._dtypes = _tensor_dtypes(manifest)
+        self._saved = self._shapes(manifest.saved)
+        self._scratch = self._shapes(manifest.scratch)
         self._forward = self._bind(manifest.forward, kernels, backward=False)
         self._backward = self._bind(manifest.backward, kernels, backward=True)
         named = {a.tensor for launch in self._backward for a in launch.arguments}
@@ -219,6 +234,10 @@ class KernelProgram:
                 grad.zero_()
         return input_grads, {name: grad.to(self.dtype) for name, grad in parameter_grads.items()}
 
+    def _shapes(self, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[_Extent, ...]]:
+        dims = self.manifest.dims
+        return {name: tuple(_Extent(text, dims) for text in spec.shape) for name, spec in specs.items()}
+
     def _bind(
         self, steps: Sequence[LaunchStep], kernels: Mapping[str, _Launchable], *, backward: bool
     ) -> list[_Launch]:
@@ -243,7 +262,8 @@ class KernelProgram:
                 self._argument(where, text, kind, known)
                 for text, kind in zip(step.arguments, record.signature, strict=True)
             )
-            launches.append(_Launch(kernels[step.kernel], arguments, step.grid))
+            x, y, z = (_Extent(text, manifest.dims) for text in step.grid)
+            launches.append(_Launch(kernels[step.kernel], arguments, (x, y, z)))
         return launches
 
     def _argument(self, where: str, text: str, kind: str, known: set[str]) -> _Argument:
@@ -270,19 +290,15 @@ class KernelProgram:
     def _sizes_for(self, rows: int) -> _Sizes:
         sizes = self._sizes.get(rows)
         if sizes is None:
-            values = {**self.manifest.dims, "rows": rows}
 
             def grids(launches: Sequence[_Launch]) -> tuple[tuple[int, int, int], ...]:
-                return tuple(
-                    (evaluate(g[0], values), evaluate(g[1], values), evaluate(g[2], values))
-                    for g in (launch.grid for launch in launches)
-                )
+                return tuple((x(rows), y(rows), z(rows)) for x, y, z in (launch.grid for launch in launches))
 
             sizes = _Sizes(
                 forward_grids=grids(self._forward),
                 backward_grids=grids(self._backward),
-                saved={n: tuple(evaluate(t, values) for t in s.shape) for n, s in self.manifest.saved.items()},
-                scratch={n: tuple(evaluate(t, values) for t in s.shape) for n, s in self.manifest.scratch.items()},
+                saved={name: tuple(extent(rows) for extent in shape) for name, shape in self._saved.items()},
+                scratch={name: tuple(extent(rows) for extent in shape) for name, shape in self._scratch.items()},
             )
             if len(self._sizes) >= _ROWS_REMEMBERED:
                 self._sizes.clear()
