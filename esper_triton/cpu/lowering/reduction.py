@@ -143,8 +143,8 @@ def lower_scan(program: Program, op: Operation) -> None:
         write(position, _combine(program, op, nest.b, total, read(inputs, position)))
     elif extent > 2:
         counter = nest.open(extent, 1, start=1)
-        position = nest.b.sub(last, counter.value) if reverse else counter.value
         partial = [nest.b.phi(value.type) for value in total]
+        position = nest.b.sub(last, counter.value) if reverse else counter.value
         following = _combine(program, op, nest.b, partial, read(inputs, position))
         write(position, following)
         nest.close(list(zip(partial, total, following, strict=True)))

@@ -1,0 +1,263 @@
+"""Element-wise operations, casts and memory accesses of ordinary Triton kernels, against torch in float64."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.language.extra import libdevice
+
+EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float64: 2.0**-52}
+
+
+@triton.jit
+def _binary(x_ptr, y_ptr, out_ptr, n, OP: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    x = tl.load(x_ptr + offsets, mask=mask)
+    y = tl.load(y_ptr + offsets, mask=mask)
+    if OP == "add":
+        z = x + y
+    elif OP == "sub":
+        z = x - y
+    elif OP == "mul":
+        z = x * y
+    elif OP == "div":
+        z = x / y
+    elif OP == "floordiv":
+        z = x // y
+    elif OP == "mod":
+        z = x % y
+    elif OP == "max":
+        z = tl.maximum(x, y)
+    elif OP == "min":
+        z = tl.minimum(x, y)
+    elif OP == "less":
+        z = x < y
+    elif OP == "where":
+        z = tl.where(x > y, x, -y)
+    elif OP == "and":
+        z = x & y
+    elif OP == "xor":
+        z = x ^ y
+    tl.store(out_ptr + offsets, z, mask=mask)
+
+
+def binary(x, y, op, dtype=None, block=128):
+    out = torch.full(x.shape, 77, dtype=dtype or x.dtype)
+    guard = out.clone()
+    _binary[(triton.cdiv(x.numel(), block),)](x, y, out, x.numel(), OP=op, BLOCK=block)
+    assert x.numel() == 0 or not torch.equal(out, guard), "the kernel wrote nothing"
+    return out
+
+
+FLOAT_REFERENCE = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "where": lambda x, y: torch.where(x > y, x, -y),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("op", FLOAT_REFERENCE)
+def test_float_arithmetic_is_correctly_rounded(op, dtype, rng):
+    x, y = (torch.randn(1000, generator=rng, dtype=torch.float64).to(dtype) for _ in range(2))
+    expected = FLOAT_REFERENCE[op](x.double(), y.double()).to(dtype)
+    torch.testing.assert_close(binary(x, y, op), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("op", ["add", "sub", "mul", "floordiv", "mod", "max", "min", "and", "xor"])
+def test_integer_arithmetic_wraps_and_divides_towards_zero(op, dtype, rng):
+    limit = torch.iinfo(dtype)
+    x = torch.randint(limit.min, limit.max, (300,), generator=rng, dtype=dtype)
+    y = torch.randint(-50, 50, (300,), generator=rng, dtype=dtype)
+    y[y == 0] = 7
+    x[:3], y[:3] = limit.min, torch.tensor([-1, 1, 2], dtype=dtype)
+    if op in ("floordiv", "mod"):  # by Python's integers: torch itself traps on the first quotient, which wraps
+        quotients = [
+            abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1) for a, b in zip(x.tolist(), y.tolist(), strict=True)
+        ]
+        if op == "mod":
+            values = [a - b * q for a, b, q in zip(x.tolist(), y.tolist(), quotients, strict=True)]
+        else:
+            values = [limit.min if q > limit.max else q for q in quotients]
+        expected = torch.tensor(values, dtype=dtype)
+    else:
+        expected = {
+            "add": torch.add, "sub": torch.sub, "mul": torch.mul, "max": torch.maximum, "min": torch.minimum,
+            "and": torch.bitwise_and, "xor": torch.bitwise_xor,
+        }[op](x, y)  # fmt: skip
+    torch.testing.assert_close(binary(x, y, op), expected, rtol=0, atol=0)
+
+
+def test_an_integer_division_by_zero_does_not_end_the_process():
+    x = torch.tensor([5, -5, 0, 7], dtype=torch.int32)
+    y = torch.tensor([0, 0, 0, 2], dtype=torch.int32)
+    assert binary(x, y, "floordiv").tolist() == [-1, -1, -1, 3]
+    assert binary(x, y, "mod").tolist() == [5, -5, 0, 1]
+
+
+def test_comparisons_write_bools(rng):
+    x, y = (torch.randn(200, generator=rng) for _ in range(2))
+    assert torch.equal(binary(x, y, "less", dtype=torch.bool), x < y)
+
+
+def test_maximum_and_minimum_prefer_the_number_to_nan():
+    nan, inf = float("nan"), float("inf")
+    x = torch.tensor([nan, 1.0, nan, -0.0, inf])
+    y = torch.tensor([2.0, nan, nan, 0.0, -inf])
+    torch.testing.assert_close(binary(x, y, "max"), torch.tensor([2.0, 1.0, nan, 0.0, inf]), equal_nan=True)
+    torch.testing.assert_close(binary(x, y, "min"), torch.tensor([2.0, 1.0, nan, -0.0, -inf]), equal_nan=True)
+    assert torch.signbit(binary(x, y, "min")[3])
+    assert not torch.signbit(binary(x, y, "max")[3])
+
+
+@triton.jit
+def _propagate(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    x, y = tl.load(x_ptr + offsets), tl.load(y_ptr + offsets)
+    tl.store(out_ptr + offsets, tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL))
+
+
+def test_maximum_propagates_nan_where_asked():
+    nan = float("nan")
+    x, y, out = torch.tensor([nan, 1.0, 3.0, 4.0]), torch.tensor([2.0, nan, 1.0, 9.0]), torch.zeros(4)
+    _propagate[(1,)](x, y, out, N=4)
+    torch.testing.assert_close(out, torch.tensor([nan, nan, 3.0, 9.0]), equal_nan=True)
+
+
+@triton.jit
+def _cast(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    tl.store(out_ptr + offsets, tl.load(x_ptr + offsets, mask=mask).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def cast(x, dtype):
+    out = torch.full(x.shape, 1, dtype=dtype)
+    _cast[(triton.cdiv(x.numel(), 64),)](x, out, x.numel(), BLOCK=64)
+    return out
+
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("source", FLOATS)
+@pytest.mark.parametrize("target", FLOATS)
+def test_float_casts_round_to_nearest_even_once(source, target, rng):
+    special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 65519.9, 65520.0, 1e-8, 3.4e38, 6e-8])
+    scale = torch.randint(-20, 16, (2000,), generator=rng).double().exp2()
+    drawn = torch.randn(2000, generator=rng, dtype=torch.float64) * scale
+    ties = 1 + torch.arange(64).double() * 2.0**-9  # halfway between bfloat16 neighbours every other time
+    beyond = ties + 2.0**-40  # a second rounding would make ties of these
+    x = torch.cat([special.double(), drawn, ties, beyond, 1 + torch.arange(64).double() * 2.0**-11 + 2.0**-40]).to(
+        source
+    )
+    torch.testing.assert_close(cast(x, target), _round_once(x.double(), target), rtol=0, atol=0, equal_nan=True)
+
+
+def _round_once(x, target):
+    """torch rounds double to half through float; this rounds once, by hand, from exact arithmetic in float64."""
+    if target in (torch.float32, torch.float64):
+        return x.to(target)
+    mantissa, smallest = (10, -14) if target is torch.float16 else (7, -126)
+    exponent = torch.frexp(x).exponent - 1
+    unit = torch.ldexp(torch.ones_like(x), exponent.clamp(min=smallest) - mantissa)
+    rounded = torch.where(torch.isfinite(x), torch.round(x / unit) * unit, x)
+    return rounded.to(torch.float32).to(target)
+
+
+@pytest.mark.parametrize("target", [torch.int32, torch.int64, torch.int8])
+def test_floats_become_integers_by_truncation(target):
+    x = torch.tensor([0.0, 0.9, -0.9, 1.5, -1.5, 100.99, -128.0, 127.0])
+    assert torch.equal(cast(x, target), x.trunc().to(target))
+
+
+@pytest.mark.parametrize("source", [torch.int32, torch.int64])
+@pytest.mark.parametrize("target", [torch.float32, torch.float64, torch.bfloat16])
+def test_integers_become_the_nearest_float(source, target):
+    limit = torch.iinfo(source)
+    x = torch.tensor([0, 1, -1, 257, 258, 259, 2**24 + 1, limit.max, limit.min, 123456789], dtype=source)
+    # numpy's int64 -> float64 is correctly rounded, and all of these are exact in float64 but the largest.
+    assert torch.equal(
+        cast(x, target), x.to(torch.float64).to(torch.float32 if target is torch.bfloat16 else target).to(target)
+    )
+
+
+@given(n=st.integers(0, 700), block=st.sampled_from([1, 4, 32, 256]), offset=st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_masked_tails_touch_nothing_else(n, block, offset):
+    memory = torch.arange(1000, dtype=torch.float32)
+    before = memory.clone()
+    x, out = memory[offset : offset + n], torch.full((n + 8,), -1.0)
+    if n:
+        _binary[(triton.cdiv(n, block),)](x, x, out, n, OP="add", BLOCK=block)
+    assert torch.equal(out[:n], 2 * x)
+    assert torch.equal(out[n:], torch.full((8,), -1.0))
+    assert torch.equal(memory, before)
+
+
+@triton.jit
+def _strided(x_ptr, out_ptr, rows, cols, x_row, x_col, o_row, o_col, R: tl.constexpr, C: tl.constexpr):
+    r, c = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    mask = (r < rows) & (c < cols)
+    x = tl.load(x_ptr + r * x_row + c * x_col, mask=mask, other=5.0)
+    tl.store(out_ptr + r * o_row + c * o_col, x * 2 + 1, mask=mask)
+
+
+@given(rows=st.integers(1, 20), cols=st.integers(1, 33), transpose_in=st.booleans(), transpose_out=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_strided_tiles_of_any_shape(rows, cols, transpose_in, transpose_out):
+    x = torch.randn((cols, rows) if transpose_in else (rows, cols))
+    x = x.T if transpose_in else x
+    out = torch.full((cols + 1, rows + 2) if transpose_out else (rows + 1, cols + 2), float("nan"))
+    view = out.T if transpose_out else out
+    _strided[(1,)](x, view, rows, cols, *x.stride(), *view.stride(), R=32, C=64)
+    torch.testing.assert_close(view[:rows, :cols], x * 2 + 1, rtol=0, atol=0)
+    assert view[rows:].isnan().all()
+    assert view[:, cols:].isnan().all()
+
+
+@triton.jit
+def _gather(x_ptr, index_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < n
+    index = tl.load(index_ptr + offsets, mask=mask)
+    tl.store(out_ptr + offsets, tl.load(x_ptr + index, mask=mask), mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
+def test_indirect_loads_of_every_width(dtype, rng):
+    x = torch.randn(500, generator=rng).mul(10).to(dtype)
+    index = torch.randint(0, 500, (100,), generator=rng)
+    out = torch.zeros(100, dtype=dtype)
+    _gather[(1,)](x, index, out, 100, BLOCK=128)
+    assert torch.equal(out, x[index])
+
+
+@triton.jit
+def _functions(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < n
+    x = tl.load(x_ptr + offsets, mask=mask)
+    one = libdevice.tanh(x) + libdevice.pow(tl.abs(x), x) + libdevice.log1p(tl.abs(x)) + tl.floor(x) + tl.ceil(x)
+    two = tl.sigmoid(x) + libdevice.expm1(x) + libdevice.atan(x) + tl.sqrt(tl.abs(x)) + tl.fma(x, x, x) + tl.cos(x)
+    tl.store(out_ptr + offsets, one + two, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_math_and_libdevice_functions(dtype, rng):
+    x = torch.randn(300, generator=rng, dtype=torch.float64).to(dtype)
+    out = torch.zeros_like(x)
+    _functions[(1,)](x, out, 300, BLOCK=512)
+    d = x.double()
+    expected = d.tanh() + d.abs().pow(d) + d.abs().log1p() + d.floor() + d.ceil()
+    expected = expected + d.sigmoid() + d.expm1() + d.atan() + d.abs().sqrt() + d * d + d + d.cos()
+    # Each of the eleven terms is good to 2 ulp of at most 2^5, the sums to half of one.
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=11 * 2.5 * 32 * EPS[dtype])
