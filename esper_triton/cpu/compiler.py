@@ -184,7 +184,7 @@ def _make_llir(module: Any, metadata: dict[str, Any]) -> str:
 
 
 def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> bytes:
-    """An ELF relocatable for this machine's processor. The code is position-independent."""
+    """An ELF relocatable for this machine's processor."""
     import llvmlite.binding as llvm
 
     from esper_triton.cpu.host import cpu_name, feature_string
@@ -192,8 +192,10 @@ def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple()
+    # 64-bit addresses everywhere: MCJIT may place code and constants, and has the libraries, more than 2 GiB apart in a
+    # process with large tensors, which a 32-bit relocation answers by aborting the process.
     machine = target.create_target_machine(
-        cpu=cpu_name(), features=feature_string(), opt=options.opt_level, reloc="pic", codemodel="small"
+        cpu=cpu_name(), features=feature_string(), opt=options.opt_level, reloc="static", codemodel="large"
     )
     # A context of its own, so that kernels compiled in different threads do not meet, and types are freed.
     context = llvm.create_context()

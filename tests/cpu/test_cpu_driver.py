@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
+import struct
 import subprocess
 import sys
 
@@ -46,13 +48,20 @@ def optional(x, bias, out, BLOCK: tl.constexpr):
     tl.store(out + i, value)
 
 
+@triton.jit
+def exponential(x, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.exp(tl.load(x + i)))
+
+
 @pytest.fixture
-def triton_cache(tmp_path, monkeypatch):
+def triton_cache(tmp_path):
     """An empty disk cache for kernels, and no kernel remembered in this process."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     for kernel in (axpy, add_pair, optional):
         kernel.device_caches.clear()
-    return tmp_path / "cache"
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path / "cache")
+        yield tmp_path / "cache"
 
 
 @pytest.fixture
@@ -126,6 +135,16 @@ def test_object_code_is_the_same_every_time(triton_cache, monkeypatch):
     first = compiled().asm["o"]
     monkeypatch.setattr(knobs.compilation, "always_compile", True)
     assert compiled().asm["o"] == first
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="relocation numbers of x86-64")
+def test_code_reaches_constants_and_libraries_at_any_distance(triton_cache):
+    signature = {"x": "*fp32", "out": "*fp32", "BLOCK": "constexpr"}
+    kernel = triton.compile(ASTSource(exponential, signature, {(2,): 64}), GPUTarget("cpu", "native", 1))
+    relocations = elf.section(kernel.asm["o"], ".rela.ltext")
+    kinds = {info & 0xFFFFFFFF for _, info, _ in struct.iter_unpack("<QQq", relocations)}
+    r_x86_64_64 = 1  # an absolute 64-bit address
+    assert kinds == {r_x86_64_64}
 
 
 def test_the_same_kernel_still_compiles_for_cuda(triton_cache):
