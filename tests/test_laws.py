@@ -1,0 +1,589 @@
+"""The laws of the house that hold in this cut: 1, 2, 3, 4 and 8. Each test is named after the law that it would see
+broken."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from seeding import adapter, copy_artifact, flip_one_byte, grow, law_2, linear_with_seeds, own_parameters
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import esper_triton as esper
+from esper_triton.contracts.errors import ArtifactNotFound, ArtifactRefused, CorruptObject
+from esper_triton.contracts.manifest import KernelStatus
+from esper_triton.kasmina import KasminaLayer, KernelCache, SeedLifecycleState
+from esper_triton.kasmina.launcher import KernelProgram
+from esper_triton.urza import Urza
+
+D, R, IN = 16, 4, 6
+PACKAGE = Path(esper.__file__).parent
+drawn = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+leading_shapes = st.lists(st.integers(0, 5), min_size=0, max_size=3).map(tuple)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache() -> Iterator[None]:
+    KernelCache.process().reset()
+    yield
+    KernelCache.process().reset()
+
+
+def _raise_after_writing(
+    program: KernelProgram, inputs: object, parameters: object, alpha: object, out: Tensor
+) -> None:
+    out.fill_(float("nan"))
+    raise RuntimeError("the launch failed half-way")
+
+
+def _wrong_shape(layer: KasminaLayer, seed: int) -> None:
+    own_parameters(layer, seed)["down_weight"].data = torch.zeros(1, 1)
+
+
+def _wrong_dtype(layer: KasminaLayer, seed: int) -> None:
+    own_parameters(layer, seed)["up_bias"].data = torch.zeros(D, dtype=torch.float64)
+
+
+def _not_contiguous(layer: KasminaLayer, seed: int) -> None:
+    own_parameters(layer, seed)["up_weight"].data = torch.zeros(R, D).T
+
+
+# ---- Law 1: the host never breaks
+
+
+@drawn
+@given(
+    lead=leading_shapes,
+    num_seeds=st.integers(1, 4),
+    faulty=st.integers(0, 3),
+    alpha=st.floats(0, 1),
+    break_it=st.sampled_from([_wrong_shape, _wrong_dtype, _not_contiguous]),
+)
+def test_law_1_a_faulty_seed_contributes_nothing_and_the_others_are_as_they_were(
+    adapter_store: Urza,
+    adapter_for: Callable[..., str],
+    lead: tuple[int, ...],
+    num_seeds: int,
+    faulty: int,
+    alpha: float,
+    break_it: Callable[[KasminaLayer, int], None],
+) -> None:
+    KernelCache.process().reset()  # or the circuit breaker would refuse the artifact after three examples
+    faulty %= num_seeds
+    layer = linear_with_seeds(adapter_store, IN, D * num_seeds, num_seeds)
+    for seed in range(num_seeds):
+        grow(layer, seed, adapter_for(D, R), alpha=alpha, draw=seed)
+    x = torch.randn(*lead, IN)
+    host, whole = layer.default_transform(x), layer(x)
+    break_it(layer, faulty)
+    out = layer(x)
+    start, stop = layer.seed_span(faulty)
+    assert torch.equal(out[..., start:stop], host[..., start:stop])
+    assert torch.equal(out[..., :start], whole[..., :start])
+    assert torch.equal(out[..., stop:], whole[..., stop:])
+    layer.commit()
+    assert layer.seed_state(faulty) is SeedLifecycleState.ERROR_RECOVERY
+    assert layer.state.error_count[faulty] == 1
+    assert layer.state.fallback_active.tolist() == [seed == faulty for seed in range(num_seeds)]
+
+
+@pytest.mark.parametrize("chunking", ["features", "whole"])
+def test_law_1_with_no_seed_left_the_output_is_the_hosts_bit_by_bit(
+    adapter_store: Urza, adapter_for: Callable[..., str], monkeypatch: pytest.MonkeyPatch, chunking: str
+) -> None:
+    num_seeds = 2
+    width = D if chunking == "whole" else D * num_seeds
+    layer = linear_with_seeds(adapter_store, IN, width, num_seeds, chunking=chunking)
+    for seed in range(num_seeds):
+        grow(layer, seed, adapter_for(D, R), alpha=0.7)
+    monkeypatch.setattr(KernelProgram, "forward", _raise_after_writing)
+    x = torch.randn(3, IN, requires_grad=True)
+    out = layer(x)
+    host = layer.default_transform(x)
+    assert torch.equal(out, host)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (out, host)))
+    assert [s["error_count"] for s in layer.get_layer_stats()["seeds"]] == [1, 1]
+    layer.commit()
+    assert "forward" not in vars(layer)
+    assert isinstance(layer.last_error(0), RuntimeError)
+
+
+def test_law_1_a_failing_backward_lets_the_hosts_gradient_through(
+    adapter_store: Urza, adapter_for: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = linear_with_seeds(adapter_store, IN, D, 1)
+    grow(layer, 0, adapter_for(D, R), alpha=0.7)
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("no gradient today")
+
+    monkeypatch.setattr(KernelProgram, "backward", broken)
+    x = torch.randn(3, IN, requires_grad=True)
+    layer(x).sum().backward()
+    weight, at_x = layer.weight.grad, x.grad
+    wanted = torch.autograd.grad(layer.default_transform(x).sum(), [layer.weight, x])
+    assert torch.equal(weight, wanted[0])
+    assert torch.equal(at_x, wanted[1])
+    assert all(p.grad is None for p in own_parameters(layer, 0).values())
+    layer.commit()
+    assert layer.seed_state(0) is SeedLifecycleState.ERROR_RECOVERY
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_law_1_guard_selects_away_a_non_finite_seed_and_its_gradients(
+    adapter_store: Urza, adapter_for: Callable[..., str], poison: float
+) -> None:
+    layer = linear_with_seeds(adapter_store, IN, 2 * D, 2, guard=True)
+    for seed in range(2):
+        grow(layer, seed, adapter_for(D, R), alpha=0.5, draw=seed)
+    x = torch.randn(3, IN, requires_grad=True)
+    whole = layer(x)
+    own_parameters(layer, 1)["up_bias"].data[0] = poison
+    out, host = layer(x), layer.default_transform(x)
+    assert torch.equal(out[:, D:], host[:, D:])
+    assert torch.equal(out[:, :D], whole[:, :D])
+    poisoned = list(own_parameters(layer, 1).values())
+    grads = torch.autograd.grad(out[:, D:].square().sum(), [x, *poisoned])
+    assert torch.equal(grads[0], torch.autograd.grad(host[:, D:].square().sum(), x)[0])
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads[1:])
+
+
+def test_law_1_shapes_and_dtypes_it_was_not_compiled_for_take_the_hosts_path_and_are_no_error(
+    adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    layer = linear_with_seeds(adapter_store, IN, D, 1)
+    grow(layer, 0, adapter_for(D, R), alpha=1.0)
+    layer.double()
+    x = torch.randn(3, IN, dtype=torch.float64)
+    assert torch.equal(layer(x), layer.default_transform(x))
+    stats = layer.get_layer_stats()["seeds"][0]
+    assert (stats["specialisation_misses"], stats["error_count"]) == (1, 0)
+
+
+# ---- Law 2: blending
+
+
+@drawn
+@given(lead=leading_shapes, alphas=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=4), draw=st.integers(0, 99))
+def test_law_2_the_output_is_the_host_plus_each_seeds_share(
+    adapter_store: Urza, adapter_for: Callable[..., str], lead: tuple[int, ...], alphas: list[float], draw: int
+) -> None:
+    layer = linear_with_seeds(adapter_store, IN, D * len(alphas), len(alphas))
+    for seed, alpha in enumerate(alphas):
+        grow(layer, seed, adapter_for(D, R), alpha=alpha, draw=draw + seed)
+    x = torch.randn(*lead, IN)
+    seeds = [
+        (layer.seed_span(seed), alpha, {n: p.double() for n, p in own_parameters(layer, seed).items()})
+        for seed, alpha in enumerate(alphas)
+    ]
+    # h itself is float32 and exact for both sides; sums of at most 16 terms near 1 are off by some 16 * 2^-24.
+    torch.testing.assert_close(
+        layer(x).double(), law_2(layer.default_transform(x).double(), seeds), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_law_2_seeds_over_the_whole_width_add_up(adapter_store: Urza, adapter_for: Callable[..., str]) -> None:
+    layer = linear_with_seeds(adapter_store, IN, D, 3, chunking="whole")
+    alphas = [0.25, 0.5, 1.0]
+    for seed, alpha in enumerate(alphas):
+        grow(layer, seed, adapter_for(D, R), alpha=alpha, draw=seed)
+    x = torch.randn(5, IN, requires_grad=True)
+    parameters = [own_parameters(layer, seed) for seed in range(3)]
+    out = layer(x)
+    x64 = x.detach().double().requires_grad_()
+    p64 = [{n: p.detach().double().requires_grad_() for n, p in own.items()} for own in parameters]
+    h64 = nn.functional.linear(x64, layer.weight.double(), layer.bias.double())
+    wanted = law_2(h64, [((0, D), a, p) for a, p in zip(alphas, p64, strict=True)])
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(out.square().sum(), [x, *(p for own in parameters for p in own.values())])
+    grads64 = torch.autograd.grad(wanted.square().sum(), [x64, *(p for own in p64 for p in own.values())])
+    for grad, grad64 in zip(grads, grads64, strict=True):
+        torch.testing.assert_close(grad.double(), grad64, rtol=1e-4, atol=1e-4)
+
+
+@drawn
+@given(lead=leading_shapes, poison=st.sampled_from([None, float("nan"), float("inf")]))
+@pytest.mark.parametrize("chunking", ["features", "whole"])
+def test_law_2_alpha_zero_is_the_host_bit_by_bit_whatever_the_seed_computes(
+    adapter_store: Urza, adapter_for: Callable[..., str], chunking: str, lead: tuple[int, ...], poison: float | None
+) -> None:
+    layer = linear_with_seeds(adapter_store, IN, D if chunking == "whole" else 2 * D, 2, chunking=chunking)
+    for seed in range(2):
+        grow(layer, seed, adapter_for(D, R), alpha=0.0)
+        if poison is not None:
+            own_parameters(layer, seed)["up_weight"].data.fill_(poison)
+    with torch.no_grad():
+        layer.bias[0] = -0.0
+        layer.weight[0] = 0.0  # a column that is -0.0: adding zero to it would lose the sign
+    x = torch.randn(*lead, IN).abs()
+    assert torch.equal(layer(x).view(torch.int32), layer.default_transform(x).view(torch.int32))
+
+
+def test_law_2_one_whole_span_seed_at_alpha_one_gives_k(adapter_store: Urza, adapter_for: Callable[..., str]) -> None:
+    layer = linear_with_seeds(adapter_store, IN, D, 1)
+    grow(layer, 0, adapter_for(D, R), alpha=1.0)
+    x = torch.randn(7, IN)
+    k = adapter(layer.default_transform(x).double(), {n: p.double() for n, p in own_parameters(layer, 0).items()})
+    torch.testing.assert_close(layer(x).double(), k, rtol=1e-5, atol=1e-5)
+
+
+def test_law_2_a_seed_that_equals_the_host_changes_nothing_at_any_alpha(
+    adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    layer = linear_with_seeds(adapter_store, IN, D, 1)
+    grow(layer, 0, adapter_for(D, R), alpha=0.37, draw=None)  # a fresh adapter: its up-projection is zero
+    x = torch.randn(7, IN)
+    assert torch.equal(layer(x), layer.default_transform(x))
+
+
+# ---- Law 3: forward is pure execution
+
+_watched = threading.local()
+_FORBIDDEN = ("open", "socket", "os.", "subprocess", "compile", "exec", "import", "ctypes.dlopen", "shutil", "tempfile")
+
+
+def _audit(event: str, _args: object) -> None:
+    if getattr(_watched, "on", False) and event.startswith(_FORBIDDEN):
+        _watched.seen.append(event)
+
+
+sys.addaudithook(_audit)
+
+
+class _NoReadBack(TorchDispatchMode):
+    """Fails on every operation that brings a tensor's contents to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.is_nonzero,
+            torch.ops.aten.equal,
+            torch.ops.aten.nonzero,
+            torch.ops.aten._to_copy,
+        ), f"{func} reads a tensor back"
+        return func(*args, **(kwargs or {}))
+
+
+class _NoWaiting:
+    """A lock that nobody may wait for."""
+
+    def __enter__(self) -> None:
+        raise AssertionError("forward waits for a lock")
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("chunking", ["features", "whole"])
+def test_law_3_forward_touches_no_disk_no_network_no_lock_and_reads_nothing_back(
+    adapter_store: Urza, adapter_for: Callable[..., str], monkeypatch: pytest.MonkeyPatch, guard: bool, chunking: str
+) -> None:
+    layer = linear_with_seeds(adapter_store, IN, D if chunking == "whole" else 2 * D, 2, chunking=chunking, guard=guard)
+    for seed in range(2):
+        grow(layer, seed, adapter_for(D, R), alpha=0.5, draw=seed)
+    x = torch.randn(100, IN, requires_grad=True)  # several programs a launch, so that threads are used
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("forward reads a tensor back")
+
+    wanted = layer.default_transform(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(KernelCache.process(), "_lock", _NoWaiting())
+        for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
+            patch.setattr(Tensor, name, forbidden)
+        _watched.seen = []
+        _watched.on = True
+        try:
+            out = layer(x)
+            with torch.no_grad():
+                quiet = layer(x)
+        finally:
+            _watched.on = False
+        with _NoReadBack():
+            layer(x)
+    assert _watched.seen == []
+    assert [s["error_count"] for s in layer.get_layer_stats()["seeds"]] == [0, 0], layer.last_error(0)
+    assert torch.equal(out, quiet)
+    assert not torch.equal(out, wanted)
+
+
+def test_law_3_the_first_forward_of_a_process_is_as_pure_as_the_next(
+    adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    script = """
+import sys
+import torch
+from esper_triton.urza import Urza
+from seeding import grow, linear_with_seeds
+
+events, on, forbidden = [], False, tuple(sys.argv[3:])
+sys.addaudithook(lambda event, args: events.append((event, args[:1])) if on and event.startswith(forbidden) else None)
+layer = linear_with_seeds(Urza(sys.argv[1]), 6, 16, 1)
+grow(layer, 0, sys.argv[2], alpha=0.5)
+x = torch.randn(100, 6, requires_grad=True)
+on = True
+out = layer(x)
+out.sum().backward()
+on = False
+print(events, layer.last_error(0))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(adapter_store.root), adapter_for(D, R), *_FORBIDDEN],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        cwd=PACKAGE.parent,
+    )
+    assert done.stdout.strip() == "[] None"
+
+
+def test_law_3_an_alpha_ramp_needs_no_new_plan(adapter_store: Urza, adapter_for: Callable[..., str]) -> None:
+    layer = linear_with_seeds(adapter_store, IN, D, 1)
+    grow(layer, 0, adapter_for(D, R), alpha=0.0)
+    x = torch.randn(4, IN)
+    h, dispatch, address = layer.default_transform(x), layer.forward, layer.state.alpha(0).data_ptr()
+    full = adapter(h, own_parameters(layer, 0)) - h
+    for alpha in (0.25, 0.5, 1.0):
+        layer.set_alpha(0, alpha)
+        torch.testing.assert_close(layer(x), h + alpha * full, rtol=1e-5, atol=1e-5)
+    assert layer.forward is dispatch
+    assert layer.state.alpha(0).data_ptr() == address
+
+
+# ---- Law 4: only proven code runs
+
+
+def _refused(layer: KasminaLayer, artifact_id: str) -> BaseException:
+    x = torch.randn(3, IN)
+    host = layer(x)
+    assert layer.load_kernel_sync(0, artifact_id) is False
+    assert layer.seed_state(0) is SeedLifecycleState.CULLED
+    assert torch.equal(layer(x), host)
+    error = layer.last_error(0)
+    assert error is not None
+    return error
+
+
+def test_law_4_a_flipped_byte_is_refused(store: Urza, adapter_store: Urza, adapter_for: Callable[..., str]) -> None:
+    artifact_id = copy_artifact(adapter_store, store, adapter_for(D, R))
+    flip_one_byte(store, artifact_id)
+    error = _refused(linear_with_seeds(store, IN, D, 1), artifact_id)
+    assert isinstance(error, CorruptObject)
+
+
+def test_law_4_a_byte_flipped_after_a_good_load_is_refused_although_the_kernel_is_cached(
+    store: Urza, adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    artifact_id = copy_artifact(adapter_store, store, adapter_for(D, R))
+    first = linear_with_seeds(store, IN, D, 1)
+    grow(first, 0, artifact_id, alpha=1.0)
+    flip_one_byte(store, artifact_id)
+    assert isinstance(_refused(linear_with_seeds(store, IN, D, 1), artifact_id), CorruptObject)
+    assert first.seed_state(0) is SeedLifecycleState.GRAFTING
+
+
+def test_law_4_code_for_features_that_this_machine_lacks_is_refused_by_name(
+    store: Urza, adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    original = adapter_store.get(adapter_for(D, R)).manifest
+    target = original.target.model_copy(update={"features": (*original.target.features, "avx9000")})
+    artifact_id = copy_artifact(adapter_store, store, original.id, target=target)
+    error = _refused(linear_with_seeds(store, IN, D, 1), artifact_id)
+    assert isinstance(error, ArtifactRefused)
+    assert "avx9000" in str(error)
+
+
+@pytest.mark.parametrize("status", [s for s in KernelStatus if s is not KernelStatus.VALIDATED])
+def test_law_4_what_is_not_validated_is_refused(
+    store: Urza, adapter_store: Urza, adapter_for: Callable[..., str], status: KernelStatus
+) -> None:
+    artifact_id = copy_artifact(adapter_store, store, adapter_for(D, R), status=status)
+    error = _refused(linear_with_seeds(store, IN, D, 1), artifact_id)
+    assert isinstance(error, ArtifactRefused)
+    assert status.value in str(error)
+
+
+def test_law_4_an_unknown_launch_format_is_refused(
+    store: Urza, adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    artifact_id = copy_artifact(adapter_store, store, adapter_for(D, R), launch_format=99)
+    error = _refused(linear_with_seeds(store, IN, D, 1), artifact_id)
+    assert isinstance(error, ArtifactRefused)
+    assert "launch format 99" in str(error)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU gets another refusal")
+@pytest.mark.parametrize(("backend", "arch"), [("cuda", "90"), ("hip", "gfx942")])
+def test_law_4_code_for_a_device_that_is_not_here_is_refused(
+    store: Urza, adapter_store: Urza, adapter_for: Callable[..., str], backend: str, arch: str
+) -> None:
+    original = adapter_store.get(adapter_for(D, R)).manifest
+    target = original.target.model_copy(update={"backend": backend, "arch": arch, "features": ()})
+    artifact_id = copy_artifact(adapter_store, store, original.id, target=target)
+    error = _refused(linear_with_seeds(store, IN, D, 1), artifact_id)
+    assert isinstance(error, ArtifactRefused)
+    assert f"{backend}{arch}" in str(error)
+
+
+def test_law_4_an_artifact_that_does_not_exist_is_refused(store: Urza) -> None:
+    error = _refused(linear_with_seeds(store, IN, D, 1), "000000000000-cpu-standard-000000000000")
+    assert isinstance(error, ArtifactNotFound)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for room in ("kasmina", "urza") for p in (PACKAGE / room).rglob("*.py")), ids=str
+)
+def test_law_4_no_room_on_the_load_path_unpickles_evaluates_or_imports_what_is_stored(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    imports = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imports |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    assert not names & {"eval", "exec", "compile", "__import__"}
+    assert not imports & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "importlib", "runpy", "joblib"}
+    loads = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "load"]
+    assert not [n for n in loads if isinstance(n.value, ast.Name) and n.value.id == "torch"]
+
+
+# ---- Law 8: a dormant wrap is invisible
+
+
+def _host() -> nn.Sequential:
+    torch.manual_seed(7)
+    model = nn.Sequential(
+        nn.Embedding(11, 8), nn.Linear(8, 8), nn.Dropout(0.5), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 11)
+    )
+    model[5].weight = nn.Parameter(torch.randn(11, 8))
+    model[0].weight = model[5].weight  # tied
+    model[4].weight.requires_grad_(False)
+    return model
+
+
+TARGETS = [nn.Linear, nn.Embedding, nn.LayerNorm]
+
+
+def _run_host(model: nn.Module) -> list[Tensor]:
+    torch.manual_seed(3)
+    tokens = torch.randint(0, 11, (2, 5))
+    out = model(tokens)
+    grads = torch.autograd.grad(out.square().sum(), [p for p in model.parameters() if p.requires_grad])
+    return [out, *grads]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_law_8_outputs_and_gradients_of_a_dormant_wrap_are_the_same_bits(store: Urza, training: bool) -> None:
+    model = _host().train(training)
+    before = _run_host(model)
+    esper.wrap(model, TARGETS, seeds_per_layer=2, urza=store)
+    assert all(torch.equal(a, b) for a, b in zip(before, _run_host(model), strict=True))
+    assert model.training is training
+
+
+def test_law_8_a_dormant_layer_runs_the_host_classs_own_forward(store: Urza) -> None:
+    layer = linear_with_seeds(store, IN, D, 2)
+    assert "forward" not in vars(layer)
+    assert layer.forward.__func__ is nn.Linear.forward
+
+
+def test_law_8_state_dict_parameters_hooks_and_flags_are_kept(store: Urza) -> None:
+    model = _host().double()
+    calls: list[str] = []
+    handle = model[1].register_forward_hook(lambda *_: calls.append("hook"))
+    keys = list(model.state_dict())
+    parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    flags = [p.requires_grad for p in model.parameters()]
+    saved = copy.deepcopy(model.state_dict())
+    esper.wrap(model, TARGETS, seeds_per_layer=2, urza=store)
+    assert list(model.state_dict()) == keys
+    assert {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} == parameters
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model.load_state_dict(saved, strict=True).missing_keys == []
+    model(torch.zeros(1, 1, dtype=torch.long))
+    assert calls == ["hook"]
+    assert isinstance(model[1], nn.Linear)
+    handle.remove()
+
+
+def test_law_8_the_random_stream_is_untouched_by_wrapping_and_by_loading(
+    adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    model = nn.Sequential(nn.Linear(IN, D))
+    before = torch.random.get_rng_state()
+    esper.wrap(model, [nn.Linear], seeds_per_layer=1, urza=adapter_store)
+    assert model.load_kernel_sync("0", 0, adapter_for(D, R))
+    model.graft("0", 0)
+    model(torch.zeros(2, IN))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_law_8_a_dormant_wrap_can_be_copied_and_saved(store: Urza, tmp_path: Path, way: str) -> None:
+    model = esper.wrap(_host().eval(), TARGETS, seeds_per_layer=2, urza=store)
+    match way:
+        case "deepcopy":
+            other = copy.deepcopy(model)
+        case "pickle":
+            other = pickle.loads(pickle.dumps(model))
+        case _:
+            torch.save(model, tmp_path / "model.pt")
+            other = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert type(other) is type(model)
+    assert list(other.kasmina_layers) == list(model.kasmina_layers)
+    assert other[0].weight is other[5].weight
+    assert all(torch.equal(a, b) for a, b in zip(_run_host(model), _run_host(other), strict=True))
+
+
+def test_law_8_unwrap_leaves_nothing(adapter_store: Urza, adapter_for: Callable[..., str]) -> None:
+    model = nn.Sequential(nn.Linear(IN, D), nn.Linear(D, D))
+    before = {name: (type(m), sorted(vars(m)), sorted(m._buffers)) for name, m in model.named_modules()}
+    non_persistent = [set(m._non_persistent_buffers_set) for m in model.modules()]
+    x = torch.randn(2, IN)
+    host = model(x)
+    esper.wrap(model, [nn.Linear], seeds_per_layer=1, urza=adapter_store)
+    grow(model[0], 0, adapter_for(D, R), alpha=0.5)
+    assert not torch.equal(model(x), host)
+    assert esper.unwrap(model) is model
+    assert {name: (type(m), sorted(vars(m)), sorted(m._buffers)) for name, m in model.named_modules()} == before
+    assert [m._non_persistent_buffers_set for m in model.modules()] == non_persistent
+    assert all(not m._forward_hooks for m in model.modules())
+    assert torch.equal(model(x), host)
+    assert type(model) is nn.Sequential
+
+
+# ---- An active seed changes the output of every wrapped kind, in train and eval (the fast-path trap of adoption)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("layer_name", ["layers.0.linear1", "layers.1.linear2", "layers.1.norm1"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's own encoder makes them
+def test_law_8_an_encoder_layers_fast_path_does_not_pass_over_an_active_seed(
+    adapter_store: Urza, adapter_for: Callable[..., str], layer_name: str, padded: bool, training: bool
+) -> None:
+    encoder_layer = nn.TransformerEncoderLayer(D, 2, D, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(encoder_layer, 2).train(training)
+    model = esper.wrap(encoder, [layer_name], seeds_per_layer=1, urza=adapter_store)
+    x = torch.randn(2, 5, D)
+    mask = torch.tensor([[False] * 4 + [True], [False] * 5]) if padded else None
+    with torch.no_grad():
+        host = model(x, src_key_padding_mask=mask)
+        grow(model.kasmina_layers[layer_name], 0, adapter_for(D, R), alpha=1.0)
+        grown = model(x, src_key_padding_mask=mask)
+        model.unload_kernel(layer_name, 0)
+        again = model(x, src_key_padding_mask=mask)
+    assert (grown - host).abs().amax(dim=-1)[0, :4].min() > 1e-3
+    assert torch.equal(again, host)
+    assert all(not m._forward_hooks for m in model.modules())
