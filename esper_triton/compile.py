@@ -211,7 +211,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m esper_triton.compile", description="Compile a blueprint, prove it, and store it.")
+    parser = _Parser(
+        prog="python -m esper_triton.compile",
+        description="Compile a blueprint, prove it, and store it.",
+        allow_abbrev=False,
+    )
     parser.add_argument("blueprint", metavar="BLUEPRINT", help="path of a blueprint (TOML)")
     parser.add_argument(
         "--dim", action="append", default=[], metavar="NAME=N", help="size of a dim; once for each dim of the blueprint"
@@ -246,7 +250,7 @@ def _dims(pairs: Iterable[str]) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0; 1 where a compile or a proof failed; 2 on bad input. An error is a line on stderr."""
+    """The command line. Returns 0; 1 where compile or proof failed; 2 on bad input. An error is a line of stderr."""
     options = _parser().parse_args(argv)
     try:
         blueprint = Blueprint.load(options.blueprint)

@@ -1,0 +1,73 @@
+"""Fixtures shared by the rooms: stores, and the shipped adapter compiled for this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+import esper_triton as esper
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Triton's cache and Esper's default store for this run alone: no test finds what another run compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton-cache")))
+        patch.setenv("ESPER_URZA", str(tmp_path_factory.mktemp("default-store") / "urza"))
+        yield
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> esper.Urza:
+    """A fresh, empty store."""
+    return esper.Urza(tmp_path / "urza")
+
+
+@pytest.fixture(scope="session")
+def adapter_path() -> Path:
+    """The shipped blueprint."""
+    return KERNELS / "bottleneck_adapter.toml"
+
+
+@pytest.fixture(scope="session")
+def adapter_store(tmp_path_factory: pytest.TempPathFactory) -> esper.Urza:
+    """A store for the whole run; `adapter_for` fills it. Tests that damage a store use `store`."""
+    return esper.Urza(tmp_path_factory.mktemp("adapters") / "urza")
+
+
+@pytest.fixture(scope="session")
+def adapter_for(adapter_store: esper.Urza, adapter_path: Path) -> Callable[..., str]:
+    """`adapter_for(d, r, dtype="float32")`: id of the shipped adapter for this CPU, VALIDATED, in `adapter_store`."""
+
+    def compiled(d: int, r: int, dtype: object = "float32") -> str:
+        artifacts = esper.compile(adapter_path, dims={"d": d, "r": r}, dtype=dtype, targets=["cpu"], urza=adapter_store)
+        return artifacts.id
+
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def adapter_id(adapter_for: Callable[..., str]) -> str:
+    """The adapter with d=64, r=16, float32."""
+    return adapter_for(64, 16, "float32")
+
+
+@pytest.fixture
+def adapter_variant(tmp_path: Path, adapter_path: Path) -> Callable[..., Path]:
+    """`adapter_variant(toml={old: new}, source={old: new})`: the adapter with these texts replaced, in `tmp_path`."""
+
+    def written(*, toml: Mapping[str, str] | None = None, source: Mapping[str, str] | None = None) -> Path:
+        target = tmp_path / adapter_path.name
+        for path, changes in ((adapter_path, toml), (adapter_path.with_suffix(".py"), source)):
+            text = path.read_text(encoding="utf-8")
+            for old, new in (changes or {}).items():
+                assert old in text, f"{path.name} has no {old!r} any more"
+                text = text.replace(old, new)
+            (tmp_path / path.name).write_text(text, encoding="utf-8")
+        return target
+
+    return written

@@ -1,0 +1,85 @@
+"""The first proof lets right kernels pass and finds wrong ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import triton
+
+import esper_triton as esper
+from esper_triton.contracts.errors import ArtifactRefused, ProofFailed
+from esper_triton.contracts.manifest import KernelStatus
+from esper_triton.urabrask.proof import ProofReport, prove
+
+DIMS = {"d": 24, "r": 4}
+
+
+def report_of(store: esper.Urza, artifact_id: str) -> ProofReport:
+    artifact, blobs = store.load(artifact_id)
+    assert artifact.manifest.report is not None
+    return ProofReport.model_validate_json(blobs[artifact.manifest.report])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_shipped_adapter_is_validated_with_its_report_in_the_store(
+    adapter_for: Callable[..., str], adapter_store: esper.Urza, dtype: str
+) -> None:
+    artifact_id = adapter_for(24, 4, dtype)
+    assert adapter_store.get(artifact_id).status is KernelStatus.VALIDATED
+    report = report_of(adapter_store, artifact_id)
+    assert (report.artifact_id, report.verdict, report.failures) == (artifact_id, "VALIDATED", ())
+    assert report.cases == 19
+    computed = {"out", "grad_h", "grad_down_weight", "grad_down_bias", "grad_up_weight", "grad_up_bias"}
+    assert computed <= set(report.worst)
+    # Each was off by something: results were computed and compared, and no tolerance is so wide that it hides all.
+    assert all(1e-4 < report.worst[name] < 1 for name in computed)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("z += tl.load(down_bias_ptr + r, mask=r_ok, other=0.0).to(tl.float32)[None, :]", "", "out"),
+        (" + up_bias[None, :]", "", "out"),
+        ("+ alpha * step", "+ alpha * alpha * step", "out"),
+        ("out = tl.where(alpha == 0.0, h, blended)", "out = blended", "out at alpha 0"),
+        ("row[:, None] * out_row_stride", "row[:, None] * D", "between the rows of out"),
+        ("slope = phi + z * RSQRT_2PI", "slope = phi - z * RSQRT_2PI", "grad_h"),
+        ("slope = phi + z * RSQRT_2PI * tl.exp(-0.5 * z * z)", "slope = phi", "grad_down_weight"),
+        ("grad_h = tl.where(alpha == 0.0, grad_out, grad_h)", "", "grad_h at alpha 0"),
+        ("0.0, alpha * grad_up)", "0.0, grad_up)", "grad_up_weight"),
+        ("range(0, rows, BLOCK_ROWS)", "range(0, min(rows, BLOCK_ROWS), BLOCK_ROWS)", "grad_up_bias"),
+    ],
+)
+def test_a_kernel_that_computes_something_else_is_rejected(
+    adapter_variant: Callable[..., Path], store: esper.Urza, old: str, new: str, found: str
+) -> None:
+    with pytest.raises(ProofFailed, match="does not compute what 'bottleneck_adapter' says"):
+        esper.compile(adapter_variant(source={old: new}), dims=DIMS, urza=store)
+    (artifact_id,) = store.ids()
+    assert store.get(artifact_id).status is KernelStatus.REJECTED
+    report = report_of(store, artifact_id)
+    assert report.verdict == "REJECTED"
+    assert report.worst[found] > 1
+    assert any(re.match(rf"rows=\d+ alpha=[\d.]+.*: {found} is off by", failure) for failure in report.failures)
+
+
+def test_a_rejected_artifact_stays_rejected_and_is_not_compiled_again(
+    adapter_variant: Callable[..., Path], store: esper.Urza, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = adapter_variant(source={" + up_bias[None, :]": ""})
+    with pytest.raises(ProofFailed):
+        esper.compile(path, dims=DIMS, urza=store)
+    monkeypatch.setattr(triton, "compile", lambda *_, **__: pytest.fail("compiled again"))
+    with pytest.raises(ProofFailed, match=r"stored as REJECTED: rows=1 alpha=0\.\d+: out is off by"):
+        esper.compile(path, dims=DIMS, urza=store)
+
+
+def test_an_artifact_is_not_proven_against_another_blueprint(
+    adapter_variant: Callable[..., Path], adapter_for: Callable[..., str], adapter_store: esper.Urza
+) -> None:
+    other = esper.Blueprint.load(adapter_variant(toml={'BLOCK_ROWS = "32"': 'BLOCK_ROWS = "64"'}))
+    with pytest.raises(ArtifactRefused, match="was not made from blueprint 'bottleneck_adapter'"):
+        prove(other, adapter_for(24, 4), adapter_store)
