@@ -10,16 +10,14 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from triton.backends.compiler import BaseBackend, GPUTarget
 
 from esper_triton.cpu.errors import CPUBackendError, UnsupportedOperation
 
-__all__ = ["LOWERING_VERSION", "CPUBackend", "CPUOptions"]
-
-# Raised whenever the same TTIR gives other object code than before: it is part of Triton's cache key.
-LOWERING_VERSION = 1
+__all__ = ["CPUBackend", "CPUOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +140,11 @@ def _toolchain_hash() -> str:
 
     from esper_triton.cpu.host import cpu_name, feature_string
 
-    parts = ("cpu", str(LOWERING_VERSION), llvmlite.__version__, cpu_name(), feature_string())
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join(("cpu", llvmlite.__version__, cpu_name(), feature_string())).encode())
+    # The backend's own text, so that no change of it can be served by code compiled before it.
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _make_ttir(module: Any, metadata: dict[str, Any]) -> Any:

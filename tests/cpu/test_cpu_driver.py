@@ -234,13 +234,24 @@ def test_options_hash_by_every_field():
         compiler.CPUOptions(opt_level=4)
 
 
+def _own_text(monkeypatch, tmp_path):
+    (tmp_path / "lowering.py").write_text("another")
+    monkeypatch.setattr(compiler, "__file__", str(tmp_path / "compiler.py"))
+
+
 @pytest.mark.parametrize(
-    ("module", "name"), [(host, "cpu_name"), (host, "feature_string"), (compiler, "LOWERING_VERSION")]
+    "change",
+    [
+        lambda monkeypatch, _: monkeypatch.setattr(host, "cpu_name", lambda: "another"),
+        lambda monkeypatch, _: monkeypatch.setattr(host, "feature_string", lambda: "another"),
+        _own_text,
+    ],
+    ids=["processor", "features", "text"],
 )
-def test_the_backends_hash_changes_with_processor_features_and_lowering(monkeypatch, module, name):
+def test_the_backends_hash_changes_with_processor_features_and_its_own_text(monkeypatch, tmp_path, change):
     backend = make_backend(GPUTarget("cpu", "native", 1))
     before = backend.hash()
-    monkeypatch.setattr(module, name, 10**6 if name.isupper() else lambda: "another")
+    change(monkeypatch, tmp_path)
     compiler._toolchain_hash.cache_clear()
     try:
         assert backend.hash() != before

@@ -1,5 +1,8 @@
 """Element-wise operations, casts and memory accesses of ordinary Triton kernels, against torch in float64."""
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 import triton
@@ -261,3 +264,46 @@ def test_math_and_libdevice_functions(dtype, rng):
     expected = expected + d.sigmoid() + d.expm1() + d.atan() + d.abs().sqrt() + d * d + d + d.cos()
     # Each of the eleven terms is good to 2 ulp of at most 2^5, the sums to half of one.
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=11 * 2.5 * 32 * EPS[dtype])
+
+
+@triton.jit
+def _row_sums(x_ptr, out_ptr, rows, stride, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+    row, d = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (d < D)[None, :]
+    x = tl.load(x_ptr + row[:, None] * stride + d[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + row, tl.sum(x, 1), mask=row < rows)
+
+
+@pytest.mark.parametrize("width", [1, 6, 8, 15, 16, 17, 24, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_masked_off_memory_has_no_influence(width, dtype, rng):
+    # What LLVM 22 got wrong with its own masked loads: the upper half of a mask that is a constant.
+    memory = torch.full((4000,), float("nan"), dtype=dtype)
+    rows = memory[1000 : 1000 + 33 * (width + 3)].view(33, width + 3)[:, 2 : 2 + width]
+    rows.copy_(torch.randint(-8, 8, (33, width), generator=rng))
+    out = torch.full((33,), float("nan"), dtype=dtype)
+    _row_sums[(2,)](rows, out, 33, rows.stride(0), D=width, R=32, BLOCK=triton.next_power_of_2(max(width, 16)))
+    assert torch.equal(out, rows.sum(1))
+
+
+def test_masked_off_memory_need_not_exist():
+    page = mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+    with mmap.mmap(-1, 3 * page) as memory:
+        handle = (ctypes.c_char * (3 * page)).from_buffer(memory)
+        start = ctypes.addressof(handle)
+        for guard in (start, start + 2 * page):
+            assert libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0, ctypes.get_errno()
+        try:
+            for n in (1, 5, 13, 100):
+                for first in (0, page // 4 - n):
+                    x = torch.frombuffer(memory, dtype=torch.float32, count=n, offset=page + 4 * first)
+                    x.fill_(3.0)
+                    _binary[(triton.cdiv(n, 32) + 1,)](x, x, x, n, OP="mul", BLOCK=32)
+                    _gather[(1,)](x, torch.arange(n), x, n, BLOCK=128)
+                    assert torch.equal(x, torch.full((n,), 9.0))
+                    del x
+        finally:
+            for guard in (start, start + 2 * page):
+                libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 3)
+            del handle

@@ -6,13 +6,14 @@ the cheapest of three forms, so that addresses stay scalar and a contiguous acce
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 
 from esper_triton.cpu.lowering.elementwise import I1, I8, I32, I64, memory_type, register_type, size_of
-from esper_triton.cpu.lowering.vmath import Value, call, mangle, splat_constant
+from esper_triton.cpu.lowering.vmath import Value, splat_constant
 from esper_triton.cpu.mlir import Type
 
 POINTER = ir.PointerType()
@@ -114,37 +115,91 @@ def store_vector(b: ir.IRBuilder, value: Value, pointer: Value, element: Type) -
     b.store(_to_memory(b, value, element), pointer, align=size_of(element))
 
 
-def masked_load(b: ir.IRBuilder, pointer: Value, mask: Value, other: Value, element: Type) -> Value:
-    """Neighbouring elements where `mask`, `other` elsewhere; masked-off addresses are not touched."""
+# Masked and indirect accesses go lane by lane through a small array in scratch memory. LLVM has intrinsics for them
+# (`llvm.masked.load` and so on); LLVM 22 was seen to read past a mask whose upper half is known to be off, and to abort
+# while selecting instructions for a gather. Whole chunks never come here: they are ordinary vector accesses.
+
+
+def masked_load(b: ir.IRBuilder, slot: Value, pointer: Value, mask: Value, other: Value, element: Type) -> Value:
+    """Neighbouring elements where `mask`, `other` elsewhere; masked-off addresses are not touched.
+
+    `slot` is scratch memory for one vector of elements, here and below.
+    """
     other = _to_memory(b, other, element)
-    align = ir.Constant(I32, size_of(element))
-    name = f"llvm.masked.load.{mangle(other.type)}.p0"
-    return _to_register(b, call(b, name, other.type, (pointer, align, mask, other)), element)
+    memory, align = memory_type(element), size_of(element)
+    b.store(other, slot, align=align)
+
+    def copy(lane: Value) -> None:
+        value = b.load(b.gep(pointer, [lane], source_etype=memory), typ=memory, align=align)
+        b.store(value, b.gep(slot, [lane], source_etype=memory), align=align)
+
+    _for_each_lane(b, mask, copy)
+    return _to_register(b, b.load(slot, typ=other.type, align=align), element)
 
 
-def masked_store(b: ir.IRBuilder, value: Value, pointer: Value, mask: Value, element: Type) -> None:
+def masked_store(b: ir.IRBuilder, slot: Value, value: Value, pointer: Value, mask: Value, element: Type) -> None:
     """Writes neighbouring elements where `mask`."""
-    value = _to_memory(b, value, element)
-    align = ir.Constant(I32, size_of(element))
-    call(b, f"llvm.masked.store.{mangle(value.type)}.p0", ir.VoidType(), (value, pointer, align, mask))
+    memory, align = memory_type(element), size_of(element)
+    b.store(_to_memory(b, value, element), slot, align=align)
+
+    def copy(lane: Value) -> None:
+        one = b.load(b.gep(slot, [lane], source_etype=memory), typ=memory, align=align)
+        b.store(one, b.gep(pointer, [lane], source_etype=memory), align=align)
+
+    _for_each_lane(b, mask, copy)
 
 
-def gather(b: ir.IRBuilder, addresses: Value, mask: Value, other: Value, element: Type) -> Value:
-    """Elements at a vector of addresses (i64) where `mask`, `other` elsewhere."""
+def gather(
+    b: ir.IRBuilder, slots: tuple[Value, Value], addresses: Value, mask: Value, other: Value, element: Type
+) -> Value:
+    """Elements at a vector of addresses (i64) where `mask`, `other` elsewhere. `slots`: for elements, for addresses."""
+    slot, address_slot = slots
     other = _to_memory(b, other, element)
-    pointers = b.inttoptr(addresses, ir.VectorType(POINTER, other.type.count))
-    align = ir.Constant(I32, size_of(element))
-    name = f"llvm.masked.gather.{mangle(other.type)}.{mangle(pointers.type)}"
-    return _to_register(b, call(b, name, other.type, (pointers, align, mask, other)), element)
+    memory, align = memory_type(element), size_of(element)
+    b.store(other, slot, align=align)
+    b.store(addresses, address_slot, align=8)
+
+    def copy(lane: Value) -> None:
+        address = b.load(b.gep(address_slot, [lane], source_etype=I64), typ=I64, align=8)
+        value = b.load(b.inttoptr(address, POINTER), typ=memory, align=align)
+        b.store(value, b.gep(slot, [lane], source_etype=memory), align=align)
+
+    _for_each_lane(b, mask, copy)
+    return _to_register(b, b.load(slot, typ=other.type, align=align), element)
 
 
-def scatter(b: ir.IRBuilder, value: Value, addresses: Value, mask: Value, element: Type) -> None:
+def scatter(
+    b: ir.IRBuilder, slots: tuple[Value, Value], value: Value, addresses: Value, mask: Value, element: Type
+) -> None:
     """Writes elements at a vector of addresses (i64) where `mask`, lower lanes first."""
-    value = _to_memory(b, value, element)
-    pointers = b.inttoptr(addresses, ir.VectorType(POINTER, value.type.count))
-    align = ir.Constant(I32, size_of(element))
-    name = f"llvm.masked.scatter.{mangle(value.type)}.{mangle(pointers.type)}"
-    call(b, name, ir.VoidType(), (value, pointers, align, mask))
+    slot, address_slot = slots
+    memory, align = memory_type(element), size_of(element)
+    b.store(_to_memory(b, value, element), slot, align=align)
+    b.store(addresses, address_slot, align=8)
+
+    def copy(lane: Value) -> None:
+        address = b.load(b.gep(address_slot, [lane], source_etype=I64), typ=I64, align=8)
+        one = b.load(b.gep(slot, [lane], source_etype=memory), typ=memory, align=align)
+        b.store(one, b.inttoptr(address, POINTER), align=align)
+
+    _for_each_lane(b, mask, copy)
+
+
+def _for_each_lane(b: ir.IRBuilder, mask: Value, body: Callable[[Value], None]) -> None:
+    """A loop over the set lanes of a vector of i1, in ascending order; `body` gets the lane as an i64."""
+    bits = b.zext(b.bitcast(mask, ir.IntType(mask.type.count)), I64)
+    before = b.block
+    test, inside, after = (b.append_basic_block(name) for name in ("lanes", "lane", "lanes.done"))
+    b.branch(test)
+    b.position_at_end(test)
+    left = b.phi(I64)
+    left.add_incoming(bits, before)
+    b.cbranch(b.icmp_unsigned("!=", left, ir.Constant(I64, 0)), inside, after)
+    b.position_at_end(inside)
+    body(b.cttz(left, ir.Constant(I1, 1)))
+    left.add_incoming(b.and_(left, b.sub(left, ir.Constant(I64, 1))), b.block)
+    b.branch(test)
+    b.position_at_end(after)
 
 
 def all_true(b: ir.IRBuilder, mask: Value) -> Value:

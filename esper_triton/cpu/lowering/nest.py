@@ -273,7 +273,7 @@ class Nest:
             if isinstance(condition, Uniform) and isinstance(fallback, Uniform):
                 value = self._guarded(b, condition.value, lambda: c.load_scalar(b, pointer, element), fallback.value)
                 return Uniform(value)
-        width = self.width
+        width, slots = self.width, self.program.lane_slots()
         contiguous = isinstance(address, Affine) and address.step == size_of(element)
         if condition is None:
             if contiguous:
@@ -281,12 +281,14 @@ class Nest:
                 return Lanes(c.load_vector(b, b.inttoptr(address.base, c.POINTER), element, width))
             everywhere = c.splat(b, ir.Constant(I1, 1), width)
             return Lanes(
-                c.gather(b, c.as_vector(b, address, width), everywhere, c.as_vector(b, fallback, width), element)
+                c.gather(b, slots, c.as_vector(b, address, width), everywhere, c.as_vector(b, fallback, width), element)
             )
         other_vector = c.as_vector(b, fallback, width)
         if not contiguous:
             return Lanes(
-                c.gather(b, c.as_vector(b, address, width), c.as_vector(b, condition, width), other_vector, element)
+                c.gather(
+                    b, slots, c.as_vector(b, address, width), c.as_vector(b, condition, width), other_vector, element
+                )
             )
         assert isinstance(address, Affine)
         pointer = b.inttoptr(address.base, c.POINTER)
@@ -301,12 +303,13 @@ class Nest:
         whole = c.load_vector(b, pointer, element, width)
         b.branch(join)
         b.position_at_end(partial)
-        masked = c.masked_load(b, pointer, bits, other_vector, element)
+        masked = c.masked_load(b, slots[0], pointer, bits, other_vector, element)
+        masked_end = b.block
         b.branch(join)
         b.position_at_end(join)
         result = b.phi(whole.type)
         result.add_incoming(whole, full)
-        result.add_incoming(masked, partial)
+        result.add_incoming(masked, masked_end)
         return Lanes(result)
 
     def _guarded(
@@ -332,7 +335,7 @@ class Nest:
         element = element_type(value.type)
         address, stored = self.chunk(pointers, index), self.chunk(value, index)
         condition: Chunk = self.chunk(mask, index) if mask is not None else Uniform(ir.Constant(I1, 1))
-        b, width = self.b, self.width
+        b, width, slots = self.b, self.width, self.program.lane_slots()
         if not any(at.lanes for at in index):
             assert isinstance(address, Uniform)
             assert isinstance(stored, Uniform)
@@ -342,7 +345,7 @@ class Nest:
             return
         vector = c.as_vector(b, stored, width)
         if not (isinstance(address, Affine) and address.step == size_of(element)):
-            c.scatter(b, vector, c.as_vector(b, address, width), c.as_vector(b, condition, width), element)
+            c.scatter(b, slots, vector, c.as_vector(b, address, width), c.as_vector(b, condition, width), element)
             return
         pointer = b.inttoptr(address.base, c.POINTER)
         if isinstance(condition, Uniform):
@@ -354,7 +357,7 @@ class Nest:
             with full:
                 c.store_vector(b, vector, pointer, element)
             with partial:
-                c.masked_store(b, vector, pointer, bits, element)
+                c.masked_store(b, slots[0], vector, pointer, bits, element)
 
 
 def _zero(register: ir.Type) -> float | int:

@@ -78,6 +78,7 @@ class Program:
         self.shifted: dict[Value, tuple[Value, Any]] = {}
         self.scratch_bytes = 0
         self._scratch = scratch
+        self._lane_slots: tuple[Any, Any] | None = None
         self._grid = grid
         self._pending: dict[Value, None] = {}  # lazy loads, in program order
         self._targets: dict[Value, Any] = {}  # where a root's result is wanted, if somewhere particular
@@ -93,6 +94,12 @@ class Program:
         # In the entry block, so that a buffer made inside a loop is addressed by a constant offset everywhere.
         with self.b.goto_entry_block():
             return self.b.gep(self._scratch, [ir.Constant(I64, offset)], source_etype=I8)
+
+    def lane_slots(self) -> tuple[Any, Any]:
+        """Scratch memory for one chunk of elements and one of addresses, shared by every access that needs it."""
+        if self._lane_slots is None:
+            self._lane_slots = self._allocate(8 * self.lanes), self._allocate(8 * self.lanes)
+        return self._lane_slots
 
     def new_buffer(self, value: Value, register: bool = True) -> Buffer:
         """Scratch memory for a tile; `register`ed as the place where the tile is found from now on."""
