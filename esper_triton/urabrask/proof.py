@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,7 @@ _SEED = 20190615
 _ROWS = (0, 1, 7, 33, 64, 100)
 _ALPHAS = (0.0, 0.3, 1.0)
 _GAP = 3  # elements between the end of one row and the start of the next
+_FENCE = 64  # elements before and after every tensor: a vector or a row of a block that is read too far ends in them
 _MOST_FAILURES = 20  # a kernel that is wrong is wrong in every case; the first ones show how
 
 
@@ -43,7 +44,7 @@ class ProofReport(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """One call. Activations are views into wider buffers, so that a kernel that ignores a stride is caught."""
+    """One call."""
 
     rows: int
     alpha: float
@@ -63,7 +64,9 @@ def prove(blueprint: Blueprint, artifact_id: str, urza: Urza) -> tuple[Artifact,
       2, and its gradients by torch's autograd;
     - at alpha 0 the host's output and its gradient to the bit and zero gradients for parameters, also where these are
       NaN;
-    - inputs unchanged, and nothing written between the rows of `out`.
+    - inputs unchanged, and nothing written around the rows of `out`.
+
+    Every tensor that is given lies among NaN, between its rows too: what is read outside of it shows in the results.
 
     Tolerance. A sum of n products in float32 is off by at most n v times the sum of the absolute values of its terms,
     v = 2^-24 (N. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1). The sums here follow
@@ -123,37 +126,38 @@ def _run(
     """Yields each result's error in units of its tolerance; a broken rule that has no tolerance counts as infinite."""
     manifest, rows, dtype = program.manifest, case.rows, program.dtype
 
+    memory: dict[str, Tensor] = {}
+
+    def place(name: str, value: Tensor, gap: int = 0) -> Tensor:
+        memory[name] = value.new_full((value.numel() + rows * gap + 2 * _FENCE,), torch.nan)
+        return _within(memory[name], value.shape, gap).copy_(value)
+
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
-    def draw_rows(width: int) -> Tensor:
-        return draw(rows, width + _GAP)[:, 1 : 1 + width]
-
     widths = {"h": manifest.width, "x": manifest.dims.get(X_DIM, 0)}
     # The launcher takes h in every case: it is what is blended with.
-    inputs: dict[str, Tensor] = {name: draw_rows(widths[name]) for name in {"h": None, **dict.fromkeys(program.inputs)}}
-    parameters = {
-        name: draw(*record.shape, scale=max(record.shape[-1:], default=1) ** -0.5 if len(record.shape) > 1 else 1.0)
-        for name, record in manifest.parameters.items()
-    }
-    if case.poisoned:
-        parameters = {name: torch.full_like(value, torch.nan) for name, value in parameters.items()}
-    grad_out = draw_rows(manifest.width)
+    read: dict[str, None] = {"h": None, **dict.fromkeys(program.inputs)}
+    inputs = {name: place(name, draw(rows, widths[name]), _GAP) for name in read}
+    parameters = {}
+    for name, record in manifest.parameters.items():
+        value = draw(*record.shape, scale=record.shape[-1] ** -0.5 if len(record.shape) > 1 else 1.0)
+        parameters[name] = place(name, value * torch.nan if case.poisoned else value)
+    grad_out = place("grad_out", draw(rows, manifest.width), _GAP)
     alpha = torch.tensor([case.alpha], dtype=torch.float32)
-    buffer = torch.full((rows, manifest.width + _GAP), torch.nan, dtype=dtype)
-    out = buffer[:, 1 : 1 + manifest.width]
-    given = {**inputs, **parameters, "grad_out": grad_out, "alpha": alpha}
-    before = {name: value.clone() for name, value in given.items()}
+    before = {name: buffer.clone() for name, buffer in memory.items()}
+    out = place("out", draw(rows, manifest.width) * torch.nan, _GAP)
 
     saved = program.forward(inputs, parameters, alpha, out)
-    gap = torch.cat([buffer[:, :1], buffer[:, 1 + manifest.width :]], dim=1)
-    yield "between the rows of out", 0.0 if bool(gap.isnan().all()) else torch.inf
+    around = memory["out"].clone()
+    _within(around, out.shape, _GAP).fill_(torch.nan)
+    yield "around the rows of out", 0.0 if bool(around.isnan().all()) else torch.inf
     results = {"out": out}
     if program.has_backward:
         input_grads, parameter_grads = program.backward(grad_out, inputs, parameters, alpha, saved)
         results |= {f"grad_{name}": value for name, value in (input_grads | parameter_grads).items()}
-    for name, value in given.items():
-        yield f"{name} unchanged", 0.0 if _same_bits(value, before[name]) else torch.inf
+    for name, buffer in before.items():
+        yield f"{name} unchanged", 0.0 if _same_bits(memory[name], buffer) else torch.inf
 
     if case.alpha == 0.0:
         exact = {"out": inputs["h"], "grad_h": grad_out}
@@ -191,6 +195,13 @@ def _float64(
     named = leaves | weights
     grads = torch.autograd.grad(out, list(named.values()), grad_out.double(), materialize_grads=True)
     return {"out": out.detach()} | {f"grad_{name}": grad for name, grad in zip(named, grads, strict=True)}
+
+
+def _within(buffer: Tensor, shape: Sequence[int], gap: int) -> Tensor:
+    """The tensor of this shape inside its fences, with a row stride of its width and `gap`."""
+    if len(shape) != 2:
+        return buffer[_FENCE : buffer.numel() - _FENCE].view(shape)
+    return buffer.as_strided(shape, (shape[1] + gap, 1), _FENCE)
 
 
 def _absolute(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -45,11 +45,12 @@ def test_the_shipped_adapter_is_validated_with_its_report_in_the_store(
         (" + up_bias[None, :]", "", "out"),
         ("+ alpha * step", "+ alpha * alpha * step", "out"),
         ("out = tl.where(alpha == 0.0, h, blended)", "out = blended", "out at alpha 0"),
-        ("row[:, None] * out_row_stride", "row[:, None] * D", "between the rows of out"),
+        ("row[:, None] * out_row_stride", "row[:, None] * D", "around the rows of out"),
         ("slope = phi + z * RSQRT_2PI", "slope = phi - z * RSQRT_2PI", "grad_h"),
         ("slope = phi + z * RSQRT_2PI * tl.exp(-0.5 * z * z)", "slope = phi", "grad_down_weight"),
         ("grad_h = tl.where(alpha == 0.0, grad_out, grad_h)", "", "grad_h at alpha 0"),
         ("0.0, alpha * grad_up)", "0.0, grad_up)", "grad_up_weight"),
+        ("mask=row_ok[:, None] & d_ok[None, :], other", "mask=row_ok[:, None] & (d[None, :] <= D), other", "out"),
         ("range(0, rows, BLOCK_ROWS)", "range(0, min(rows, BLOCK_ROWS), BLOCK_ROWS)", "grad_up_bias"),
     ],
 )
