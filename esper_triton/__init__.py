@@ -1,7 +1,7 @@
 """Esper grows a neural network while it trains.
 
-The names below are loaded on first use (PEP 562). Importing this package imports neither torch nor triton: Triton imports
-`esper_triton.cpu` by entry point while it is itself being imported, so anything heavier here would be circular.
+The names below are loaded on first use (PEP 562). Importing this package imports neither torch nor triton: Triton
+imports `esper_triton.cpu` by entry point while it is itself being imported, so anything heavier here would be circular.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from esper_triton.contracts.errors import BlueprintError, nearest
 from esper_triton.contracts.expressions import ExpressionError, symbols
 
-__all__ = ["Blueprint", "Dim", "DTypeName", "LaunchSpec", "ParameterSpec", "TensorSpec"]
+__all__ = ["Blueprint", "DTypeName", "Dim", "LaunchSpec", "ParameterSpec", "TensorSpec"]
 
 SCHEMA_VERSION = "1.0"
 DTypeName = Literal["float32", "float16", "bfloat16"]
@@ -44,14 +44,14 @@ class ParameterSpec(_Value):
 
 
 class TensorSpec(_Value):
-    """An intermediate tensor in memory. `shape` holds expressions over dims and `rows`; `dtype` `input` is the layer's."""
+    """An intermediate tensor. `shape` holds expressions over dims and `rows`; dtype `input` is the layer's."""
 
     shape: tuple[str, ...]
     dtype: Literal["input", "float32"] = "float32"
 
 
 class LaunchSpec(_Value):
-    """One launch: a `@triton.jit` function of the source file and its grid (expressions over dims, constexprs, `rows`)."""
+    """One launch: a `@triton.jit` function of the source and its grid, expressions over dims, constexprs and `rows`."""
 
     kernel: str
     grid: Grid
@@ -62,12 +62,13 @@ class Blueprint(_Value):
 
     In this first version a blueprint names a hand-written Triton source. Kernels take their arguments by name:
     `<tensor>_ptr` is the tensor's address, `<tensor>_row_stride` the element stride of its first dimension, `rows` the
-    number of rows (int32), and `tl.constexpr` parameters are the keys of `constexprs`. Tensors are `h` and `x` as `input`
-    says, `out`, `alpha` (one float32, read from device memory), the parameters, `saved`; and in backward also `grad_out`,
-    `grad_h`, `grad_x`, `grad_<parameter>` and `scratch`. All matrices are row-major with unit stride in the last dimension.
+    number of rows (int32), and `tl.constexpr` parameters are the keys of `constexprs`. Tensors are `h` and `x` as
+    `input` says, `out`, `alpha` (one float32, read from device memory), the parameters, `saved`; and in backward also
+    `grad_out`, `grad_h`, `grad_x`, `grad_<parameter>` and `scratch`. All matrices are row-major with unit stride in the
+    last dimension. A blueprint that reads `x` has a dim `d_in`, the width of `x`.
 
     The forward writes `out = h + alpha * (k - h)`, the blend of law 2. The source also defines `reference(...)` in
-    plain torch, which returns `k` for the given inputs and parameters by keyword; it is what the kernels are proven against.
+    plain torch, which returns `k` for inputs and parameters given by keyword; the kernels are proven against it.
     """
 
     schema_version: str = SCHEMA_VERSION
@@ -90,7 +91,8 @@ class Blueprint(_Value):
     def _check(self) -> Blueprint:
         faults: list[str] = []
         if self.schema_version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
-            faults.append(f"schema_version {self.schema_version!r}: this release reads {SCHEMA_VERSION.split('.')[0]}.x")
+            major = SCHEMA_VERSION.split(".")[0]
+            faults.append(f"schema_version {self.schema_version!r}: this release reads {major}.x")
         if self.feature_dim not in self.dims:
             faults.append(f"feature_dim {self.feature_dim!r} is not a dim{nearest(self.feature_dim, self.dims)}")
 

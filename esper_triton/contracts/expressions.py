@@ -1,7 +1,7 @@
 """Integer expressions over symbols, such as `cdiv(rows, 32)`, as blueprints and manifests carry them.
 
-They are read with Python's own parser and evaluated by walking the tree: never by `eval`, so a stored manifest cannot run
-code. Grammar: integer literals, names, `+ - * // %`, parentheses, and the functions `cdiv`, `min`, `max` and
+They are read with Python's own parser and evaluated by walking the tree: never by `eval`, so a stored manifest cannot
+run code. Grammar: integer literals, names, `+ - * // %`, parentheses, and the functions `cdiv`, `min`, `max` and
 `next_power_of_2`.
 """
 
@@ -11,7 +11,7 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 
-__all__ = ["ExpressionError", "evaluate", "symbols"]
+__all__ = ["Expression", "ExpressionError", "evaluate", "symbols"]
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -67,24 +67,42 @@ def _walk(node: ast.expr, value_of: Callable[[str], int], text: str) -> int:
     raise ExpressionError(f"{text!r} is not an integer expression; allowed are integers, names, + - * // % and {known}")
 
 
+class Expression:
+    """An expression parsed once, to be evaluated often."""
+
+    def __init__(self, text: str) -> None:
+        """Raises ExpressionError where the text is not of the grammar."""
+        self.text = text
+        self._tree = _parse(text)
+        self.symbols = self._names()
+
+    def __call__(self, values: Mapping[str, int]) -> int:
+        """The value for given symbols. Raises ExpressionError for a symbol without a value, or a zero divisor."""
+
+        def value_of(name: str) -> int:
+            if name not in values:
+                known = ", ".join(sorted(values)) or "nothing"
+                raise ExpressionError(f"{self.text!r} names {name!r}; known: {known}")
+            return values[name]
+
+        return _walk(self._tree, value_of, self.text)
+
+    def _names(self) -> frozenset[str]:
+        found: set[str] = set()
+
+        def value_of(name: str) -> int:
+            found.add(name)
+            return 1
+
+        _walk(self._tree, value_of, self.text)
+        return frozenset(found)
+
+
 def evaluate(text: str, values: Mapping[str, int]) -> int:
     """The value of `text` with the symbols of `values`. Raises ExpressionError."""
-
-    def value_of(name: str) -> int:
-        if name not in values:
-            raise ExpressionError(f"{text!r} names {name!r}; known: {', '.join(sorted(values)) or 'nothing'}")
-        return values[name]
-
-    return _walk(_parse(text), value_of, text)
+    return Expression(text)(values)
 
 
 def symbols(text: str) -> frozenset[str]:
     """The names that `text` needs values for. Raises ExpressionError where the text is not of the grammar."""
-    found: set[str] = set()
-
-    def value_of(name: str) -> int:
-        found.add(name)
-        return 1
-
-    _walk(_parse(text), value_of, text)
-    return frozenset(found)
+    return Expression(text).symbols

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = "1.0"
-# What the loader understands of binaries and launch plans. Raised whenever an older binary could not be launched rightly.
+# What the loader understands of binaries and launch plans. Raised when an older binary could not be launched rightly.
 LAUNCH_FORMAT = 1
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -116,7 +116,8 @@ class LaunchStep(_Value):
 class Manifest(_Value):
     """Everything needed to load and launch an artifact, and nothing that runs by being read.
 
-    Its address in a store is the SHA-256 of `canonical_bytes()`. A change of status is a new manifest under the same id.
+    Its address in a store is the SHA-256 of `canonical_bytes()`. A change of status is a new manifest under the same
+    id.
     """
 
     schema_version: str = SCHEMA_VERSION

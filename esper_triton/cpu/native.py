@@ -102,6 +102,8 @@ class LoadedCode:
             address = engine.get_function_address(symbol)
         if not address:
             raise ObjectRefused(f"object code of {symbol!r} could not be placed in memory")
+        if "torch" in sys.modules:
+            _openmp()  # looks at the disk once: now, rather than in the first launch
         return cls(engine, symbol, address, len(object_code))
 
 

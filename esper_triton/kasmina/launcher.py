@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esper_triton.contracts.blueprint import TensorSpec
 from esper_triton.contracts.errors import ArtifactRefused
-from esper_triton.contracts.expressions import _parse, _walk
+from esper_triton.contracts.expressions import Expression
 from esper_triton.contracts.manifest import LAUNCH_FORMAT, KernelStatus, LaunchStep, Manifest
 
 __all__ = ["X_DIM", "KernelProgram", "check_machine", "check_runs_here"]
@@ -102,12 +102,11 @@ class _Extent:
     """An expression over `rows`, parsed once: a batch size that was never seen needs no parser in forward."""
 
     def __init__(self, text: str, dims: Mapping[str, int]) -> None:
-        self._text, self._tree, self._dims = text, _parse(text), dims
+        self._expression, self._dims = Expression(text), dims
         self(1)  # an unknown symbol is an error now, not in forward
 
     def __call__(self, rows: int) -> int:
-        values = {**self._dims, "rows": rows}
-        return _walk(self._tree, values.__getitem__, self._text)
+        return self._expression({**self._dims, "rows": rows})
 
 
 @dataclass(frozen=True)
