@@ -157,13 +157,11 @@ def kernel_against_eager(store: esper.Urza, artifact_id: str, calls: int) -> lis
     return rows_measured
 
 
-def flip_a_byte(store: Path, manifest: Manifest) -> None:
+def flip_a_byte(store: esper.Urza, manifest: Manifest) -> None:
     """Damages the forward kernel's machine code where it is stored."""
-    digest = manifest.kernels[manifest.forward[0].kernel].binary
-    (path,) = store.glob(f"objects/{digest[:2]}/*{digest[2:]}")
+    path = store.object_path(manifest.kernels[manifest.forward[0].kernel].binary)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.chmod(0o644)
     path.write_bytes(content)
 
 
@@ -195,7 +193,7 @@ def draw(path: Path, trainer: Trainer, alone: Trainer, grafted_at: int) -> None:
     pyplot.close(figure)
 
 
-async def demo(console: Console, output: Path, store: Path, quick: bool) -> None:
+async def demo(console: Console, output: Path, urza: esper.Urza, quick: bool) -> None:
     """Runs the whole story; raises where a part of it does not hold."""
     scale = 1 if quick else 4
     torch.set_num_threads(1)  # so small a network gains nothing by more, and the compiler has the other core
@@ -206,12 +204,12 @@ async def demo(console: Console, output: Path, store: Path, quick: bool) -> None
     console.print(f"[bold]1.[/] Training a network with two layers of {NARROW} units on {len(images.y)} digits ...")
     trainer.run(10 * scale * images.steps_per_epoch)
     before = trainer.accuracy()
-    model = esper.wrap(trainer.model, target_layers=["first", "second"], seeds_per_layer=1, urza=esper.Urza(store))
+    model = esper.wrap(trainer.model, target_layers=["first", "second"], seeds_per_layer=1, urza=urza)
     wrapped_at = trainer.steps
 
     console.print("[bold]2.[/] Compiling a bottleneck adapter for this machine while training goes on ...")
     began = time.perf_counter()
-    compiling = asyncio.create_task(compile_in_background(store))
+    compiling = asyncio.create_task(compile_in_background(urza.root))
     while not compiling.done():
         trainer.step()
         await asyncio.sleep(0)
@@ -240,7 +238,7 @@ async def demo(console: Console, output: Path, store: Path, quick: bool) -> None
     trainer.run(40 * scale * images.steps_per_epoch)
     alone.run(trainer.steps - grafted_at)
 
-    timings = kernel_against_eager(esper.Urza(store), compiled["id"], calls=300 * scale)
+    timings = kernel_against_eager(urza, compiled["id"], calls=300 * scale)
     began = time.perf_counter()
     if not await model.load_kernel("second", 0, compiled["id"]):
         raise RuntimeError(f"the kernel was not loaded again: {model.kasmina_layers['second'].last_error(0)}")
@@ -248,7 +246,7 @@ async def demo(console: Console, output: Path, store: Path, quick: bool) -> None
     model.unload_kernel("second", 0)
 
     console.print("[bold]4.[/] Flipping one byte of the stored machine code and loading it into the second layer ...")
-    flip_a_byte(store, esper.Urza(store).get(compiled["id"]).manifest)
+    flip_a_byte(urza, urza.get(compiled["id"]).manifest)
     refused = not await model.load_kernel("second", 0, compiled["id"])
     reason = model.kasmina_layers["second"].last_error(0)
     if not refused:
@@ -299,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 110)
     logging.getLogger("esper_triton.kasmina").addHandler(logging.NullHandler())  # the refusal is printed below
     with tempfile.TemporaryDirectory(prefix="esper-demo-") as folder:
-        asyncio.run(demo(console, options.output, Path(folder) / "urza", options.quick))
+        asyncio.run(demo(console, options.output, esper.Urza(Path(folder) / "urza"), options.quick))
     console.print(f"Done in {time.perf_counter() - began:.1f} s.")
     return 0
 

@@ -16,6 +16,7 @@ __all__ = [
     "CompileError",
     "CorruptObject",
     "EsperError",
+    "InvalidCommit",
     "InvalidTransition",
     "ProofFailed",
     "StoreUnavailable",
@@ -46,6 +47,11 @@ class ProofFailed(EsperError, RuntimeError):
 
 class StoreUnavailable(EsperError, OSError):
     """The directory of a store cannot be created, read or written."""
+
+
+class InvalidCommit(EsperError, ValueError):
+    """A commit or a change of status that a store does not take: it does not fit together, or is not allowed. Nothing
+    was written."""
 
 
 class ArtifactNotFound(EsperError, KeyError):

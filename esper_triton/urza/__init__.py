@@ -1,5 +1,5 @@
 """Urza, the library: a directory, addressed by content, of compiled artifacts."""
 
-from esper_triton.urza.library import Artifact, InvalidCommit, Urza, default_root
+from esper_triton.urza.library import Artifact, Urza, default_root
 
-__all__ = ["Artifact", "InvalidCommit", "Urza", "default_root"]
+__all__ = ["Artifact", "Urza", "default_root"]

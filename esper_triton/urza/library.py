@@ -15,14 +15,14 @@ from esper_triton.contracts.errors import (
     ArtifactNotFound,
     ArtifactRefused,
     CorruptObject,
-    EsperError,
+    InvalidCommit,
     StoreUnavailable,
     nearest,
 )
 from esper_triton.contracts.manifest import SCHEMA_VERSION, ArtifactId, KernelStatus, Manifest, sha256
 from esper_triton.urza.directory import Damage, Directory, object_parts
 
-__all__ = ["Artifact", "InvalidCommit", "Urza", "default_root"]
+__all__ = ["Artifact", "Urza", "default_root"]
 
 # Bounds on what a reader takes into memory; far above any honest manifest, kernel or report.
 MANIFEST_LIMIT_BYTES = 1 << 20
@@ -39,11 +39,6 @@ ALLOWED: dict[KernelStatus, tuple[KernelStatus, ...]] = {
 
 _ARTIFACT_ID: TypeAdapter[str] = TypeAdapter(ArtifactId)
 _T = TypeVar("_T")
-
-
-class InvalidCommit(EsperError, ValueError):
-    """A commit or a change of status that the store does not take: it does not fit together, or is not allowed.
-    Nothing was written."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from esper_triton.contracts.errors import ArtifactNotFound, ArtifactRefused, EsperError, StoreUnavailable
+from esper_triton.contracts.errors import (
+    ArtifactNotFound,
+    ArtifactRefused,
+    EsperError,
+    InvalidCommit,
+    StoreUnavailable,
+)
 from esper_triton.contracts.manifest import KernelStatus, sha256
-from esper_triton.urza import InvalidCommit, Urza, default_root
+from esper_triton.urza import Urza, default_root
 from esper_triton.urza.library import ALLOWED
 
 OTHER_ID = "0123456789ab-cpu-standard-ba9876543211"

@@ -37,11 +37,13 @@ def lower_dot(program: Program, op: Operation) -> None:
         compute = ScalarType("f64")
     else:
         raise Unlowered(f"operands {names[0]} and {names[1]} with accumulator {names[2]}")
-    left, right = (_in_type(program, op, v, compute) for v in (a, b))
+    # The left operand is read one element at a time, so its transposition is a matter of the index.
+    turned = _turned(a)
+    left, right = (_in_type(program, op, v, compute) for v in (turned or a, b))
     initial = None if _is_zero(accumulator) else program.materialise(accumulator)
     output = program.new_buffer(op.result)
     *batch, rows, columns = output.shape
-    depth = left.shape[-1]
+    depth = left.shape[-2 if turned else -1]
 
     nest = Nest(program, (*batch, rows, columns))
     leading = [nest.open(extent) for extent in batch]
@@ -70,7 +72,8 @@ def lower_dot(program: Program, op: Operation) -> None:
         assert isinstance(line, Lanes | Uniform)
         result = []
         for k, total in enumerate(partial):
-            factor = left.read(nest.b, (*leading, position(k)[-2], Index(at)), 1)
+            here = (Index(at), position(k)[-2]) if turned else (position(k)[-2], Index(at))
+            factor = left.read(nest.b, (*leading, *here), 1)
             assert isinstance(factor, Uniform)
             spread = c.splat(nest.b, factor.value, width) if columns > 1 else factor.value
             result.append(fma(nest.b, spread, line.value, total))
@@ -89,6 +92,16 @@ def lower_dot(program: Program, op: Operation) -> None:
         output.write(nest.b, position(k), Lanes(value) if columns > 1 else Uniform(value), width)
     for _ in range(len(leading) + 2):
         nest.close()
+
+
+def _turned(value: Value) -> Value | None:
+    """What `value` is the transposition of, where that exchanges the last two axes; None otherwise."""
+    op = value.defining_op
+    if op is None or op.name != "tt.trans":
+        return None
+    axes = list(range(len(op.attributes["order"])))
+    axes[-2:] = reversed(axes[-2:])
+    return op.operands[0] if list(op.attributes["order"]) == axes else None
 
 
 def _is_zero(value: Value) -> bool:
