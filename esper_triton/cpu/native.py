@@ -20,6 +20,7 @@ import ctypes
 import operator
 import os
 import platform
+import struct
 import sys
 import threading
 from collections.abc import Sequence
@@ -126,6 +127,9 @@ class NativeKernel:
             self._slots = tuple(_slot(type) for type in self.signature)
         except KeyError as error:
             raise LaunchError(f"kernel {self.symbol!r} has an argument of unknown type {error.args[0]!r}") from None
+        self._packing = struct.Struct("<" + "".join(slot.packing for slot in self._slots))
+        whole = [(index, slot.low, slot.high) for index, slot in enumerate(self._slots) if not slot.float_bits]
+        self._narrow = [(index, low, high) for index, low, high in whole if high < 2**63 - 1]
 
     @classmethod
     def load(cls, object_code: bytes, *, symbol: str, signature: Sequence[str]) -> NativeKernel:
@@ -157,8 +161,7 @@ class NativeKernel:
             expected = f"{len(self._slots)} ({', '.join(self.signature)})"
             raise LaunchError(f"kernel {self.symbol!r} was given {len(args)} arguments, expected {expected}")
         prepared = PreparedLaunch(self)
-        for index, value in enumerate(args):
-            prepared.set(index, value)
+        prepared.set_all(args)
         prepared.launch(grid, num_threads)
 
 
@@ -209,6 +212,19 @@ class PreparedLaunch:
             ) from None
         self._unbound.discard(index)
 
+    def set_all(self, values: Sequence[int | float]) -> None:
+        """Bind every argument, one value for each entry of the signature, at once. Raises LaunchError as `set` does."""
+        kernel = self._kernel
+        try:
+            kernel._packing.pack_into(self._words, 0, *values)
+            fit = all(low <= values[index] <= high for index, low, high in kernel._narrow)
+        except (struct.error, TypeError, OverflowError):
+            fit = False
+        if not fit:  # one of them is not of its type: `set` says which
+            for index, value in enumerate(values):
+                self.set(index, value)
+        self._unbound.clear()
+
     def launch(self, grid: tuple[int, int, int], num_threads: int | None = None) -> None:
         """Run every program of `grid` with what is bound; see `NativeKernel.launch`."""
         name = self._kernel.symbol
@@ -239,26 +255,26 @@ class PreparedLaunch:
 
 
 class _Slot:
-    """How one argument is checked and packed: a float of `float_bits`, or an integer from `low` to `high`."""
+    """How one argument is checked and packed: a float of `float_bits`, or an integer from `low` to `high`. `packing` is
+    struct's code for its eight bytes, which refuses what does not fit these."""
 
-    __slots__ = ("float_bits", "high", "low")
+    __slots__ = ("float_bits", "high", "low", "packing")
 
-    def __init__(self, float_bits: int, low: int, high: int) -> None:
-        self.float_bits, self.low, self.high = float_bits, low, high
+    def __init__(self, float_bits: int, low: int, high: int, packing: str) -> None:
+        self.float_bits, self.low, self.high, self.packing = float_bits, low, high, packing
 
 
 def _slot(type: str) -> _Slot:
     return _POINTER if type.startswith("*") else _SCALARS[type]
 
 
-_POINTER = _Slot(0, 0, 2**64 - 1)
+_POINTER = _Slot(0, 0, 2**64 - 1, "Q")
 _SCALARS = {
-    **{name: _Slot(32, 0, 0) for name in ("fp32", "f32", "fp16", "bf16")},
-    **{name: _Slot(64, 0, 0) for name in ("fp64", "f64")},
-    **{f"i{bits}": _Slot(0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in (8, 16, 32, 64)},
-    **{f"u{bits}": _Slot(0, 0, 2**bits - 1) for bits in (8, 16, 32, 64)},
-    "i1": _Slot(0, 0, 1),
-    "u1": _Slot(0, 0, 1),
+    **{name: _Slot(32, 0, 0, "f4x") for name in ("fp32", "f32", "fp16", "bf16")},
+    **{name: _Slot(64, 0, 0, "d") for name in ("fp64", "f64")},
+    **{f"i{bits}": _Slot(0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, "q") for bits in (8, 16, 32, 64)},
+    **{f"u{bits}": _Slot(0, 0, 2**bits - 1, "Q") for bits in (8, 16, 32, 64)},
+    **{name: _Slot(0, 0, 1, "Q") for name in ("i1", "u1")},
 }
 
 
