@@ -11,6 +11,7 @@ from typing import Any
 from llvmlite import ir
 
 from esper_triton.cpu.errors import UnsupportedOperation
+from esper_triton.cpu.lowering.dot import lower_dot
 from esper_triton.cpu.lowering.elementwise import (
     F32,
     I1,
@@ -22,6 +23,7 @@ from esper_triton.cpu.lowering.elementwise import (
     register_type,
 )
 from esper_triton.cpu.lowering.program import Program
+from esper_triton.cpu.lowering.reduction import lower_reduce, lower_scan
 from esper_triton.cpu.mlir import Module, Operation
 
 _POINTER = ir.PointerType()
@@ -81,7 +83,8 @@ def _lower_program(llvm: Any, function: Operation, name: str, lanes: int) -> _Bo
     body.linkage = "internal"
     *arguments, x, y, z, nx, ny, nz, scratch = body.args
     grid = {"id0": x, "id1": y, "id2": z, "size0": nx, "size1": ny, "size2": nz}
-    program = Program(name, body, scratch, grid, lanes)
+    operations = {"tt.dot": lower_dot, "tt.reduce": lower_reduce, "tt.scan": lower_scan}
+    program = Program(name, body, scratch, grid, lanes, operations)
     program.scalars.update(zip(block.arguments, arguments, strict=True))
     program.run(block, until="tt.return")
     program.b.ret_void()

@@ -14,7 +14,7 @@ flow). The rules that keep this right:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,7 +68,17 @@ class Program:
         scratch_bytes: scratch memory used so far.
     """
 
-    def __init__(self, kernel: str, function: Any, scratch: Any, grid: dict[str, Any], lanes: int) -> None:
+    def __init__(
+        self,
+        kernel: str,
+        function: Any,
+        scratch: Any,
+        grid: dict[str, Any],
+        lanes: int,
+        operations: Mapping[str, Handler],
+    ) -> None:
+        """`operations` lowers those tile operations that have a module of their own, by name."""
+        self._handlers = {**_HANDLERS, **operations}
         self.kernel = kernel
         self.function = function
         self.b = ir.IRBuilder(function.append_basic_block("entry"))
@@ -250,7 +260,7 @@ class Program:
         )
 
     def _operation(self, op: Operation) -> None:
-        handler = _HANDLERS.get(op.name)
+        handler = self._handlers.get(op.name)
         if handler is not None:
             handler(self, op)
         elif len(op.results) == 1 and _is_tile(op.result) and is_lazy_operation(op):
@@ -557,33 +567,24 @@ def _defined_outside(value: Value, op: Operation) -> bool:
     return True
 
 
+def _nothing(program: Program, op: Operation) -> None:
+    """For barriers, since one program is one thread here, and for hints to a GPU's optimiser."""
+
+
 Handler = Callable[[Program, Operation], None]
-
-
-def _handlers() -> dict[str, Handler]:
-    from esper_triton.cpu.lowering import dot, reduction
-
-    return {
-        "arith.constant": Program._scalar_or_lazy_constant,
-        "tt.addptr": Program._addptr,
-        "tt.get_program_id": Program._program_id,
-        "tt.get_num_programs": Program._program_id,
-        "tt.unsplat": Program._unsplat,
-        "tt.load": Program._load,
-        "tt.store": Program._store,
-        "tt.reshape": Program._reshape,
-        "tt.dot": dot.lower_dot,
-        "tt.reduce": reduction.lower_reduce,
-        "tt.scan": reduction.lower_scan,
-        "scf.if": Program._if,
-        "scf.for": Program._for,
-        # One program is one thread here: what it wrote is what it reads.
-        "gpu.barrier": lambda program, op: None,
-        "ttg.barrier": lambda program, op: None,
-        "ttg.local_barrier": lambda program, op: None,
-        # A hint to a GPU's optimiser.
-        "llvm.intr.assume": lambda program, op: None,
-    }
-
-
-_HANDLERS: dict[str, Handler] = _handlers()
+_HANDLERS: dict[str, Handler] = {
+    "arith.constant": Program._scalar_or_lazy_constant,
+    "tt.addptr": Program._addptr,
+    "tt.get_program_id": Program._program_id,
+    "tt.get_num_programs": Program._program_id,
+    "tt.unsplat": Program._unsplat,
+    "tt.load": Program._load,
+    "tt.store": Program._store,
+    "tt.reshape": Program._reshape,
+    "scf.if": Program._if,
+    "scf.for": Program._for,
+    "gpu.barrier": _nothing,
+    "ttg.barrier": _nothing,
+    "ttg.local_barrier": _nothing,
+    "llvm.intr.assume": _nothing,
+}
