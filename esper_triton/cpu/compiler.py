@@ -174,14 +174,16 @@ def _make_llir(module: Any, metadata: dict[str, Any]) -> str:
     """LLVM IR as text. The last use of `module`: `mlir.generic_text` leaves it unfit for MLIR."""
     from esper_triton.cpu import mlir
     from esper_triton.cpu.lowering import lower
+    from esper_triton.cpu.native import ALLOWED_SYMBOLS
 
     parsed = mlir.parse(mlir.generic_text(module, module.context))
     public = [name for name, op in parsed.functions.items() if op.attributes.get("sym_visibility") != "private"]
     if len(public) != 1:
         raise CPUBackendError(f"expected one public function in the module, found {public}")
-    metadata["name"] = public[0]
+    # A kernel called `exp` must not be what the machine code of another, or its own, calls for libm's.
+    metadata["name"] = f"{public[0]}.kernel" if public[0] in ALLOWED_SYMBOLS else public[0]
     metadata["shared"] = 0
-    return str(lower(parsed, public[0]))
+    return str(lower(parsed, public[0], symbol=metadata["name"]))
 
 
 def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> bytes:

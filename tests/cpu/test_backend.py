@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language.extra import libdevice
 
 from esper_triton.cpu.errors import LaunchError, UnsupportedOperation
 from esper_triton.cpu.host import cpu_name
@@ -134,6 +135,13 @@ def uses_fp8(x_ptr, N: tl.constexpr):
 
 
 @triton.jit
+def uses_an_odd_function(x_ptr, N: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, N))
+    y = libdevice.j0(x) + 1  # named here, though it would be computed for the store
+    tl.store(x_ptr + tl.arange(0, N), y)
+
+
+@triton.jit
 def uses_inline_assembly(x_ptr, N: tl.constexpr):
     x = tl.load(x_ptr + tl.arange(0, N))
     y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -148,6 +156,7 @@ def uses_inline_assembly(x_ptr, N: tl.constexpr):
         (returns_early, lambda: (torch.zeros(1), 5), {}, "cf.cond_br", 2),
         (uses_while, lambda: (torch.zeros(1, dtype=torch.int32), 5), {}, "scf.while", 2),
         (uses_fp8, lambda: (torch.zeros(32),), {"N": 32}, "tt.fp_to_fp", 3),
+        (uses_an_odd_function, lambda: (torch.zeros(32),), {"N": 32}, "tt.extern_elementwise", 3),
         (uses_inline_assembly, lambda: (torch.zeros(32),), {"N": 32}, "tt.elementwise_inline_asm", 3),
     ],
     ids=lambda value: getattr(value, "__name__", None),

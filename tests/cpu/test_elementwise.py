@@ -307,3 +307,69 @@ def test_masked_off_memory_need_not_exist():
             for guard in (start, start + 2 * page):
                 libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 3)
             del handle
+
+
+@triton.jit
+def _hash(out_ptr, start, N: tl.constexpr):
+    index = start + tl.arange(0, N)
+    hashed = index * 1103515245 + 12345
+    tl.store(out_ptr + tl.arange(0, N), hashed.to(tl.int64) * 2 + index.to(tl.int64))
+
+
+@pytest.mark.parametrize("start", [0, 7, 2**31 - 20])
+def test_index_arithmetic_wraps_where_its_value_is_used(start):
+    out = torch.zeros(64, dtype=torch.int64)
+    _hash[(1,)](out, start, N=64)
+    index = (start + torch.arange(64)).to(torch.int32)
+    hashed = (index.long() * 1103515245 + 12345).to(torch.int32)
+    assert torch.equal(out, hashed.long() * 2 + index.long())
+
+
+@triton.jit
+def _long_chain(x_ptr, out_ptr, LENGTH: tl.constexpr, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    x = tl.load(x_ptr + offsets)
+    for k in tl.static_range(LENGTH):
+        x = x * 3 + k
+        x = x ^ (x >> 7)
+    tl.store(out_ptr + offsets, x)
+
+
+def test_a_chain_of_a_thousand_operations(rng):
+    x = torch.randint(-(2**31), 2**31, (32,), generator=rng).to(torch.int32)
+    out = torch.zeros_like(x)
+    _long_chain[(1,)](x, out, LENGTH=250, N=32)
+    for k in range(250):
+        x = x * 3 + k
+        x = x ^ (x >> 7)
+    assert torch.equal(out, x)
+
+
+@triton.jit
+def exp(x_ptr, out_ptr, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    tl.store(out_ptr + offsets, tl.exp(tl.load(x_ptr + offsets)))
+
+
+def test_a_kernel_may_be_called_like_a_function_of_libm(rng):
+    x = torch.randn(32, generator=rng, dtype=torch.float64)
+    out = torch.zeros_like(x)
+    exp[(1,)](x, out, N=32)
+    torch.testing.assert_close(out, x.exp(), rtol=1e-15, atol=0)
+
+
+@triton.jit
+def _classify(x_ptr, out_ptr, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    x = tl.load(x_ptr + offsets)
+    kinds = (
+        libdevice.isnan(x).to(tl.int32) + 2 * libdevice.isinf(x).to(tl.int32) + 4 * libdevice.finitef(x).to(tl.int32)
+    )
+    tl.store(out_ptr + offsets, kinds)
+
+
+def test_floats_are_classified():
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -3.0e38, 1e-45, 1.0, -1.0])
+    out = torch.zeros(8, dtype=torch.int32)
+    _classify[(1,)](x, out, N=8)
+    assert out.tolist() == [1, 2, 2, 4, 4, 4, 4, 4]

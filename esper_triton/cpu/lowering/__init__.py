@@ -33,12 +33,13 @@ _OUT_OF_MEMORY = 1
 _SCRATCH_ALIGNMENT = 64
 
 
-def lower(module: Module, name: str, *, vector_bits: int | None = None) -> str:
-    """LLVM IR, as text, of a module that exports `void name(Frame *)`.
+def lower(module: Module, name: str, *, symbol: str | None = None, vector_bits: int | None = None) -> str:
+    """LLVM IR, as text, of a module that exports `void symbol(Frame *)`.
 
     Args:
         module: the parsed TTIR, calls inlined.
         name: the kernel's function.
+        symbol: name of the entry point in the object code; the function's where it is None.
         vector_bits: width of the target's vector registers; this machine's where it is None.
 
     Raises:
@@ -54,7 +55,7 @@ def lower(module: Module, name: str, *, vector_bits: int | None = None) -> str:
         body = _lower_program(llvm, function, name, lanes=2 * vector_bits // 32)
     except Unlowered as error:  # of the function itself, such as a parameter of an unknown type
         raise UnsupportedOperation("tt.func", kernel=name, reason=str(error)) from None
-    _emit_entry(llvm, function, name, body)
+    _emit_entry(llvm, function, symbol or name, body)
     return str(llvm)
 
 

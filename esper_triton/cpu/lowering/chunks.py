@@ -41,11 +41,17 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Affine:
-    """Lane i holds `base + i * step`: integers of any width, or addresses (then `step` is in bytes). Arithmetic on
-    indices is taken not to wrap inside one chunk, as an address that wrapped would be outside its tensor."""
+    """Lane i holds `base + i * step`: integers of any width, or addresses (then `step` is in bytes).
+
+    `fits`: it is known that no lane wraps around in the type, as in `tl.arange`. `assumed`: it was widened from what
+    was not known to fit. That no lane wrapped is taken for granted of addresses, since one that did would lie outside
+    of its tensor; where the value itself is used, `Nest.vector` computes it lane by lane.
+    """
 
     base: Value
     step: int
+    fits: bool = False
+    assumed: bool = False
 
 
 @dataclass(frozen=True)

@@ -435,8 +435,8 @@ def _function(b: ir.IRBuilder, name: str, element: str, args: Sequence[Value]) -
 
 
 LIBM = frozenset(
-    "acos acosh asin asinh atan atan2 atanh cbrt cos cosh erf erfc exp exp10 exp2 expm1 fmod hypot lgamma log log10 "
-    "log1p log2 nearbyint pow remainder rint round sin sinh tan tanh tgamma trunc".split()
+    "acos acosh asin asinh atan atan2 atanh cbrt cos cosh erf erfc exp exp10 exp2 expm1 fdim fmod hypot lgamma log "
+    "log10 log1p log2 nearbyint pow remainder rint round sin sinh tan tanh tgamma trunc".split()
 )
 
 
@@ -464,18 +464,36 @@ _EXACT: dict[str, Callable[..., Value]] = {
     "fdiv_rn": lambda b, x, y: b.fdiv(x, y),
     "sqrt_rn": lambda b, x: intrinsic(b, "sqrt", (x,)),
 }
-_FAST = {"fast_expf": "exp", "fast_logf": "log", "fast_log2f": "log2", "fast_sinf": "sin", "fast_cosf": "cos"}
+_INFINITY = float("inf")
+# Of one float, answered by an int32.
+_CLASSES: dict[str, Callable[[ir.IRBuilder, Value], Value]] = {
+    "isnan": lambda b, x: b.fcmp_unordered("uno", x, x),
+    "isinf": lambda b, x: b.fcmp_ordered("==", intrinsic(b, "fabs", (x,)), splat_constant(x.type, _INFINITY)),
+    "finite": lambda b, x: b.fcmp_ordered("<", intrinsic(b, "fabs", (x,)), splat_constant(x.type, _INFINITY)),
+    "isfinite": lambda b, x: b.fcmp_ordered("<", intrinsic(b, "fabs", (x,)), splat_constant(x.type, _INFINITY)),
+}
+# CUDA's fast variants are as good as the ordinary ones here.
+_FAST = {
+    f"fast_{name}f": name for name in ("exp", "exp10", "log", "log2", "log10", "sin", "cos", "tan", "tanh", "pow")
+} | {"fast_fdividef": "fdiv_rn", "div_rn": "fdiv_rn"}
 
 
 def _extern(b: ir.IRBuilder, op: Operation, args: list[Value]) -> Value:
     symbol = str(op.attributes["symbol"])
     if not symbol.startswith("__nv_"):
         raise Unlowered(f"external function {symbol!r}; libdevice's (`__nv_*`) are known")
-    element = _float_name(op)
-    base = _FAST.get(symbol.removeprefix("__nv_"), symbol.removeprefix("__nv_"))
-    if element not in ("f32", "f64") or any(str(element_type(v.type)) != element for v in op.operands):
-        raise Unlowered(f"libdevice function {symbol!r} on {element}")
-    for name in (base, base.removesuffix("f")):
+    elements = {str(element_type(v.type)) for v in op.operands}
+    element = elements.pop()
+    base = symbol.removeprefix("__nv_")
+    base = _FAST.get(base, base)
+    names = [base, base.removesuffix("f"), base.removesuffix("d")]
+    if element not in ("f32", "f64") or elements:
+        raise Unlowered(f"libdevice function {symbol!r} on {', '.join([element, *elements])}")
+    for name in names:
+        if name in _CLASSES:
+            return b.zext(_CLASSES[name](b, args[0]), typed(args[0], register_type(op.results[0].type)))
+        if _float_name(op) != element:
+            continue
         if name in _EXACT:
             return _EXACT[name](b, *args)
         if name in LIBM:

@@ -8,6 +8,7 @@ wherever it is needed, for the chunk that is needed. Whether that is right (no s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
@@ -18,7 +19,6 @@ from esper_triton.cpu.lowering.elementwise import (
     I1,
     I64,
     TABLE,
-    Unlowered,
     constant,
     element_type,
     register_type,
@@ -77,6 +77,7 @@ class Nest:
         self._kept = {value: program.new_buffer(value) for value in keep}
         self.builders: list[ir.IRBuilder] = [program.b]
         self._open: list[tuple[Any, Any, int, int, int]] = []
+        self._exact: dict[tuple[Any, ...], LLVMValue] = {}
         self._chunks: dict[tuple[Any, ...], tuple[Chunk, tuple[Index, ...]]] = {}
         axis = lane_axis(self.shape)
         self.width = 1 if axis is None else min(self.shape[axis], program.lanes)
@@ -137,7 +138,7 @@ class Nest:
     def visit(self, index: tuple[Index, ...]) -> None:
         """Store the chunk of every kept value."""
         for value, buffer in self._kept.items():
-            buffer.write(self.b, index, self.chunk(value, index), self.width)
+            buffer.write(self.b, index, self.exact(value, index), self.width)
 
     # ----------------------------------------------------------------------------------------------------------- values
 
@@ -157,12 +158,42 @@ class Nest:
         return found[0]
 
     def vector(self, value: Value, index: tuple[Index, ...]) -> LLVMValue:
-        """The chunk as an LLVM vector, or as an LLVM scalar where `index` has no lanes."""
+        """The chunk as an LLVM vector with the exact value of every lane, or as a scalar where `index` has no lanes."""
         chunk = self.chunk(value, index)
         if not any(at.lanes for at in index):
             assert isinstance(chunk, Uniform)
             return chunk.value
-        return c.as_vector(self.builder(index), chunk, self.width)
+        if not (isinstance(chunk, Affine) and chunk.assumed):
+            return c.as_vector(self.builder(index), chunk, self.width)
+        key = (id(value), *((id(at.value), at.lanes) for at in index))
+        if key not in self._exact:
+            self._exact[key] = self._widened(value, index)
+        return self._exact[key]
+
+    def exact(self, value: Value, index: tuple[Index, ...]) -> Chunk:
+        """The chunk, in a form that holds the exact value of every lane."""
+        chunk = self.chunk(value, index)
+        return Lanes(self.vector(value, index)) if isinstance(chunk, Affine) and chunk.assumed else chunk
+
+    def _widened(self, value: Value, index: tuple[Index, ...]) -> LLVMValue:
+        """Lane by lane, from the operands' exact values."""
+        if value in self.program.shifted:
+            initial, amount = self.program.shifted[value]
+            b = self.builder(index)
+            return b.add(self.vector(initial, index), c.splat(b, amount, self.width))
+        op = value.defining_op
+        assert op is not None
+        if op.name in ("tt.expand_dims", "tt.broadcast", "tt.trans"):
+            return self.vector(op.operands[0], operand_index(op, index))
+        operands = [self.exact(operand, index) for operand in op.operands]
+        b = self.builder(index)
+        vectors = [c.as_vector(b, operand, self.width) for operand in operands]
+        if op.name != "tt.addptr":
+            return self.program.emit(op, b, vectors)
+        element = element_type(value.type)
+        assert isinstance(element, PointerType)
+        pointers = self._add_pointer(b, Lanes(vectors[0]), Lanes(vectors[1]), size_of(element.pointee))
+        return c.as_vector(b, pointers, self.width)
 
     def _compute(self, value: Value, index: tuple[Index, ...]) -> Chunk:
         program = self.program
@@ -184,7 +215,7 @@ class Nest:
                 (at,) = index
                 start = ir.Constant(register_type(value.type), op.attributes["start"])
                 base = b.add(b.trunc(at.value, start.type), start)
-                return Affine(base, 1) if at.lanes else Uniform(base)
+                return Affine(base, 1, fits=True) if at.lanes else Uniform(base)
             case "tt.expand_dims" | "tt.broadcast" | "tt.trans":
                 return self.chunk(op.operands[0], operand_index(op, index))
             case "tt.load":
@@ -210,7 +241,9 @@ class Nest:
         base_x, base_y = (v.value if isinstance(v, Uniform) else v.base for v in (x, y))
         step = (x.step if isinstance(x, Affine) else 0) + sign * (y.step if isinstance(y, Affine) else 0)
         base = (b.add if sign > 0 else b.sub)(base_x, base_y)
-        return Affine(base, step) if step else Uniform(base)
+        assumed = any(isinstance(v, Affine) and v.assumed for v in (x, y))
+        # With steps that cancel, what was assumed may still not hold: it stays in a form that remembers it.
+        return Affine(base, step, assumed=assumed) if step or assumed else Uniform(base)
 
     def _add_pointer(self, b: ir.IRBuilder, pointer: Chunk, offset: Chunk, size: int) -> Chunk:
         scale = ir.Constant(I64, size)
@@ -220,24 +253,22 @@ class Nest:
                 wide = b.sext(wide, ir.VectorType(I64, self.width))
             return self._add(b, pointer, Lanes(b.mul(wide, c.splat(b, scale, self.width))), 1)
         base = offset.value if isinstance(offset, Uniform) else offset.base
-        if base.type != I64:
-            base = b.sext(base, I64)
-        base = b.mul(base, scale)
-        scaled: Chunk = Affine(base, offset.step * size) if isinstance(offset, Affine) else Uniform(base)
+        widened = base.type != I64
+        base = b.mul(b.sext(base, I64) if widened else base, scale)
+        scaled: Chunk = Uniform(base)
+        if isinstance(offset, Affine):
+            scaled = Affine(base, offset.step * size, assumed=offset.assumed or (widened and not offset.fits))
         return self._add(b, pointer, scaled, 1)
 
     def _elementwise(self, op: Operation, index: tuple[Index, ...], b: ir.IRBuilder) -> Chunk:
-        emit = TABLE.get(op.name)
-        if emit is None:
-            raise Unlowered(op.name)
+        emit = partial(self.program.emit, op)
         operands = [self.chunk(operand, index) for operand in op.operands]
         if all(isinstance(operand, Uniform) for operand in operands):
-            return Uniform(emit(b, op, [operand.value for operand in operands if isinstance(operand, Uniform)]))
+            return Uniform(emit(b, [operand.value for operand in operands if isinstance(operand, Uniform)]))
         affine = self._affine(op, operands, b)
         if affine is not None:
             return affine
-        vectors = [c.as_vector(b, operand, self.width) for operand in operands]
-        return Lanes(emit(b, op, vectors))
+        return Lanes(emit(b, [self.vector(operand, index) for operand in op.operands]))
 
     def _affine(self, op: Operation, operands: list[Chunk], b: ir.IRBuilder) -> Chunk | None:
         """Index arithmetic that keeps its scalar form; None where it cannot."""
@@ -251,9 +282,10 @@ class Nest:
                 for x, y in (operands, reversed(operands)):
                     if isinstance(x, Affine) and isinstance(y, Uniform) and isinstance(y.value, ir.Constant):
                         step = x.step * y.value.constant
-                        return Affine(b.mul(x.base, y.value), step) if step else Uniform(y.value)
+                        return Affine(b.mul(x.base, y.value), step, assumed=x.assumed) if step else Uniform(y.value)
             case "arith.extsi" if isinstance(first, Affine):
-                return Affine(b.sext(first.base, register_type(op.result.type)), first.step)
+                wide = b.sext(first.base, register_type(op.result.type))
+                return Affine(wide, first.step, fits=first.fits, assumed=first.assumed or not first.fits)
         return None
 
     def _load(self, op: Operation, index: tuple[Index, ...]) -> Chunk:
@@ -264,7 +296,7 @@ class Nest:
         b = self.builder(index)
         address = self.chunk(pointers, index)
         condition = self.chunk(mask, index) if mask is not None else None
-        fallback = self.chunk(other, index) if other is not None else Uniform(ir.Constant(register, _zero(register)))
+        fallback = self.exact(other, index) if other is not None else Uniform(ir.Constant(register, _zero(register)))
         b = self.builder(index)  # a nested load may have moved on to another block
         if isinstance(address, Uniform):
             pointer = b.inttoptr(address.value, c.POINTER)
@@ -281,15 +313,12 @@ class Nest:
                 return Lanes(c.load_vector(b, b.inttoptr(address.base, c.POINTER), element, width))
             everywhere = c.splat(b, ir.Constant(I1, 1), width)
             return Lanes(
-                c.gather(b, slots, c.as_vector(b, address, width), everywhere, c.as_vector(b, fallback, width), element)
+                c.gather(b, slots, self.vector(pointers, index), everywhere, c.as_vector(b, fallback, width), element)
             )
         other_vector = c.as_vector(b, fallback, width)
         if not contiguous:
-            return Lanes(
-                c.gather(
-                    b, slots, c.as_vector(b, address, width), c.as_vector(b, condition, width), other_vector, element
-                )
-            )
+            addresses, bits = self.vector(pointers, index), c.as_vector(b, condition, width)
+            return Lanes(c.gather(b, slots, addresses, bits, other_vector, element))
         assert isinstance(address, Affine)
         pointer = b.inttoptr(address.base, c.POINTER)
         if isinstance(condition, Uniform):
@@ -333,7 +362,7 @@ class Nest:
         pointers, value = op.operands[:2]
         mask = op.operands[2] if len(op.operands) > 2 else None
         element = element_type(value.type)
-        address, stored = self.chunk(pointers, index), self.chunk(value, index)
+        address, stored = self.chunk(pointers, index), self.exact(value, index)
         condition: Chunk = self.chunk(mask, index) if mask is not None else Uniform(ir.Constant(I1, 1))
         b, width, slots = self.b, self.width, self.program.lane_slots()
         if not any(at.lanes for at in index):
@@ -345,7 +374,8 @@ class Nest:
             return
         vector = c.as_vector(b, stored, width)
         if not (isinstance(address, Affine) and address.step == size_of(element)):
-            c.scatter(b, slots, vector, c.as_vector(b, address, width), c.as_vector(b, condition, width), element)
+            addresses, bits = self.vector(pointers, index), c.as_vector(b, condition, width)
+            c.scatter(b, slots, vector, addresses, bits, element)
             return
         pointer = b.inttoptr(address.base, c.POINTER)
         if isinstance(condition, Uniform):

@@ -39,6 +39,7 @@ from esper_triton.cpu.lowering.nest import SHAPE_OPS, Nest, is_elementwise, is_l
 from esper_triton.cpu.mlir import Block, Dense, Operation, PointerType, Region, TensorType, Value
 
 _ALIGNMENT = 64  # of buffers: a cache line
+_DEEPEST = 64  # operations that a lazy tile may be deep: chunks are computed by recursion
 
 # Index arithmetic: computed again wherever it is used rather than stored.
 _CHEAP = {
@@ -90,6 +91,7 @@ class Program:
         self._scratch = scratch
         self._lane_slots: tuple[Any, Any] | None = None
         self._grid = grid
+        self._depth: dict[Value, int] = {}  # of lazy tiles: how many operations one chunk of it goes through
         self._pending: dict[Value, None] = {}  # lazy loads, in program order
         self._targets: dict[Value, Any] = {}  # where a root's result is wanted, if somewhere particular
 
@@ -214,7 +216,7 @@ class Program:
                 nest.run(lambda index: None)
             else:  # cheap, so not kept of itself
                 buffer = self.new_buffer(value, register=False)
-                nest.run(lambda index: buffer.write(nest.b, index, nest.chunk(value, index), nest.width))
+                nest.run(lambda index: buffer.write(nest.b, index, nest.exact(value, index), nest.width))
                 self.buffers[value] = buffer
         return self.buffers[value]
 
@@ -225,7 +227,7 @@ class Program:
             self.materialise(value)
             return
         nest = self.nest([value], buffer.shape, None)
-        nest.run(lambda index: buffer.write(nest.b, index, nest.chunk(value, index), nest.width))
+        nest.run(lambda index: buffer.write(nest.b, index, nest.exact(value, index), nest.width))
 
     def _flush(self, but: Iterable[Value] = ()) -> None:
         """Compute the loads that are still pending, because memory is about to change."""
@@ -249,6 +251,13 @@ class Program:
                 raise self.unsupported(op, str(error)) from None
         raise AssertionError("a block without a terminator")
 
+    def emit(self, op: Operation, b: ir.IRBuilder, operands: list[Any]) -> Any:
+        """An element-wise operation. Raises UnsupportedOperation of this operation, wherever it is computed."""
+        try:
+            return TABLE[op.name](b, op, operands)
+        except Unlowered as error:
+            raise self.unsupported(op, str(error)) from None
+
     def unsupported(self, op: Operation, reason: str | None = None) -> UnsupportedOperation:
         place = op.location
         return UnsupportedOperation(
@@ -266,9 +275,18 @@ class Program:
         elif len(op.results) == 1 and _is_tile(op.result) and is_lazy_operation(op):
             register_type(op.result.type)  # an element type that is not known is refused here, with its operation
         elif len(op.results) == 1 and op.name in TABLE:
-            self.scalars[op.result] = TABLE[op.name](self.b, op, [self.scalars[v] for v in op.operands])
+            self.scalars[op.result] = self.emit(op, self.b, [self.scalars[v] for v in op.operands])
         else:
             raise Unlowered(op.name)
+        if len(op.results) == 1 and self._is_lazy(op.result) and op.result not in self.shifted:
+            self._bound_depth(op)
+
+    def _bound_depth(self, op: Operation) -> None:
+        depth = 1 + max((self._depth.get(operand, 0) for operand in op.operands), default=0)
+        if depth < _DEEPEST:
+            self._depth[op.result] = depth
+        else:
+            self.materialise(op.result)
 
     def _scalar_or_lazy_constant(self, op: Operation) -> None:
         if not _is_tile(op.result):
