@@ -19,7 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from seeding import adapter, copy_artifact, flip_one_byte, grow, law_2, linear_with_seeds, own_parameters
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import esper_triton as esper
 from esper_triton.contracts.errors import ArtifactNotFound, ArtifactRefused, CorruptObject
@@ -219,16 +221,74 @@ def test_law_2_seeds_over_the_whole_width_add_up(adapter_store: Urza, adapter_fo
 def test_law_2_alpha_zero_is_the_host_bit_by_bit_whatever_the_seed_computes(
     adapter_store: Urza, adapter_for: Callable[..., str], chunking: str, lead: tuple[int, ...], poison: float | None
 ) -> None:
-    layer = linear_with_seeds(adapter_store, IN, D if chunking == "whole" else 2 * D, 2, chunking=chunking)
+    width = D if chunking == "whole" else 2 * D
+    layer = KasminaLayer.adopt(nn.Embedding(9, width), num_seeds=2, urza=adapter_store, chunking=chunking)
     for seed in range(2):
         grow(layer, seed, adapter_for(D, R), alpha=0.0)
         if poison is not None:
             own_parameters(layer, seed)["up_weight"].data.fill_(poison)
     with torch.no_grad():
-        layer.bias[0] = -0.0
-        layer.weight[0] = 0.0  # a column that is -0.0: adding zero to it would lose the sign
-    x = torch.randn(*lead, IN).abs()
-    assert torch.equal(layer(x).view(torch.int32), layer.default_transform(x).view(torch.int32))
+        layer.weight[:, ::3] = -0.0  # adding zero to it would lose the sign
+    x = torch.randint(0, 9, lead)
+    host = layer.default_transform(x)
+    assert not host.numel() or host.signbit()[..., ::3].all()
+    assert torch.equal(layer(x).view(torch.int32), host.view(torch.int32))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_law_1_checkpointing_activations_is_no_fault_of_a_seed(
+    adapter_store: Urza, adapter_for: Callable[..., str], use_reentrant: bool
+) -> None:
+    # The non-reentrant variant ends its recomputation by an exception raised where autograd saves a tensor.
+    layers = [linear_with_seeds(adapter_store, D, D, 1) for _ in range(3)]
+    for layer in layers:
+        grow(layer, 0, adapter_for(D, R), alpha=0.5)
+    x = torch.randn(4, D, requires_grad=True)
+    parameters = [p for layer in layers for p in (layer.weight, *own_parameters(layer, 0).values())]
+    plain = x
+    for layer in layers:
+        plain = layer(plain)
+    wanted = torch.autograd.grad(plain.square().sum(), [x, *parameters])
+    out = x
+    for layer in layers:
+        out = checkpoint(layer, out, use_reentrant=use_reentrant)
+    out.square().sum().backward()
+    for tensor, grad in zip([x, *parameters], wanted, strict=True):
+        assert torch.equal(tensor.grad, grad)
+    for layer in layers:
+        layer.commit()
+        assert layer.seed_state(0) is SeedLifecycleState.GRAFTING
+        assert layer.get_layer_stats()["seeds"][0]["error_count"] == 0
+
+
+def _export(layer: nn.Module, x: Tensor) -> Tensor:
+    return torch.export.export(nn.Sequential(layer), (x,)).module()(x)
+
+
+RECORDERS = {
+    "jit.trace": lambda layer, x: torch.jit.trace(layer, x, check_trace=False)(x),
+    "make_fx": lambda layer, x: make_fx(layer)(x)(x),
+    "export": _export,
+    "vmap": lambda layer, x: torch.vmap(layer)(x),
+    "functional grad": lambda layer, x: torch.func.grad(lambda y: layer(y).sum())(x) @ layer.weight.T,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of jit.trace
+@pytest.mark.parametrize("name", RECORDERS)
+def test_law_1_what_a_kernel_cannot_take_part_in_gets_the_host_alone(
+    adapter_store: Urza, adapter_for: Callable[..., str], name: str
+) -> None:
+    layer = linear_with_seeds(adapter_store, D, D, 1)
+    grow(layer, 0, adapter_for(D, R), alpha=0.5)
+    x = torch.randn(4, D)
+    host = nn.Linear(D, D)
+    host.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(RECORDERS[name](layer, x), RECORDERS[name](host, x))
+    stats = layer.get_layer_stats()["seeds"][0]
+    assert stats["error_count"] == 0
+    assert stats["specialisation_misses"] > 0
+    assert not torch.equal(layer(x), host(x))
 
 
 def test_law_2_one_whole_span_seed_at_alpha_one_gives_k(adapter_store: Urza, adapter_for: Callable[..., str]) -> None:

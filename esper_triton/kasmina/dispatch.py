@@ -7,18 +7,22 @@ noted on the seed and its span is the host's (law 1).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from esper_triton.kasmina.autograd import SeedBlend
 from esper_triton.kasmina.plan import ActiveSeed, Contribution, Plan, matrix
 from esper_triton.kasmina.seed import LayerRecord
 
 __all__ = ["Dispatch"]
+
+_log = logging.getLogger("esper_triton.kasmina")
 
 
 class Dispatch:
@@ -33,42 +37,80 @@ class Dispatch:
         h = self.host_forward(*args, **kwargs)
         self.record.forward_calls_active += 1
         x = args[0] if args else next(iter(kwargs.values()), None)
-        try:
-            return _dispatch(self.plan, x, h)
-        except Exception as error:
-            for active in self.plan.seeds:
-                active.seed.fault(error)
+        if _is_recorded():
+            self._warn_of_recording()
+            _count_misses(self.plan.seeds)
             return h
+        return _dispatch(self.plan, x, h)
+
+    def _warn_of_recording(self) -> None:
+        if not self.record.warned_of_recording:
+            self.record.warned_of_recording = True
+            _log.warning(
+                "layer %r: this call is being traced or exported, which a kernel cannot be: the host alone is recorded",
+                self.record.name,
+            )
+
+
+def _is_recorded() -> bool:
+    """Whether operations are being written down (`torch.jit.trace`, `make_fx`, `torch.export`) instead of only being
+    run. A kernel writes to memory behind torch's back, so the record would hold an output that nothing has written.
+    `torch.compile` is no case of it: it leaves the kernel's call out of its graph."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def _count_misses(seeds: Sequence[ActiveSeed]) -> None:
+    for active in seeds:
+        active.seed.specialisation_misses += 1
 
 
 def _dispatch(plan: Plan, x: Any, h: Any) -> Any:
-    if _is_plain(h) and h.is_nested:
+    if type(h) is Tensor and h.is_nested:
         # nn.TransformerEncoder packs padded batches so in eval mode; every sequence of the pack is a matrix of its own.
         return torch.nested.as_nested_tensor([_dispatch(plan, None, part) for part in h.unbind()])
-    fitting = [active for active in plan.seeds if _fits(plan, active, x, h)]
-    for active in plan.seeds:
-        if active not in fitting:
-            active.seed.specialisation_misses += 1
-    if not fitting:
+    try:
+        blend = _blend(plan, x, h)
+    except Exception as error:
+        for active in plan.seeds:
+            active.seed.fault(error)
         return h
-    with torch.no_grad():
-        h2 = matrix(h)
-        x2 = matrix(x) if any("x" in active.program.inputs for active in fitting) else None
-        out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-        contributions = _run(plan, fitting, x2, h2, out.view(h2.shape))
-    if not contributions:
+    if blend is None:
         return h
+    out, contributions, x = blend
     parameters = [p for c in contributions for p in c.active.parameters.values()]
-    inputs = [h] if x2 is None else [h, x]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *parameters)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *parameters, *(() if x is None else (x,)))):
+        # Not under the `try` above: this runs the hooks of whoever keeps saved tensors, and what they raise is not a
+        # seed's fault. Activation checkpointing ends its recomputation by an exception from there.
         apply: Callable[..., Tensor] = SeedBlend.apply
-        return apply(plan, contributions, (out,), h, None if x2 is None else x, *parameters)
+        return apply(plan, contributions, (out,), h, x, *parameters)
     return out
 
 
+def _blend(plan: Plan, x: Any, h: Any) -> tuple[Tensor, list[Contribution], Tensor | None] | None:
+    """The blended output, what its seeds leave for backward, and the input where one of them read it; None where no
+    seed contributed."""
+    fitting = [active for active in plan.seeds if _fits(plan, active, x, h)]
+    _count_misses([active for active in plan.seeds if active not in fitting])
+    if not fitting:
+        return None
+    reads_x = any("x" in active.program.inputs for active in fitting)
+    with torch.no_grad():
+        h2 = matrix(h)
+        out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+        contributions = _run(plan, fitting, matrix(x) if reads_x else None, h2, out.view(h2.shape))
+    return (out, contributions, x if reads_x else None) if contributions else None
+
+
 def _is_plain(value: Any) -> bool:
-    # A subclass (DTensor, a fake tensor) may have no memory of its own for a kernel to read.
-    return type(value) is Tensor or type(value) is nn.Parameter
+    # A subclass (DTensor, a fake tensor) may have no memory of its own for a kernel to read; one that functorch has
+    # wrapped, or that carries a tangent, needs a rule that a kernel does not have.
+    if type(value) is not Tensor and type(value) is not nn.Parameter:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not torch._C._functorch.is_functorch_wrapped_tensor(value) and forward_ad._current_level < 0
 
 
 def _fits(plan: Plan, active: ActiveSeed, x: Any, h: Any) -> bool:

@@ -163,11 +163,12 @@ class KasminaLayer(Adopted):
         try:
             loaded = await asyncio.to_thread(loading.load, request, urza)
         except Exception as error:
-            return self._load_failed(request, error)
+            return KasminaLayer._load_failed(self, request, error)
         except BaseException as error:  # the task was cancelled: the seed must not stay in LOADING
-            self._load_failed(request, error)
+            KasminaLayer._load_failed(self, request, error)
             raise
-        return self._finish_load(request, loaded)
+        # By the class: the layer may have been unwrapped meanwhile, and be no KasminaLayer any more.
+        return KasminaLayer._finish_load(self, request, loaded)
 
     def load_kernel_sync(self, seed: int, artifact_id: str) -> bool:
         """As `load_kernel`, on this thread, for code with no event loop."""
@@ -321,9 +322,9 @@ class KasminaLayer(Adopted):
         return request, record.urza
 
     def _finish_load(self, request: loading.LoadRequest, loaded: LoadedKernel) -> bool:
-        own = self._seed(request.seed)
-        if own.ticket is not request.holder:
-            return False  # unloaded, or unwrapped, while it was on its way
+        own = KasminaLayer._awaited(self, request)
+        if own is None:
+            return False
         try:
             # The layer may have been moved or cast while the artifact was on its way.
             loading.check_dtype(request.who, loaded.manifest, self._host_dtype())
@@ -339,13 +340,21 @@ class KasminaLayer(Adopted):
         return True
 
     def _load_failed(self, request: loading.LoadRequest, error: BaseException) -> bool:
-        own = self._seed(request.seed)
-        if own.ticket is request.holder:
+        own = KasminaLayer._awaited(self, request)
+        if own is not None:
             own.last_error = error
             _warn("load_kernel_failed", request.layer_name, request.seed, request.artifact_id, error)
             self._move(own, _S.CULLED)
             self._rebuild()
         return False
+
+    def _awaited(self, request: loading.LoadRequest) -> Seed | None:
+        """The seed that still waits for this load; None where it was unloaded, or the layer unwrapped, meanwhile."""
+        record = self.__dict__.get(_OWN_ATTRIBUTE)
+        if record is None:
+            return None
+        own: Seed = record.seeds[request.seed]
+        return own if own.ticket is request.holder else None
 
     def _move(self, seed: Seed, state: SeedLifecycleState) -> None:
         check_transition(self._kasmina.name, seed.index, seed.state, state)

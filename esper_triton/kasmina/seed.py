@@ -109,6 +109,7 @@ class LayerRecord:
     guard: bool
     telemetry_enabled: bool
     forward_calls_active: int = 0
+    warned_of_recording: bool = False
     prior_forward: Any = None  # an instance `forward` that the host had before a seed became active
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerRecord:

@@ -6,6 +6,7 @@ import copy as copying
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from esper_triton.contracts.errors import nearest
@@ -52,6 +53,15 @@ class MorphableModel(Adopted):
     def set_alpha(self, name: str, seed: int, value: float) -> None:
         """Sets the blending coefficient of a seed; see `KasminaLayer.set_alpha`."""
         KasminaLayer.set_alpha(self._layer(name), seed, value)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of the host's parameters and of the seeds'."""
+        cast(nn.Module, super()).zero_grad(set_to_none)
+        for parameter in seed_parameters(cast(nn.Module, self)):
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad = torch.zeros_like(parameter.grad)
 
     def step_boundary(self) -> None:
         """Call it between training steps: what failed in the last step takes effect now."""
