@@ -34,6 +34,12 @@ class Dim(_Value):
     min: int = Field(default=1, ge=1)
     max: int = Field(default=65536, ge=1)
 
+    @model_validator(mode="after")
+    def _check(self) -> Dim:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
 
 class ParameterSpec(_Value):
     """A trainable tensor of the seed. `shape` holds expressions over dims; `kaiming_uniform` takes fan-in from the last
@@ -158,8 +164,9 @@ class Blueprint(_Value):
                 raise BlueprintError(f"blueprint {path}: source {body['source']!r} must be a file beside the blueprint")
             try:
                 body["source_text"] = source.read_text(encoding="utf-8")
-            except OSError as error:
-                raise BlueprintError(f"blueprint {path}: source {source} cannot be read ({error.strerror})") from error
+            except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not a possible file name
+                reason = getattr(error, "strerror", None) or error
+                raise BlueprintError(f"blueprint {path}: source {str(source)!r} cannot be read ({reason})") from error
         try:
             return cls.model_validate(body | {"path": path.resolve()})
         except ValidationError as error:

@@ -29,7 +29,7 @@ def load_source(blueprint: Blueprint) -> ModuleType:
     module.__file__ = filename
     try:
         exec(compile(text, filename, "exec", dont_inherit=True), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BlueprintError(
             f"blueprint {blueprint.name!r}: its source {blueprint.source} does not run: {type(error).__name__}: {error}"
         ) from error
