@@ -373,3 +373,19 @@ def test_floats_are_classified():
     out = torch.zeros(8, dtype=torch.int32)
     _classify[(1,)](x, out, N=8)
     assert out.tolist() == [1, 2, 2, 4, 4, 4, 4, 4]
+
+
+@triton.jit
+def _cancelling(x_ptr, out_ptr, value_ptr, start, N: tl.constexpr):
+    index = tl.arange(0, N)
+    row = (index + start).to(tl.int64) - (index + 1).to(tl.int64)
+    tl.store(out_ptr + index, tl.load(x_ptr + row * 4 + index))
+    tl.store(value_ptr + index, row * 3)
+
+
+@pytest.mark.parametrize("start", [1, 11, 100])
+def test_widened_indices_may_cancel(start):
+    x, out, value = torch.arange(1000.0), torch.zeros(64), torch.zeros(64, dtype=torch.int64)
+    _cancelling[(1,)](x, out, value, start, N=64)
+    assert torch.equal(out, x[4 * (start - 1) :][:64])
+    assert (value == 3 * (start - 1)).all()

@@ -282,7 +282,11 @@ class Nest:
                 for x, y in (operands, reversed(operands)):
                     if isinstance(x, Affine) and isinstance(y, Uniform) and isinstance(y.value, ir.Constant):
                         step = x.step * y.value.constant
-                        return Affine(b.mul(x.base, y.value), step, assumed=x.assumed) if step else Uniform(y.value)
+                        if (
+                            step or x.assumed
+                        ):  # steps that cancelled leave an assumed tile with step 0, and a base that counts
+                            return Affine(b.mul(x.base, y.value), step, assumed=x.assumed)
+                        return Uniform(y.value)
             case "arith.extsi" if isinstance(first, Affine):
                 wide = b.sext(first.base, register_type(op.result.type))
                 return Affine(wide, first.step, fits=first.fits, assumed=first.assumed or not first.fits)
