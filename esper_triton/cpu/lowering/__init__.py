@@ -1,7 +1,8 @@
 """From parsed TTIR to LLVM IR: one entry function per kernel that runs a range of programs.
 
 `elementwise` and `vmath` emit arithmetic, `chunks` memory accesses, `nest` loop nests over a tile, `reduction` and
-`dot` the operations that need loops of their own, `program` the order of it all. This module makes the entry function.
+`dot` the operations that need loops of their own, `control` branches and loops, `program` the order of it all. This
+module makes the entry function.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 from llvmlite import ir
 
 from esper_triton.cpu.errors import UnsupportedOperation
+from esper_triton.cpu.lowering.control import lower_for, lower_if
 from esper_triton.cpu.lowering.dot import lower_dot
 from esper_triton.cpu.lowering.elementwise import (
     F32,
@@ -22,7 +24,7 @@ from esper_triton.cpu.lowering.elementwise import (
     float_to_float,
     register_type,
 )
-from esper_triton.cpu.lowering.program import Program
+from esper_triton.cpu.lowering.program import Program, unsupported
 from esper_triton.cpu.lowering.reduction import lower_reduce, lower_scan
 from esper_triton.cpu.mlir import Module, Operation
 
@@ -69,22 +71,20 @@ class _Body:
 def _lower_program(llvm: Any, function: Operation, name: str, lanes: int) -> _Body:
     region = function.regions[0]
     if len(region.blocks) != 1:
-        terminator = region.blocks[0].terminator
-        place = terminator.location
-        raise UnsupportedOperation(
-            terminator.name,
-            kernel=name,
-            file=place.file if place else None,
-            line=place.line if place else None,
-            reason="a return from inside a condition",
-        )
+        raise unsupported(name, region.blocks[0].terminator, "a return from inside a condition")
     block = region.block
     parameters = [register_type(argument.type) for argument in block.arguments]
     body = ir.Function(llvm, ir.FunctionType(ir.VoidType(), [*parameters, *[I32] * 6, _POINTER]), f"{name}.program")
     body.linkage = "internal"
     *arguments, x, y, z, nx, ny, nz, scratch = body.args
     grid = {"id0": x, "id1": y, "id2": z, "size0": nx, "size1": ny, "size2": nz}
-    operations = {"tt.dot": lower_dot, "tt.reduce": lower_reduce, "tt.scan": lower_scan}
+    operations = {
+        "scf.for": lower_for,
+        "scf.if": lower_if,
+        "tt.dot": lower_dot,
+        "tt.reduce": lower_reduce,
+        "tt.scan": lower_scan,
+    }
     program = Program(name, body, scratch, grid, lanes, operations)
     program.scalars.update(zip(block.arguments, arguments, strict=True))
     program.run(block, until="tt.return")

@@ -64,6 +64,11 @@ class Lanes:
 Chunk = Uniform | Affine | Lanes
 
 
+def as_chunk(value: Value) -> Uniform | Lanes:
+    """A computed LLVM value, vector or scalar, as a chunk."""
+    return Lanes(value) if isinstance(value.type, ir.VectorType) else Uniform(value)
+
+
 def as_vector(b: ir.IRBuilder, chunk: Chunk, width: int) -> Value:
     """The chunk as an LLVM vector of `width` lanes."""
     if isinstance(chunk, Lanes):
@@ -206,6 +211,18 @@ def _for_each_lane(b: ir.IRBuilder, mask: Value, body: Callable[[Value], None]) 
     left.add_incoming(b.and_(left, b.sub(left, ir.Constant(I64, 1))), b.block)
     b.branch(test)
     b.position_at_end(after)
+
+
+def guarded(b: ir.IRBuilder, condition: Value, then: Callable[[], Value], otherwise: Value) -> Value:
+    """`then()` where the scalar condition holds, `otherwise` where not; what it emits runs only in that case."""
+    before = b.block
+    with b.if_then(condition):
+        value = then()
+        taken = b.block
+    result = b.phi(value.type)
+    result.add_incoming(otherwise, before)
+    result.add_incoming(value, taken)
+    return result
 
 
 def all_true(b: ir.IRBuilder, mask: Value) -> Value:

@@ -89,7 +89,7 @@ def lower_dot(program: Program, op: Operation) -> None:
         sums = following
     for k, value in enumerate(sums):
         value = float_to_float(nest.b, value, compute.name, names[2])
-        output.write(nest.b, position(k), Lanes(value) if columns > 1 else Uniform(value), width)
+        output.write(nest.b, position(k), c.as_chunk(value), width)
     for _ in range(len(leading) + 2):
         nest.close()
 
@@ -124,9 +124,7 @@ def _in_type(program: Program, user: Operation, value: Value, element: ScalarTyp
 
     def convert(index: tuple[Index, ...]) -> None:
         chunk = float_to_float(nest.b, nest.vector(value, index), source, element.name)
-        buffer.write(
-            nest.b, index, Lanes(chunk) if isinstance(chunk.type, ir.VectorType) else Uniform(chunk), nest.width
-        )
+        buffer.write(nest.b, index, c.as_chunk(chunk), nest.width)
 
     nest.run(convert)
     return buffer

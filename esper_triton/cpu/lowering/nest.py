@@ -34,6 +34,17 @@ if TYPE_CHECKING:
 SHAPE_OPS = {"tt.splat", "tt.expand_dims", "tt.broadcast", "tt.trans", "tt.make_range", "arith.constant"}
 
 
+def is_tile(value: Value) -> bool:
+    """Whether a value is a tensor of the program."""
+    return isinstance(value.type, TensorType)
+
+
+def definition(value: Value) -> Operation:
+    """The operation that a value is a result of."""
+    assert value.defining_op is not None
+    return value.defining_op
+
+
 def is_elementwise(op: Operation) -> bool:
     """Whether result element i depends on operand elements i only."""
     return op.name in TABLE or op.name in ("tt.addptr", "tt.load")
@@ -121,8 +132,8 @@ class Nest:
             phi.add_incoming(following_value, body.block)
         outer.position_at_end(after)
 
-    def run(self, body: Callable[[tuple[Index, ...]], None]) -> None:
-        """Every chunk of the shape in row-major order."""
+    def run(self, body: Callable[[tuple[Index, ...]], None] | None = None) -> None:
+        """Every chunk of the shape in row-major order; without a body, only what is kept is computed."""
         axis = lane_axis(self.shape)
         index: list[Index] = [ZERO] * len(self.shape)
         opened = 0
@@ -131,7 +142,8 @@ class Nest:
                 index[k] = self.open(extent, self.width if k == axis else 1, lanes=k == axis)
                 opened += 1
         self.visit(tuple(index))
-        body(tuple(index))
+        if body is not None:
+            body(tuple(index))
         for _ in range(opened):
             self.close()
 
@@ -151,7 +163,7 @@ class Nest:
         program = self.program
         if value in program.scalars:
             return Uniform(program.scalars[value])
-        key = (id(value), *((id(at.value), at.lanes) for at in index))
+        key = _key(value, index)
         found = self._chunks.get(key)
         if found is None:  # the index is kept with it, so that no other object can come to have its id
             found = self._chunks[key] = (self._compute(value, index), index)
@@ -165,7 +177,7 @@ class Nest:
             return chunk.value
         if not (isinstance(chunk, Affine) and chunk.assumed):
             return c.as_vector(self.builder(index), chunk, self.width)
-        key = (id(value), *((id(at.value), at.lanes) for at in index))
+        key = _key(value, index)
         if key not in self._exact:
             self._exact[key] = self._widened(value, index)
         return self._exact[key]
@@ -185,9 +197,8 @@ class Nest:
         assert op is not None
         if op.name in ("tt.expand_dims", "tt.broadcast", "tt.trans"):
             return self.vector(op.operands[0], operand_index(op, index))
-        operands = [self.exact(operand, index) for operand in op.operands]
+        vectors = [self.vector(operand, index) for operand in op.operands]
         b = self.builder(index)
-        vectors = [c.as_vector(b, operand, self.width) for operand in operands]
         if op.name != "tt.addptr":
             return self.program.emit(op, b, vectors)
         element = element_type(value.type)
@@ -282,9 +293,8 @@ class Nest:
                 for x, y in (operands, reversed(operands)):
                     if isinstance(x, Affine) and isinstance(y, Uniform) and isinstance(y.value, ir.Constant):
                         step = x.step * y.value.constant
-                        if (
-                            step or x.assumed
-                        ):  # steps that cancelled leave an assumed tile with step 0, and a base that counts
+                        # Steps that cancelled leave an assumed tile with step 0, and a base that counts.
+                        if step or x.assumed:
                             return Affine(b.mul(x.base, y.value), step, assumed=x.assumed)
                         return Uniform(y.value)
             case "arith.extsi" if isinstance(first, Affine):
@@ -296,18 +306,16 @@ class Nest:
         """A tile load. A masked-off element is `other`, zero where none is given; its address is not touched."""
         pointers, mask, other = load_operands(op)
         element = element_type(op.result.type)
-        register = register_type(op.result.type)
-        b = self.builder(index)
         address = self.chunk(pointers, index)
         condition = self.chunk(mask, index) if mask is not None else None
-        fallback = self.exact(other, index) if other is not None else Uniform(ir.Constant(register, _zero(register)))
+        fallback = self.exact(other, index) if other is not None else Uniform(constant(op.result.type, 0))
         b = self.builder(index)  # a nested load may have moved on to another block
         if isinstance(address, Uniform):
             pointer = b.inttoptr(address.value, c.POINTER)
             if condition is None:
                 return Uniform(c.load_scalar(b, pointer, element))
             if isinstance(condition, Uniform) and isinstance(fallback, Uniform):
-                value = self._guarded(b, condition.value, lambda: c.load_scalar(b, pointer, element), fallback.value)
+                value = c.guarded(b, condition.value, lambda: c.load_scalar(b, pointer, element), fallback.value)
                 return Uniform(value)
         width, slots = self.width, self.program.lane_slots()
         contiguous = isinstance(address, Affine) and address.step == size_of(element)
@@ -326,9 +334,7 @@ class Nest:
         assert isinstance(address, Affine)
         pointer = b.inttoptr(address.base, c.POINTER)
         if isinstance(condition, Uniform):
-            return Lanes(
-                self._guarded(b, condition.value, lambda: c.load_vector(b, pointer, element, width), other_vector)
-            )
+            return Lanes(c.guarded(b, condition.value, lambda: c.load_vector(b, pointer, element, width), other_vector))
         bits = c.as_vector(b, condition, width)
         full, partial, join = (self.program.new_block(n) for n in ("full", "partial", "loaded"))
         b.cbranch(c.all_true(b, bits), full, partial)
@@ -344,22 +350,6 @@ class Nest:
         result.add_incoming(whole, full)
         result.add_incoming(masked, masked_end)
         return Lanes(result)
-
-    def _guarded(
-        self, b: ir.IRBuilder, condition: LLVMValue, then: Callable[[], LLVMValue], otherwise: LLVMValue
-    ) -> LLVMValue:
-        """`then()` where the scalar condition holds, `otherwise` where not."""
-        before = b.block
-        taken, join = self.program.new_block("taken"), self.program.new_block("join")
-        b.cbranch(condition, taken, join)
-        b.position_at_end(taken)
-        value = then()
-        b.branch(join)
-        b.position_at_end(join)
-        result = b.phi(value.type)
-        result.add_incoming(otherwise, before)
-        result.add_incoming(value, taken)
-        return result
 
     def store(self, op: Operation, index: tuple[Index, ...]) -> None:
         """A tile store of one chunk."""
@@ -394,8 +384,8 @@ class Nest:
                 c.masked_store(b, slots[0], vector, pointer, bits, element)
 
 
-def _zero(register: ir.Type) -> float | int:
-    return 0 if isinstance(register, ir.IntType) else 0.0
+def _key(value: Value, index: tuple[Index, ...]) -> tuple[Any, ...]:
+    return (id(value), *((id(at.value), at.lanes) for at in index))
 
 
 def load_operands(op: Operation) -> tuple[Value, Value | None, Value | None]:

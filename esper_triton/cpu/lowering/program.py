@@ -35,8 +35,16 @@ from esper_triton.cpu.lowering.elementwise import (
     register_type,
     size_of,
 )
-from esper_triton.cpu.lowering.nest import SHAPE_OPS, Nest, is_elementwise, is_lazy_operation, load_operands
-from esper_triton.cpu.mlir import Block, Dense, Operation, PointerType, Region, TensorType, Value
+from esper_triton.cpu.lowering.nest import (
+    SHAPE_OPS,
+    Nest,
+    definition,
+    is_elementwise,
+    is_lazy_operation,
+    is_tile,
+    load_operands,
+)
+from esper_triton.cpu.mlir import Block, Dense, Operation, PointerType, TensorType, Value
 
 _ALIGNMENT = 64  # of buffers: a cache line
 _DEEPEST = 64  # operations that a lazy tile may be deep: chunks are computed by recursion
@@ -48,15 +56,17 @@ _CHEAP = {
     "tt.trans", "tt.make_range", "tt.bitcast",
 }  # fmt: skip
 
-_MEMORY_EFFECTS = {"tt.store", "tt.atomic_rmw", "tt.atomic_cas", "tt.call", "tt.print", "tt.assert"}
 
-
-def _is_tile(value: Value) -> bool:
-    return isinstance(value.type, TensorType)
-
-
-def _writes_memory(op: Operation) -> bool:
-    return any(nested.name in _MEMORY_EFFECTS for nested in op.walk())
+def unsupported(kernel: str, op: Operation, reason: str | None = None) -> UnsupportedOperation:
+    """The error that names an operation of a kernel and the line it stands on."""
+    place = op.location
+    return UnsupportedOperation(
+        op.name,
+        kernel=kernel,
+        file=place.file if place else None,
+        line=place.line if place else None,
+        reason=None if reason == op.name else reason,
+    )
 
 
 class Program:
@@ -78,7 +88,7 @@ class Program:
         lanes: int,
         operations: Mapping[str, Handler],
     ) -> None:
-        """`operations` lowers those tile operations that have a module of their own, by name."""
+        """`operations` lowers those operations that have a module of their own, by name."""
         self._handlers = {**_HANDLERS, **operations}
         self.kernel = kernel
         self.function = function
@@ -93,7 +103,7 @@ class Program:
         self._grid = grid
         self._depth: dict[Value, int] = {}  # of lazy tiles: how many operations one chunk of it goes through
         self._pending: dict[Value, None] = {}  # lazy loads, in program order
-        self._targets: dict[Value, Any] = {}  # where a root's result is wanted, if somewhere particular
+        self.targets: dict[Value, Any] = {}  # where a root's result is wanted, if somewhere particular
 
     def new_block(self, name: str) -> Any:
         return self.function.append_basic_block(name)
@@ -117,7 +127,7 @@ class Program:
         """Scratch memory for a tile; `register`ed as the place where the tile is found from now on."""
         assert isinstance(value.type, TensorType)
         element = value.type.element
-        pointer = self._targets.pop(value, None)
+        pointer = self.targets.pop(value, None)
         if pointer is None:
             pointer = self._allocate(value.type.size * size_of(element))
         buffer = Buffer(pointer, value.type.shape, element)
@@ -145,33 +155,33 @@ class Program:
 
     # ------------------------------------------------------------------------------------------- what to keep, and when
 
-    def _is_lazy(self, value: Value) -> bool:
-        return _is_tile(value) and value not in self.buffers
+    def is_lazy(self, value: Value) -> bool:
+        return is_tile(value) and value not in self.buffers
 
-    def _is_cheap(self, value: Value, known: dict[Value, bool] | None = None) -> bool:
+    def is_cheap(self, value: Value, known: dict[Value, bool] | None = None) -> bool:
         """Whether computing the tile again costs next to nothing and reads no memory but scratch."""
-        if not self._is_lazy(value):
+        if not self.is_lazy(value):
             return True
         known = {} if known is None else known
         if value not in known:
             if value in self.shifted:
-                known[value] = self._is_cheap(self.shifted[value][0], known)
+                known[value] = self.is_cheap(self.shifted[value][0], known)
             else:
                 op = value.defining_op
                 assert op is not None
-                known[value] = op.name in _CHEAP and all(self._is_cheap(operand, known) for operand in op.operands)
+                known[value] = op.name in _CHEAP and all(self.is_cheap(operand, known) for operand in op.operands)
         return known[value]
 
     def _is_worth_storing(self, value: Value) -> bool:
         # A shape operation is read through to what it shows.
-        return not self._is_cheap(value) and _definition(value).name not in SHAPE_OPS
+        return not self.is_cheap(value) and definition(value).name not in SHAPE_OPS
 
     def _closure(self, roots: Iterable[Value]) -> dict[Value, bool]:
         """Lazy tiles that computing `roots` visits; True for those visited at another index than the root's own."""
         moved: dict[Value, bool] = {}
 
         def visit(value: Value, elsewhere: bool) -> None:
-            if not self._is_lazy(value) or (value in moved and moved[value] >= elsewhere):
+            if not self.is_lazy(value) or (value in moved and moved[value] >= elsewhere):
                 return
             moved[value] = moved.get(value, False) or elsewhere
             if value in self.shifted:
@@ -203,7 +213,7 @@ class Program:
         for value in moved:
             self._pending.pop(value, None)
             needed_later = any(u not in operations and u is not user for u in value.users)
-            if ((user is None and value in roots) or needed_later) and not self._is_cheap(value):
+            if ((user is None and value in roots) or needed_later) and not self.is_cheap(value):
                 keep.append(value)
         return Nest(self, shape, keep)
 
@@ -212,29 +222,39 @@ class Program:
         if value not in self.buffers:
             assert isinstance(value.type, TensorType)
             nest = self.nest([value], value.type.shape, None)
-            if value in self.buffers:
-                nest.run(lambda index: None)
-            else:  # cheap, so not kept of itself
+            if value in self.buffers:  # kept by the nest
+                nest.run()
+            else:  # cheap by now, so not kept of itself
                 buffer = self.new_buffer(value, register=False)
                 nest.run(lambda index: buffer.write(nest.b, index, nest.exact(value, index), nest.width))
                 self.buffers[value] = buffer
         return self.buffers[value]
 
-    def _copy(self, value: Value, buffer: Buffer) -> None:
+    def copy(self, value: Value, buffer: Buffer) -> None:
         """Compute the tile into `buffer`, whatever becomes of the tile otherwise."""
-        if self._is_lazy(value) and not self._is_cheap(value) and len(value.users) == 1:
-            self._targets[value] = buffer.pointer
+        if self.is_lazy(value) and not self.is_cheap(value) and len(value.users) == 1:
+            self.targets[value] = buffer.pointer
             self.materialise(value)
             return
+        self._write(value, buffer)
+
+    def _write(self, value: Value, buffer: Buffer) -> None:
         nest = self.nest([value], buffer.shape, None)
         nest.run(lambda index: buffer.write(nest.b, index, nest.exact(value, index), nest.width))
 
-    def _flush(self, but: Iterable[Value] = ()) -> None:
+    def flush(self, but: Iterable[Value] = ()) -> None:
         """Compute the loads that are still pending, because memory is about to change."""
         spared = set(but)
         for value in list(self._pending):
             if value not in spared and value in self._pending:
                 self.materialise(value)
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """A region that may not run, or run again: what it put into scratch memory is not there for anyone else."""
+        buffers, pending = dict(self.buffers), dict(self._pending)
+        yield
+        self.buffers, self._pending = buffers, pending
 
     # ------------------------------------------------------------------------------------------------------- operations
 
@@ -259,26 +279,19 @@ class Program:
             raise self.unsupported(op, str(error)) from None
 
     def unsupported(self, op: Operation, reason: str | None = None) -> UnsupportedOperation:
-        place = op.location
-        return UnsupportedOperation(
-            op.name,
-            kernel=self.kernel,
-            file=place.file if place else None,
-            line=place.line if place else None,
-            reason=None if reason == op.name else reason,
-        )
+        return unsupported(self.kernel, op, reason)
 
     def _operation(self, op: Operation) -> None:
         handler = self._handlers.get(op.name)
         if handler is not None:
             handler(self, op)
-        elif len(op.results) == 1 and _is_tile(op.result) and is_lazy_operation(op):
+        elif len(op.results) == 1 and is_tile(op.result) and is_lazy_operation(op):
             register_type(op.result.type)  # an element type that is not known is refused here, with its operation
         elif len(op.results) == 1 and op.name in TABLE:
             self.scalars[op.result] = self.emit(op, self.b, [self.scalars[v] for v in op.operands])
         else:
             raise Unlowered(op.name)
-        if len(op.results) == 1 and self._is_lazy(op.result) and op.result not in self.shifted:
+        if len(op.results) == 1 and self.is_lazy(op.result) and op.result not in self.shifted:
             self._bound_depth(op)
 
     def _bound_depth(self, op: Operation) -> None:
@@ -289,13 +302,13 @@ class Program:
             self.materialise(op.result)
 
     def _scalar_or_lazy_constant(self, op: Operation) -> None:
-        if not _is_tile(op.result):
+        if not is_tile(op.result):
             self.scalars[op.result] = constant(op.result.type, op.attributes["value"])
         else:
             register_type(op.result.type)
 
     def _addptr(self, op: Operation) -> None:
-        if _is_tile(op.result):
+        if is_tile(op.result):
             return
         pointer, offset = (self.scalars[v] for v in op.operands)
         assert isinstance(op.result.type, PointerType)
@@ -317,7 +330,7 @@ class Program:
         pointer, mask, other = load_operands(op)
         if op.attributes.get("isVolatile"):
             raise Unlowered("volatile load")
-        if _is_tile(pointer):
+        if is_tile(pointer):
             register_type(op.result.type)
             self._pending[op.result] = None
             return
@@ -326,21 +339,15 @@ class Program:
         if mask is None:
             self.scalars[op.result] = c.load_scalar(self.b, address, element)
             return
-        before = self.b.block
-        register = register_type(op.result.type)
-        otherwise = self.scalars[other] if other is not None else ir.Constant(register, None)
-        with self.b.if_then(self.scalars[mask]):
-            loaded = c.load_scalar(self.b, address, element)
-            taken = self.b.block
-        result = self.b.phi(register)
-        result.add_incoming(otherwise, before)
-        result.add_incoming(loaded, taken)
-        self.scalars[op.result] = result
+        otherwise = self.scalars[other] if other is not None else constant(op.result.type, 0)
+        self.scalars[op.result] = c.guarded(
+            self.b, self.scalars[mask], lambda: c.load_scalar(self.b, address, element), otherwise
+        )
 
     def _store(self, op: Operation) -> None:
         pointer, value = op.operands[:2]
-        if not _is_tile(pointer):
-            self._flush()
+        if not is_tile(pointer):
+            self.flush()
             address = self.b.inttoptr(self.scalars[pointer], c.POINTER)
             condition = self.scalars[op.operands[2]] if len(op.operands) > 2 else ir.Constant(I1, 1)
             with self.b.if_then(condition):
@@ -349,9 +356,9 @@ class Program:
         in_place = self._steps_through_memory(pointer)
         for operand in op.operands:
             hazards = [v for v in self._closure([operand]) if v in self._pending]
-            if any(not (in_place and load_operands(_definition(v))[0] is pointer) for v in hazards):
+            if any(not (in_place and load_operands(definition(v))[0] is pointer) for v in hazards):
                 self.materialise(operand)
-        self._flush(but=self._closure(op.operands))
+        self.flush(but=self._closure(op.operands))
         assert isinstance(pointer.type, TensorType)
         nest = self.nest(op.operands, pointer.type.shape, op)
         nest.run(lambda index: nest.store(op, index))
@@ -389,201 +396,6 @@ class Program:
         assert isinstance(op.result.type, TensorType)
         self.buffers[op.result] = Buffer(buffer.pointer, op.result.type.shape, buffer.element)
 
-    # ----------------------------------------------------------------------------------------------------- control flow
-
-    def _enter(self, op: Operation) -> None:
-        """Compute what control flow uses from outside, and what it could change under a pending load."""
-        for nested in op.walk():
-            for value in nested.operands if nested is not op else ():
-                if self._is_lazy(value) and _defined_outside(value, op) and not self._is_cheap(value):
-                    self.materialise(value)
-        if _writes_memory(op):
-            self._flush()
-
-    def _if(self, op: Operation) -> None:
-        self._enter(op)
-        results = [self.new_buffer(r) if _is_tile(r) else None for r in op.results]
-        then, otherwise, join = (self.new_block(n) for n in ("then", "else", "endif"))
-        self.b.cbranch(self.scalars[op.operands[0]], then, otherwise)
-        incoming: list[list[tuple[Any, Any]]] = [[] for _ in results]
-        for block, region in zip((then, otherwise), op.regions, strict=True):
-            self.b.position_at_end(block)
-            with self._scope():
-                yields = self._region(region, "scf.yield") if region.blocks else []
-                for yielded, buffer in zip(yields, results, strict=True):
-                    if buffer is not None:
-                        self._copy(yielded, buffer)
-            for k, yielded in enumerate(yields):
-                if results[k] is None:
-                    incoming[k].append((self.scalars[yielded], self.b.block))
-            self.b.branch(join)
-        self.b.position_at_end(join)
-        for result, pairs in zip(op.results, incoming, strict=True):
-            if pairs:
-                phi = self.scalars[result] = self.b.phi(register_type(result.type))
-                for value, block in pairs:
-                    phi.add_incoming(value, block)
-
-    def _region(self, region: Region, until: str) -> list[Value]:
-        if len(region.blocks) != 1:
-            raise Unlowered("a region of several blocks")
-        return self.run(region.block, until).operands
-
-    @contextmanager
-    def _scope(self) -> Iterator[None]:
-        """A region that may not run, or run again: what it put into scratch memory is not there for anyone else."""
-        buffers, pending = dict(self.buffers), dict(self._pending)
-        yield
-        self.buffers, self._pending = buffers, pending
-
-    def _for(self, op: Operation) -> None:
-        self._enter(op)
-        lower, upper, step = (self.scalars[v] for v in op.operands[:3])
-        body = op.regions[0].block
-        counter, arguments = body.arguments[0], body.arguments[1:]
-        initial = op.operands[3:]
-        yields = body.terminator.operands
-        before, header, inside, after = self.b, *(self.new_block(n) for n in ("for", "body", "endfor"))
-
-        advances = [self._advance(a, y) if _is_tile(a) else None for a, y in zip(arguments, yields, strict=True)]
-        entry_values: list[Any] = []
-        spare: list[Any] = []
-        for argument, first, advance in zip(arguments, initial, advances, strict=True):
-            spare.append(None)
-            if not _is_tile(argument):
-                entry_values.append(self.scalars[first])
-            elif advance is not None:
-                if not self._is_cheap(first):
-                    self.materialise(first)
-                entry_values.append(ir.Constant(advance, 0))
-            else:
-                here, there = (self.new_buffer(argument, register=False) for _ in range(2))
-                self._copy(first, here)
-                entry_values.append(here.pointer)
-                spare[-1] = there.pointer
-
-        entry = before.block
-        before.branch(header)
-        self.b.position_at_end(header)
-        index = self.b.phi(lower.type)
-        index.add_incoming(lower, entry)
-        phis: list[Any] = []
-        spare_phis: list[Any] = []
-        for value, other in zip(entry_values, spare, strict=True):
-            phis.append(self.b.phi(value.type))
-            phis[-1].add_incoming(value, entry)
-            spare_phis.append(None if other is None else self.b.phi(other.type))
-            if other is not None:
-                spare_phis[-1].add_incoming(other, entry)
-        compare = self.b.icmp_unsigned if op.attributes.get("unsignedCmp") else self.b.icmp_signed
-        self.b.cbranch(compare("<", index, upper), inside, after)
-
-        self.b.position_at_end(inside)
-        self.scalars[counter] = index
-        for argument, first, phi, advance in zip(arguments, initial, phis, advances, strict=True):
-            self._bind(argument, first, phi, advance)
-        for yielded, other in zip(yields, spare_phis, strict=True):
-            if other is not None and self._can_target(yielded, body):
-                self._targets[yielded] = other
-        following = []
-        with self._scope():
-            self.run(body, "scf.yield")
-            for yielded, phi, other, advance in zip(yields, phis, spare_phis, advances, strict=True):
-                if advance is not None:
-                    following.append(self.b.add(phi, self._uniform(_definition(yielded), yielded)))
-                elif other is None:
-                    following.append(self.scalars[yielded])
-                else:
-                    following.append(other)
-                    made = self.buffers.get(yielded)
-                    if made is None or made.pointer is not other:
-                        assert isinstance(yielded.type, TensorType)
-                        self._copy(yielded, Buffer(other, yielded.type.shape, yielded.type.element))
-        latch = self.b.block
-        index.add_incoming(self.b.add(index, step), latch)
-        self.b.branch(header)
-        for value, phi, other in zip(following, phis, spare_phis, strict=True):
-            phi.add_incoming(value, latch)
-            if other is not None:
-                other.add_incoming(phi, latch)
-
-        self.b.position_at_end(after)
-        for result, first, phi, advance in zip(op.results, initial, phis, advances, strict=True):
-            self._bind(result, first, phi, advance)
-
-    def _bind(self, value: Value, first: Value, phi: Any, advance: Any) -> None:
-        """Make a loop's argument or result known: a scalar, a buffer, or its first value shifted."""
-        if advance is not None:
-            self.shifted[value] = (first, phi)
-        elif _is_tile(value):
-            assert isinstance(value.type, TensorType)
-            self.buffers[value] = Buffer(phi, value.type.shape, value.type.element)
-        else:
-            self.scalars[value] = phi
-
-    def _advance(self, argument: Value, yielded: Value) -> Any | None:
-        """The LLVM type of the scalar that a carried tile of indices or pointers grows by, None for other tiles."""
-        op = yielded.defining_op
-        if op is None or op.name not in ("tt.addptr", "arith.addi") or argument not in op.operands:
-            return None
-        if not self._is_uniform(_other(op, argument)):
-            return None
-        return I64 if op.name == "tt.addptr" else register_type(argument.type)
-
-    def _is_uniform(self, value: Value) -> bool:
-        op = value.defining_op
-        if op is None or value in self.buffers:
-            return False
-        if op.name in ("tt.expand_dims", "tt.broadcast"):
-            return self._is_uniform(op.operands[0])
-        return op.name == "tt.splat" or (op.name == "arith.constant" and bool(op.attributes["value"].splat))
-
-    def _uniform(self, op: Operation, yielded: Value) -> Any:
-        """What `op` adds to every element of its carried operand, in bytes for pointers."""
-        argument = next(v for v in op.operands if v in self.shifted)
-        value = _other(op, argument)
-        while (source := _definition(value)).name in ("tt.expand_dims", "tt.broadcast"):
-            value = source.operands[0]
-        amount = (
-            self.scalars[source.operands[0]]
-            if source.name == "tt.splat"
-            else constant(value.type, source.attributes["value"].value)
-        )
-        if op.name == "arith.addi":
-            return amount
-        pointer = element_type(yielded.type)
-        assert isinstance(pointer, PointerType)
-        wide = amount if amount.type == I64 else self.b.sext(amount, I64)
-        return self.b.mul(wide, ir.Constant(I64, size_of(pointer.pointee)))
-
-    def _can_target(self, yielded: Value, body: Block) -> bool:
-        """Whether a yielded tile may be computed straight into the buffer of the next iteration."""
-        op = yielded.defining_op
-        return (
-            op is not None and op.block is body and op.name == "tt.dot" and body.terminator.operands.count(yielded) == 1
-        )
-
-
-def _definition(value: Value) -> Operation:
-    assert value.defining_op is not None
-    return value.defining_op
-
-
-def _other(op: Operation, value: Value) -> Value:
-    first, second = op.operands
-    return second if first is value else first
-
-
-def _defined_outside(value: Value, op: Operation) -> bool:
-    """Whether a value comes from outside the operation's regions."""
-    block = value.defining_op.block if value.defining_op else value.block
-    while block is not None:
-        parent = block.region.parent
-        if parent is op:
-            return False
-        block = parent.block if parent else None
-    return True
-
 
 def _nothing(program: Program, op: Operation) -> None:
     """For barriers, since one program is one thread here, and for hints to a GPU's optimiser."""
@@ -599,8 +411,6 @@ _HANDLERS: dict[str, Handler] = {
     "tt.load": Program._load,
     "tt.store": Program._store,
     "tt.reshape": Program._reshape,
-    "scf.if": Program._if,
-    "scf.for": Program._for,
     "gpu.barrier": _nothing,
     "ttg.barrier": _nothing,
     "ttg.local_barrier": _nothing,

@@ -100,9 +100,7 @@ def lower_reduce(program: Program, op: Operation) -> None:
         if output is None:
             program.scalars[result] = value
         else:
-            output.write(
-                b, target, Lanes(value) if isinstance(value.type, ir.VectorType) else Uniform(value), nest.width
-            )
+            output.write(b, target, c.as_chunk(value), nest.width)
     for _ in others:
         nest.close()
 
@@ -131,8 +129,7 @@ def lower_scan(program: Program, op: Operation) -> None:
 
     def write(position: Any, values: Sequence[Any]) -> None:
         for output, value in zip(outputs, values, strict=True):
-            chunk = Lanes(value) if isinstance(value.type, ir.VectorType) else Uniform(value)
-            output.write(nest.b, at(position), chunk, nest.width)
+            output.write(nest.b, at(position), c.as_chunk(value), nest.width)
 
     last = ir.Constant(I64, extent - 1)
     start = last if reverse else ir.Constant(I64, 0)

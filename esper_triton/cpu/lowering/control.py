@@ -1,0 +1,210 @@
+"""Control flow: `scf.if` and `scf.for`, with scalars and tiles as results and carried values.
+
+Scalars become phis. A tile that a branch yields is written to one buffer by both branches. A tile carried around a loop
+alternates between two buffers, or, where each step adds one scalar to all of it (a pointer that advances), is its first
+value and a scalar that is carried instead.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llvmlite import ir
+
+from esper_triton.cpu.lowering.chunks import Buffer
+from esper_triton.cpu.lowering.elementwise import I64, constant, element_type, register_type, size_of
+from esper_triton.cpu.lowering.nest import definition, is_tile
+from esper_triton.cpu.mlir import Block, Operation, PointerType, TensorType, Value
+
+if TYPE_CHECKING:
+    from esper_triton.cpu.lowering.program import Program
+
+_MEMORY_EFFECTS = {"tt.store", "tt.atomic_rmw", "tt.atomic_cas", "tt.call", "tt.print", "tt.assert"}
+
+
+def _enter(program: Program, op: Operation) -> None:
+    """Compute what control flow uses from outside, and what it could change under a pending load."""
+    for nested in op.walk():
+        for value in nested.operands if nested is not op else ():
+            if program.is_lazy(value) and _defined_outside(value, op) and not program.is_cheap(value):
+                program.materialise(value)
+    if _writes_memory(op):
+        program.flush()
+
+
+def lower_if(program: Program, op: Operation) -> None:
+    """Two branches that join; a branch that is not there yields nothing."""
+    _enter(program, op)
+    results = [program.new_buffer(r) if is_tile(r) else None for r in op.results]
+    then, otherwise, join = (program.new_block(n) for n in ("then", "else", "endif"))
+    program.b.cbranch(program.scalars[op.operands[0]], then, otherwise)
+    incoming: list[list[tuple[Any, Any]]] = [[] for _ in results]
+    for block, region in zip((then, otherwise), op.regions, strict=True):
+        program.b.position_at_end(block)
+        with program.scope():
+            yields = program.run(region.block, "scf.yield").operands if region.blocks else []
+            for yielded, buffer in zip(yields, results, strict=True):
+                if buffer is not None:
+                    program.copy(yielded, buffer)
+        for k, yielded in enumerate(yields):
+            if results[k] is None:
+                incoming[k].append((program.scalars[yielded], program.b.block))
+        program.b.branch(join)
+    program.b.position_at_end(join)
+    for result, pairs in zip(op.results, incoming, strict=True):
+        if pairs:
+            phi = program.scalars[result] = program.b.phi(register_type(result.type))
+            for value, block in pairs:
+                phi.add_incoming(value, block)
+
+
+def lower_for(program: Program, op: Operation) -> None:
+    """A counted loop, tested before the first step."""
+    _enter(program, op)
+    lower, upper, step = (program.scalars[v] for v in op.operands[:3])
+    body = op.regions[0].block
+    counter, arguments = body.arguments[0], body.arguments[1:]
+    initial = op.operands[3:]
+    yields = body.terminator.operands
+    before, header, inside, after = program.b, *(program.new_block(n) for n in ("for", "body", "endfor"))
+
+    advances = [_advance(program, a, y) if is_tile(a) else None for a, y in zip(arguments, yields, strict=True)]
+    entry_values: list[Any] = []
+    spare: list[Any] = []
+    for argument, first, advance in zip(arguments, initial, advances, strict=True):
+        spare.append(None)
+        if not is_tile(argument):
+            entry_values.append(program.scalars[first])
+        elif advance is not None:
+            if not program.is_cheap(first):
+                program.materialise(first)
+            entry_values.append(ir.Constant(advance, 0))
+        else:
+            here, there = (program.new_buffer(argument, register=False) for _ in range(2))
+            program.copy(first, here)
+            entry_values.append(here.pointer)
+            spare[-1] = there.pointer
+
+    entry = before.block
+    before.branch(header)
+    program.b.position_at_end(header)
+    index = program.b.phi(lower.type)
+    index.add_incoming(lower, entry)
+    phis: list[Any] = []
+    spare_phis: list[Any] = []
+    for value, other in zip(entry_values, spare, strict=True):
+        phis.append(program.b.phi(value.type))
+        phis[-1].add_incoming(value, entry)
+        spare_phis.append(None if other is None else program.b.phi(other.type))
+        if other is not None:
+            spare_phis[-1].add_incoming(other, entry)
+    compare = program.b.icmp_unsigned if op.attributes.get("unsignedCmp") else program.b.icmp_signed
+    program.b.cbranch(compare("<", index, upper), inside, after)
+
+    program.b.position_at_end(inside)
+    program.scalars[counter] = index
+    for argument, first, phi, advance in zip(arguments, initial, phis, advances, strict=True):
+        _bind(program, argument, first, phi, advance)
+    for yielded, other in zip(yields, spare_phis, strict=True):
+        if other is not None and _can_target(program, yielded, body):
+            program.targets[yielded] = other
+    following = []
+    with program.scope():
+        program.run(body, "scf.yield")
+        for yielded, phi, other, advance in zip(yields, phis, spare_phis, advances, strict=True):
+            if advance is not None:
+                following.append(program.b.add(phi, _uniform(program, definition(yielded), yielded)))
+            elif other is None:
+                following.append(program.scalars[yielded])
+            else:
+                following.append(other)
+                made = program.buffers.get(yielded)
+                if made is None or made.pointer is not other:
+                    assert isinstance(yielded.type, TensorType)
+                    program.copy(yielded, Buffer(other, yielded.type.shape, yielded.type.element))
+    latch = program.b.block
+    index.add_incoming(program.b.add(index, step), latch)
+    program.b.branch(header)
+    for value, phi, other in zip(following, phis, spare_phis, strict=True):
+        phi.add_incoming(value, latch)
+        if other is not None:
+            other.add_incoming(phi, latch)
+
+    program.b.position_at_end(after)
+    for result, first, phi, advance in zip(op.results, initial, phis, advances, strict=True):
+        _bind(program, result, first, phi, advance)
+
+
+def _bind(program: Program, value: Value, first: Value, phi: Any, advance: Any) -> None:
+    """Make a loop's argument or result known: a scalar, a buffer, or its first value shifted."""
+    if advance is not None:
+        program.shifted[value] = (first, phi)
+    elif is_tile(value):
+        assert isinstance(value.type, TensorType)
+        program.buffers[value] = Buffer(phi, value.type.shape, value.type.element)
+    else:
+        program.scalars[value] = phi
+
+
+def _advance(program: Program, argument: Value, yielded: Value) -> Any | None:
+    """The LLVM type of the scalar that a carried tile of indices or pointers grows by, None for other tiles."""
+    op = yielded.defining_op
+    if op is None or op.name not in ("tt.addptr", "arith.addi") or argument not in op.operands:
+        return None
+    if not _is_uniform(program, _other(op, argument)):
+        return None
+    return I64 if op.name == "tt.addptr" else register_type(argument.type)
+
+
+def _is_uniform(program: Program, value: Value) -> bool:
+    op = value.defining_op
+    if op is None or value in program.buffers:
+        return False
+    if op.name in ("tt.expand_dims", "tt.broadcast"):
+        return _is_uniform(program, op.operands[0])
+    return op.name == "tt.splat" or (op.name == "arith.constant" and bool(op.attributes["value"].splat))
+
+
+def _uniform(program: Program, op: Operation, yielded: Value) -> Any:
+    """What `op` adds to every element of its carried operand, in bytes for pointers."""
+    argument = next(v for v in op.operands if v in program.shifted)
+    value = _other(op, argument)
+    while (source := definition(value)).name in ("tt.expand_dims", "tt.broadcast"):
+        value = source.operands[0]
+    amount = (
+        program.scalars[source.operands[0]]
+        if source.name == "tt.splat"
+        else constant(value.type, source.attributes["value"].value)
+    )
+    if op.name == "arith.addi":
+        return amount
+    pointer = element_type(yielded.type)
+    assert isinstance(pointer, PointerType)
+    wide = amount if amount.type == I64 else program.b.sext(amount, I64)
+    return program.b.mul(wide, ir.Constant(I64, size_of(pointer.pointee)))
+
+
+def _can_target(program: Program, yielded: Value, body: Block) -> bool:
+    """Whether a yielded tile may be computed straight into the buffer of the next iteration."""
+    op = yielded.defining_op
+    return op is not None and op.block is body and op.name == "tt.dot" and body.terminator.operands.count(yielded) == 1
+
+
+def _other(op: Operation, value: Value) -> Value:
+    first, second = op.operands
+    return second if first is value else first
+
+
+def _defined_outside(value: Value, op: Operation) -> bool:
+    """Whether a value comes from outside the operation's regions."""
+    block = value.defining_op.block if value.defining_op else value.block
+    while block is not None:
+        parent = block.region.parent
+        if parent is op:
+            return False
+        block = parent.block if parent else None
+    return True
+
+
+def _writes_memory(op: Operation) -> bool:
+    return any(nested.name in _MEMORY_EFFECTS for nested in op.walk())
