@@ -29,7 +29,8 @@ class CPUOptions:
 
     Attributes:
         debug: keep `tl.device_assert`. sanitize_overflow: with `debug`, check 32-bit integer arithmetic.
-        opt_level: LLVM's speed level, 0 to 3. slp_vectorize: join scalar operations into vectors after lowering.
+        opt_level: 0 for none of LLVM's optimisations, 1 for the few that pay after this lowering, 2 and 3 for LLVM's own
+            pipelines of that level. slp_vectorize: with those, join scalar operations into vectors.
     """
 
     num_warps: int = 1
@@ -55,7 +56,7 @@ class CPUOptions:
     backend_name: str = "cpu"
     arch: str = ""
     instrumentation_mode: str = ""
-    opt_level: int = 3
+    opt_level: int = 1
     slp_vectorize: bool = False
 
     def __post_init__(self) -> None:
@@ -198,7 +199,7 @@ def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> 
     # 64-bit addresses everywhere: MCJIT may place code and constants, and has the libraries, more than 2 GiB apart in a
     # process with large tensors, which a 32-bit relocation answers by aborting the process.
     machine = target.create_target_machine(
-        cpu=cpu_name(), features=feature_string(), opt=options.opt_level, reloc="static", codemodel="large"
+        cpu=cpu_name(), features=feature_string(), opt=3 if options.opt_level else 0, reloc="static", codemodel="large"
     )
     # A context of its own, so that kernels compiled in different threads do not meet, and types are freed.
     context = llvm.create_context()
@@ -216,5 +217,18 @@ def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> 
     tuning.loop_vectorization = False
     tuning.slp_vectorization = options.slp_vectorize
     builder = llvm.create_pass_builder(machine, tuning)
-    builder.getModulePassManager().run(module, builder)
+    if options.opt_level > 1:
+        builder.getModulePassManager().run(module, builder)
+    elif options.opt_level == 1:
+        # The lowering emits rotated loops with what is invariant outside of them, so LLVM's own pipelines find little
+        # more to do than this, and take five to twenty times as long for it.
+        manager = llvm.create_new_function_pass_manager()
+        manager.add_simplify_cfg_pass()
+        manager.add_sroa_pass()
+        manager.add_instruction_combine_pass()
+        manager.add_new_gvn_pass()
+        manager.add_simplify_cfg_pass()
+        for function in module.functions:
+            if not function.is_declaration:
+                manager.run(function, builder)
     return bytes(machine.emit_object(module))

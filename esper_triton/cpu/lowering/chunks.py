@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 
 from esper_triton.cpu.lowering.elementwise import I1, I8, I32, I64, memory_type, register_type, size_of
-from esper_triton.cpu.lowering.vmath import Value, splat_constant
+from esper_triton.cpu.lowering.vmath import Value, first_lane, splat_constant, splat_of, undefined
 from esper_triton.cpu.mlir import Type
 
 POINTER = ir.PointerType()
@@ -85,11 +85,9 @@ def splat(b: ir.IRBuilder, scalar: Value, width: int) -> Value:
     """A vector with `scalar` in every lane."""
     type_ = ir.VectorType(scalar.type, width)
     if isinstance(scalar, ir.Constant):
-        return ir.Constant(type_, [scalar] * width)
-    first = b.insert_element(ir.Constant(type_, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return b.shuffle_vector(
-        first, ir.Constant(type_, ir.Undefined), ir.Constant(ir.VectorType(I32, width), [ir.Constant(I32, 0)] * width)
-    )
+        return splat_of(scalar, width)
+    first = b.insert_element(undefined(type_), scalar, ir.Constant(I32, 0))
+    return b.shuffle_vector(first, undefined(type_), first_lane(width))
 
 
 def _to_register(b: ir.IRBuilder, value: Value, element: Type) -> Value:
@@ -259,7 +257,7 @@ class Buffer:
             return Uniform(load_scalar(b, pointer, self.element))
         if stride == 1:
             return Lanes(load_vector(b, pointer, self.element, width))
-        vector: Any = ir.Constant(ir.VectorType(register_type(self.element), width), ir.Undefined)
+        vector: Any = undefined(ir.VectorType(register_type(self.element), width))
         for lane in range(width):
             at = b.gep(pointer, [ir.Constant(I64, lane * stride)], source_etype=memory_type(self.element))
             vector = b.insert_element(vector, load_scalar(b, at, self.element), ir.Constant(I32, lane))

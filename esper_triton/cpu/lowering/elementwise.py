@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 
 from esper_triton.cpu.lowering import vmath
-from esper_triton.cpu.lowering.vmath import Value, call, intrinsic, splat_constant, typed
+from esper_triton.cpu.lowering.vmath import Value, call, intrinsic, splat_constant, typed, undefined
 from esper_triton.cpu.mlir import Operation, PointerType, ScalarType, TensorType, Type
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
@@ -151,28 +151,10 @@ def _float_op(name: str, f: Callable[..., Value]) -> None:
 
 
 def _minmax(name: str) -> Callable[..., Value]:
-    # maximum/minimum let NaN through and order -0 below +0; maxnum/minnum prefer the number. Both as LLVM defines them,
-    # spelled out because LLVM 22's own expansion of maxnum leaves the sign of zero open.
-    greater = "max" in name
-    propagate = name.endswith("imum")
-
-    def emit(b: ir.IRBuilder, x: Value, y: Value) -> Value:
-        chosen = b.select(b.fcmp_ordered(">" if greater else "<", x, y), x, y)
-        bits = typed(x, ir.IntType({"half": 16, "float": 32, "double": 64}[_llvm_name(x)]))
-        merge = b.and_ if greater else b.or_
-        zeros = b.bitcast(merge(b.bitcast(x, bits), b.bitcast(y, bits)), x.type)
-        chosen = b.select(b.fcmp_ordered("==", x, y), zeros, chosen)
-        x_nan, y_nan = b.fcmp_unordered("uno", x, x), b.fcmp_unordered("uno", y, y)
-        if propagate:
-            return b.select(x_nan, x, b.select(y_nan, y, chosen))
-        return b.select(x_nan, y, b.select(y_nan, x, chosen))
-
-    return emit
-
-
-def _llvm_name(x: Value) -> str:
-    """LLVM's name of the element type of a value: `half`, `float`, `double`."""
-    return str(x.type.element if isinstance(x.type, ir.VectorType) else x.type)
+    # maximum/minimum let NaN through, maxnum/minnum prefer the number; all of them order -0 below +0, as the hardware
+    # that Triton was made for does. LLVM's own maxnum leaves the sign of zero open, so its maximumnum stands for it.
+    spelled = name if name.endswith("imum") else f"{name[:3]}imumnum"
+    return lambda b, x, y: intrinsic(b, spelled, (x, y))
 
 
 for _name, _method in {"addf": "fadd", "subf": "fsub", "mulf": "fmul", "divf": "fdiv", "remf": "frem"}.items():
@@ -415,7 +397,7 @@ def _per_lane(b: ir.IRBuilder, function: str, args: Sequence[Value]) -> Value:
     type_ = args[0].type
     if not isinstance(type_, ir.VectorType):
         return call(b, function, type_, args)
-    result = ir.Constant(type_, ir.Undefined)
+    result = undefined(type_)
     for lane in range(type_.count):
         index = ir.Constant(I32, lane)
         element = call(b, function, type_.element, [b.extract_element(a, index) for a in args])

@@ -15,6 +15,7 @@ from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering.chunks import ZERO, Buffer, Index, Lanes, Uniform
 from esper_triton.cpu.lowering.elementwise import I32, I64, TABLE, Unlowered, constant
 from esper_triton.cpu.lowering.nest import Nest, lane_axis
+from esper_triton.cpu.lowering.vmath import undefined
 from esper_triton.cpu.mlir import Operation, TensorType, Value
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _across(program: Program, op: Operation, b: ir.IRBuilder, vectors: Sequence[
         halves = []
         for start in (0, width):
             lanes = ir.Constant(ir.VectorType(I32, width), [ir.Constant(I32, start + k) for k in range(width)])
-            halves.append([b.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), lanes) for v in current])
+            halves.append([b.shuffle_vector(v, undefined(v.type), lanes) for v in current])
         current = _combine(program, op, b, *halves)
     return [b.extract_element(v, ir.Constant(I32, 0)) for v in current]
 

@@ -79,9 +79,35 @@ def typed(like: Value, element: ir.Type) -> ir.Type:
 
 def splat_constant(type_: ir.Type, value: float | int | None) -> ir.Constant:
     """A constant of a scalar or vector type, the same in every lane."""
-    if isinstance(type_, ir.VectorType):
-        return ir.Constant(type_, [ir.Constant(type_.element, value)] * type_.count)
-    return ir.Constant(type_, value)
+    scalar = ir.Constant(type_.element if isinstance(type_, ir.VectorType) else type_, value)
+    return splat_of(scalar, type_.count) if isinstance(type_, ir.VectorType) else scalar
+
+
+class _Spelled(ir.Constant):  # type: ignore[misc]  # llvmlite carries no types
+    """A constant in a shorter spelling. llvmlite writes vectors out lane by lane, which would be most of the text that
+    LLVM has to read."""
+
+    def __init__(self, type_: ir.Type, constant: Any, text: str) -> None:
+        self.type, self.constant, self._text = type_, constant, text
+
+    def _get_reference(self) -> str:
+        return self._text
+
+
+def splat_of(scalar: ir.Constant, width: int) -> ir.Constant:
+    """A vector constant with `scalar` in every lane."""
+    return _Spelled(ir.VectorType(scalar.type, width), [scalar] * width, f"splat ({scalar})")
+
+
+def undefined(type_: ir.Type) -> ir.Constant:
+    """A vector that is still to be filled in."""
+    return _Spelled(type_, ir.Undefined, "poison")
+
+
+def first_lane(width: int) -> ir.Constant:
+    """The shuffle mask that spreads lane 0 over `width` lanes."""
+    lane = ir.Constant(ir.IntType(32), 0)
+    return _Spelled(ir.VectorType(lane.type, width), [lane] * width, "zeroinitializer")
 
 
 def mangle(type_: ir.Type) -> str:
