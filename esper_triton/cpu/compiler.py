@@ -29,8 +29,8 @@ class CPUOptions:
 
     Attributes:
         debug: keep `tl.device_assert`. sanitize_overflow: with `debug`, check 32-bit integer arithmetic.
-        opt_level: 0 for none of LLVM's optimisations, 1 for the few that pay after this lowering, 2 and 3 for LLVM's own
-            pipelines of that level. slp_vectorize: with those, join scalar operations into vectors.
+        opt_level: 0 for none of LLVM's optimisations, 1 for the few that pay after this lowering, 2 and 3 for LLVM's
+            own pipelines of that level. slp_vectorize: with those, join scalar operations into vectors.
     """
 
     num_warps: int = 1
