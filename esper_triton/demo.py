@@ -216,7 +216,7 @@ async def demo(console: Console, output: Path, urza: esper.Urza, quick: bool) ->
     compiled = await compiling
     compile_wall = time.perf_counter() - began
     meanwhile = trainer.steps - wrapped_at
-    alone = Trainer(copy.deepcopy(esper.unwrap(copy.deepcopy(trainer.model))), images, images.batches(seed=2))
+    alone = Trainer(esper.unwrap(copy.deepcopy(trainer.model)), images, images.batches(seed=2))
     alone.optimizer.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
     alone.steps, alone.history = trainer.steps, list(trainer.history)
     trainer.batches = images.batches(seed=2)

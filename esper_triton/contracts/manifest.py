@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from esper_triton.contracts.blueprint import DTypeName, ParameterSpec, TensorSpec
+from esper_triton.contracts.expressions import evaluate
 
 __all__ = [
     "ArtifactId",
@@ -22,6 +23,7 @@ __all__ = [
     "TargetSpec",
     "Toolchain",
     "build_digest",
+    "parameter_records",
     "sha256",
 ]
 
@@ -168,8 +170,6 @@ class Manifest(_Value):
 
 def parameter_records(parameters: dict[str, ParameterSpec], dims: dict[str, int]) -> dict[str, ParameterRecord]:
     """The blueprint's parameters with their shapes worked out for `dims`."""
-    from esper_triton.contracts.expressions import evaluate
-
     return {
         name: ParameterRecord(shape=tuple(evaluate(text, dims) for text in spec.shape), init=spec.init)
         for name, spec in parameters.items()

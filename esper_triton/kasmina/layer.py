@@ -308,18 +308,22 @@ class KasminaLayer(Adopted):
             own.parameters = {}
         own.artifact_id, own.last_error, own.ticket = artifact_id, None, LoadTicket()
         self._rebuild()
-        request = loading.LoadRequest(
+        request = self._load_request(own, artifact_id, holder=own.ticket)
+        return request, record.urza
+
+    def _load_request(self, seed: Seed, artifact_id: str, holder: object) -> loading.LoadRequest:
+        record = self._kasmina
+        return loading.LoadRequest(
             artifact_id=artifact_id,
             layer_name=record.name,
             layer_key=id(record),
-            seed=seed,
-            span=own.span,
+            seed=seed.index,
+            span=seed.span,
             kind=record.kind,
             device=self._state_storage().device,
             dtype=self._host_dtype(),
-            holder=own.ticket,
+            holder=holder,
         )
-        return request, record.urza
 
     def _finish_load(self, request: loading.LoadRequest, loaded: LoadedKernel) -> bool:
         own = KasminaLayer._awaited(self, request)
@@ -445,20 +449,10 @@ class KasminaLayer(Adopted):
             KernelCache.process().pin(seed.kernel.key, seed.kernel.program, seed)
         elif seed.artifact_id is not None and seed.state not in (*_WITHOUT_KERNEL, _S.ERROR_RECOVERY):
             record = self._kasmina
-            request = loading.LoadRequest(
-                artifact_id=seed.artifact_id,
-                layer_name=record.name,
-                layer_key=id(record),
-                seed=seed.index,
-                span=seed.span,
-                kind=record.kind,
-                device=self._state_storage().device,
-                dtype=self._host_dtype(),
-                holder=seed,
-            )
             try:
                 if record.urza is None:
                     raise ValueError(f"{self._who(seed)}: no Urza to load {seed.artifact_id!r} from")
+                request = self._load_request(seed, seed.artifact_id, holder=seed)
                 seed.kernel = loading.load(request, record.urza)
             except Exception as error:
                 seed.last_error = error
