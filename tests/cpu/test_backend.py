@@ -115,20 +115,6 @@ def uses_atomics(x_ptr, N: tl.constexpr):
 
 
 @triton.jit
-def returns_early(x_ptr, n):
-    if n > 3:
-        return
-    tl.store(x_ptr, 1.0)
-
-
-@triton.jit
-def uses_while(x_ptr, n):
-    while n > 0:
-        n = n // 2
-    tl.store(x_ptr, n)
-
-
-@triton.jit
 def uses_fp8(x_ptr, N: tl.constexpr):
     x = tl.load(x_ptr + tl.arange(0, N))
     tl.store(x_ptr + tl.arange(0, N), x.to(tl.float8e5).to(tl.float32))
@@ -153,8 +139,6 @@ def uses_inline_assembly(x_ptr, N: tl.constexpr):
     [
         (uses_histogram, lambda: (torch.zeros(32, dtype=torch.int32), torch.zeros(16)), {"N": 32}, "tt.histogram", 3),
         (uses_atomics, lambda: (torch.zeros(32),), {"N": 32}, "tt.atomic_rmw", 2),
-        (returns_early, lambda: (torch.zeros(1), 5), {}, "cf.cond_br", 2),
-        (uses_while, lambda: (torch.zeros(1, dtype=torch.int32), 5), {}, "scf.while", 2),
         (uses_fp8, lambda: (torch.zeros(32),), {"N": 32}, "tt.fp_to_fp", 3),
         (uses_an_odd_function, lambda: (torch.zeros(32),), {"N": 32}, "tt.extern_elementwise", 3),
         (uses_inline_assembly, lambda: (torch.zeros(32),), {"N": 32}, "tt.elementwise_inline_asm", 3),

@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 
 from esper_triton.cpu.errors import UnsupportedOperation
-from esper_triton.cpu.lowering.control import lower_for, lower_if
+from esper_triton.cpu.lowering.control import lower_for, lower_if, lower_while
 from esper_triton.cpu.lowering.dot import lower_dot
 from esper_triton.cpu.lowering.elementwise import (
     F32,
@@ -24,7 +24,7 @@ from esper_triton.cpu.lowering.elementwise import (
     float_to_float,
     register_type,
 )
-from esper_triton.cpu.lowering.program import Program, unsupported
+from esper_triton.cpu.lowering.function import Functions, LoweredFunction
 from esper_triton.cpu.lowering.reduction import lower_reduce, lower_scan
 from esper_triton.cpu.mlir import Module, Operation
 
@@ -39,7 +39,7 @@ def lower(module: Module, name: str, *, symbol: str | None = None, vector_bits: 
     """LLVM IR, as text, of a module that exports `void symbol(Frame *)`.
 
     Args:
-        module: the parsed TTIR, calls inlined.
+        module: the parsed TTIR.
         name: the kernel's function.
         symbol: name of the entry point in the object code; the function's where it is None.
         vector_bits: width of the target's vector registers; this machine's where it is None.
@@ -54,45 +54,24 @@ def lower(module: Module, name: str, *, symbol: str | None = None, vector_bits: 
     function = module.functions[name]
     llvm = ir.Module(name)
     try:
-        body = _lower_program(llvm, function, name, lanes=2 * vector_bits // 32)
+        body = Functions(llvm, module, name, 2 * vector_bits // 32, _OPERATIONS).get(name)
     except Unlowered as error:  # of the function itself, such as a parameter of an unknown type
         raise UnsupportedOperation("tt.func", kernel=name, reason=str(error)) from None
     _emit_entry(llvm, function, symbol or name, body)
     return str(llvm)
 
 
-class _Body:
-    """The function of one program, and the scratch memory it needs."""
-
-    def __init__(self, function: Any, scratch_bytes: int) -> None:
-        self.function, self.scratch_bytes = function, scratch_bytes
-
-
-def _lower_program(llvm: Any, function: Operation, name: str, lanes: int) -> _Body:
-    region = function.regions[0]
-    if len(region.blocks) != 1:
-        raise unsupported(name, region.blocks[0].terminator, "a return from inside a condition")
-    block = region.block
-    parameters = [register_type(argument.type) for argument in block.arguments]
-    body = ir.Function(llvm, ir.FunctionType(ir.VoidType(), [*parameters, *[I32] * 6, _POINTER]), f"{name}.program")
-    body.linkage = "internal"
-    *arguments, x, y, z, nx, ny, nz, scratch = body.args
-    grid = {"id0": x, "id1": y, "id2": z, "size0": nx, "size1": ny, "size2": nz}
-    operations = {
-        "scf.for": lower_for,
-        "scf.if": lower_if,
-        "tt.dot": lower_dot,
-        "tt.reduce": lower_reduce,
-        "tt.scan": lower_scan,
-    }
-    program = Program(name, body, scratch, grid, lanes, operations)
-    program.scalars.update(zip(block.arguments, arguments, strict=True))
-    program.run(block, until="tt.return")
-    program.b.ret_void()
-    return _Body(body, program.scratch_bytes)
+_OPERATIONS = {
+    "scf.for": lower_for,
+    "scf.if": lower_if,
+    "scf.while": lower_while,
+    "tt.dot": lower_dot,
+    "tt.reduce": lower_reduce,
+    "tt.scan": lower_scan,
+}
 
 
-def _emit_entry(llvm: Any, function: Operation, name: str, body: _Body) -> None:
+def _emit_entry(llvm: Any, function: Operation, name: str, body: LoweredFunction) -> None:
     """`void name(Frame *)`: every thread of a team calls it and runs its contiguous share of the programs."""
     entry = ir.Function(llvm, ir.FunctionType(ir.VoidType(), [_POINTER]), name)
     b = ir.IRBuilder(entry.append_basic_block("entry"))
@@ -102,7 +81,9 @@ def _emit_entry(llvm: Any, function: Operation, name: str, body: _Body) -> None:
         return b.gep(frame, [ir.Constant(I64, k)], source_etype=I64)
 
     packed = b.load(slot(_ARGUMENTS), typ=_POINTER)
-    arguments = [_unpack(b, packed, k, argument.type) for k, argument in enumerate(function.regions[0].block.arguments)]
+    arguments = [
+        _unpack(b, packed, k, argument.type) for k, argument in enumerate(function.regions[0].blocks[0].arguments)
+    ]
     nx, ny, nz = (b.load(slot(_GRID + k), typ=I64) for k in range(3))
     total = b.mul(b.mul(nx, ny), nz)
 

@@ -1,4 +1,4 @@
-"""Control flow: `scf.if` and `scf.for`, with scalars and tiles as results and carried values.
+"""Control flow: `scf.if`, `scf.for` and `scf.while`, with scalars and tiles as results and carried values.
 
 Scalars become phis. A tile that a branch yields is written to one buffer by both branches. A tile carried around a loop
 alternates between two buffers, or, where each step adds one scalar to all of it (a pointer that advances), is its first
@@ -133,6 +133,50 @@ def lower_for(program: Program, op: Operation) -> None:
     program.b.position_at_end(after)
     for result, first, phi, advance in zip(op.results, initial, phis, advances, strict=True):
         _bind(program, result, first, phi, advance)
+
+
+def lower_while(program: Program, op: Operation) -> None:
+    """A loop with a test of its own: what the test passes on are the body's arguments and, at the end, the results."""
+    _enter(program, op)
+    before, body = (region.block for region in op.regions)
+    carried: list[Any] = []  # buffers of tiles, phis of scalars
+    for argument, first in zip(before.arguments, op.operands, strict=True):
+        if is_tile(argument):
+            carried.append(program.new_buffer(argument))
+            program.copy(first, carried[-1])
+        else:
+            carried.append(None)
+    entry = program.b.block
+    header, inside, after = (program.new_block(n) for n in ("while", "body", "endwhile"))
+    program.b.branch(header)
+    program.b.position_at_end(header)
+    for k, (argument, first) in enumerate(zip(before.arguments, op.operands, strict=True)):
+        if carried[k] is None:
+            phi = program.scalars[argument] = carried[k] = program.b.phi(register_type(argument.type))
+            phi.add_incoming(program.scalars[first], entry)
+    results = [program.new_buffer(r) if is_tile(r) else None for r in op.results]
+    with program.scope():
+        condition, *passed = program.run(before, "scf.condition").operands
+        for value, buffer in zip(passed, results, strict=True):
+            if buffer is not None:
+                program.copy(value, buffer)
+    for value, argument, result in zip(passed, body.arguments, op.results, strict=True):
+        if is_tile(value):
+            program.buffers[argument] = program.buffers[result]
+        else:
+            program.scalars[argument] = program.scalars[result] = program.scalars[value]
+    program.b.cbranch(program.scalars[condition], inside, after)
+    program.b.position_at_end(inside)
+    with program.scope():
+        yields = program.run(body, "scf.yield").operands
+        for yielded, place in zip(yields, carried, strict=True):
+            if isinstance(place, Buffer):
+                program.copy(yielded, place)
+        for yielded, place in zip(yields, carried, strict=True):
+            if not isinstance(place, Buffer):
+                place.add_incoming(program.scalars[yielded], program.b.block)
+    program.b.branch(header)
+    program.b.position_at_end(after)
 
 
 def _bind(program: Program, value: Value, first: Value, phi: Any, advance: Any) -> None:

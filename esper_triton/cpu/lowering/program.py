@@ -76,7 +76,7 @@ class Program:
         b: builder at the present position, outside all loop nests. lanes: elements a chunk has at most.
         scalars: LLVM value of every scalar so far. buffers: tiles in scratch memory.
         shifted: tiles that are another tile plus a scalar (pointers advanced around a loop).
-        scratch_bytes: scratch memory used so far.
+        scratch_bytes: scratch memory used so far. grid: position in the grid (`id0` ...) and its extents (`size0` ...).
     """
 
     def __init__(
@@ -100,7 +100,8 @@ class Program:
         self.scratch_bytes = 0
         self._scratch = scratch
         self._lane_slots: tuple[Any, Any] | None = None
-        self._grid = grid
+        self._reserved: dict[str, Any] = {}
+        self.grid = grid
         self._depth: dict[Value, int] = {}  # of lazy tiles: how many operations one chunk of it goes through
         self._pending: dict[Value, None] = {}  # lazy loads, in program order
         self.targets: dict[Value, Any] = {}  # where a root's result is wanted, if somewhere particular
@@ -122,6 +123,12 @@ class Program:
         if self._lane_slots is None:
             self._lane_slots = self._allocate(8 * self.lanes), self._allocate(8 * self.lanes)
         return self._lane_slots
+
+    def reserve(self, name: str, size: int) -> Any:
+        """`size` bytes of scratch memory for a callee, the same at every call of it."""
+        if name not in self._reserved:
+            self._reserved[name] = self._allocate(size)
+        return self._reserved[name]
 
     def new_buffer(self, value: Value, register: bool = True) -> Buffer:
         """Scratch memory for a tile; `register`ed as the place where the tile is found from now on."""
@@ -249,6 +256,10 @@ class Program:
             if value not in spared and value in self._pending:
                 self.materialise(value)
 
+    def forget_pending(self) -> None:
+        """Loads whose elements nobody needs any more."""
+        self._pending.clear()
+
     @contextmanager
     def scope(self) -> Iterator[None]:
         """A region that may not run, or run again: what it put into scratch memory is not there for anyone else."""
@@ -258,11 +269,11 @@ class Program:
 
     # ------------------------------------------------------------------------------------------------------- operations
 
-    def run(self, block: Block, until: str) -> Operation:
-        """Lower the operations of a block up to its terminator, which is returned and must be named `until`."""
+    def run(self, block: Block, *until: str) -> Operation:
+        """Lower the operations of a block up to its terminator, which is returned and must be one of `until`."""
         for op in block.operations:
             if op is block.terminator:
-                if op.name != until:
+                if op.name not in until:
                     raise self.unsupported(op)
                 return op
             try:
@@ -318,7 +329,7 @@ class Program:
 
     def _program_id(self, op: Operation) -> None:
         kind = "size" if op.name == "tt.get_num_programs" else "id"
-        self.scalars[op.result] = self._grid[f"{kind}{op.attributes['axis']}"]
+        self.scalars[op.result] = self.grid[f"{kind}{op.attributes['axis']}"]
 
     def _unsplat(self, op: Operation) -> None:
         buffer = self.materialise(op.operands[0])
