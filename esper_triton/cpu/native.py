@@ -44,7 +44,7 @@ ALLOWED_SYMBOLS = frozenset(
         *_MATH,
         *(f"{name}f" for name in _MATH),
         *("malloc", "calloc", "free", "aligned_alloc", "posix_memalign"),
-        *("memcpy", "memset", "memmove", "memcmp"),
+        *("memcpy", "memset", "memmove", "memcmp", "dprintf"),
     ]
 )
 # Position-independent code may name it; the JIT makes its own.

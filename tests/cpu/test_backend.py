@@ -103,18 +103,6 @@ def test_threads_of_python_launch_and_compile_at_once(rng):
 
 
 @triton.jit
-def uses_histogram(x_ptr, out_ptr, N: tl.constexpr):
-    x = tl.load(x_ptr + tl.arange(0, N))
-    counts = tl.histogram(x, 16)  # the line that the error names
-    tl.store(out_ptr + tl.arange(0, 16), counts)
-
-
-@triton.jit
-def uses_atomics(x_ptr, N: tl.constexpr):
-    tl.atomic_add(x_ptr + tl.arange(0, N), 1.0)
-
-
-@triton.jit
 def uses_fp8(x_ptr, N: tl.constexpr):
     x = tl.load(x_ptr + tl.arange(0, N))
     tl.store(x_ptr + tl.arange(0, N), x.to(tl.float8e5).to(tl.float32))
@@ -137,8 +125,6 @@ def uses_inline_assembly(x_ptr, N: tl.constexpr):
 @pytest.mark.parametrize(
     ("kernel", "args", "constants", "operation", "line"),
     [
-        (uses_histogram, lambda: (torch.zeros(32, dtype=torch.int32), torch.zeros(16)), {"N": 32}, "tt.histogram", 3),
-        (uses_atomics, lambda: (torch.zeros(32),), {"N": 32}, "tt.atomic_rmw", 2),
         (uses_fp8, lambda: (torch.zeros(32),), {"N": 32}, "tt.fp_to_fp", 3),
         (uses_an_odd_function, lambda: (torch.zeros(32),), {"N": 32}, "tt.extern_elementwise", 3),
         (uses_inline_assembly, lambda: (torch.zeros(32),), {"N": 32}, "tt.elementwise_inline_asm", 3),

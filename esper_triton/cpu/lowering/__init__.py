@@ -12,6 +12,7 @@ from typing import Any
 from llvmlite import ir
 
 from esper_triton.cpu.errors import UnsupportedOperation
+from esper_triton.cpu.lowering.atomics import lower_atomic_cas, lower_atomic_rmw
 from esper_triton.cpu.lowering.control import lower_for, lower_if, lower_while
 from esper_triton.cpu.lowering.dot import lower_dot
 from esper_triton.cpu.lowering.elementwise import (
@@ -25,6 +26,14 @@ from esper_triton.cpu.lowering.elementwise import (
     register_type,
 )
 from esper_triton.cpu.lowering.function import Functions, LoweredFunction
+from esper_triton.cpu.lowering.printing import lower_print
+from esper_triton.cpu.lowering.rearrange import (
+    lower_cat,
+    lower_gather,
+    lower_histogram,
+    lower_join,
+    lower_split,
+)
 from esper_triton.cpu.lowering.reduction import lower_reduce, lower_scan
 from esper_triton.cpu.mlir import Module, Operation
 
@@ -65,9 +74,17 @@ _OPERATIONS = {
     "scf.for": lower_for,
     "scf.if": lower_if,
     "scf.while": lower_while,
+    "tt.atomic_cas": lower_atomic_cas,
+    "tt.atomic_rmw": lower_atomic_rmw,
+    "tt.cat": lower_cat,
     "tt.dot": lower_dot,
+    "tt.gather": lower_gather,
+    "tt.histogram": lower_histogram,
+    "tt.join": lower_join,
+    "tt.print": lower_print,
     "tt.reduce": lower_reduce,
     "tt.scan": lower_scan,
+    "tt.split": lower_split,
 }
 
 

@@ -142,7 +142,7 @@ def masked_load(b: ir.IRBuilder, slot: Value, pointer: Value, mask: Value, other
         value = b.load(b.gep(pointer, [lane], source_etype=memory), typ=memory, align=align)
         b.store(value, b.gep(slot, [lane], source_etype=memory), align=align)
 
-    _for_each_lane(b, mask, copy)
+    for_each_lane(b, mask, copy)
     return _to_register(b, b.load(slot, typ=other.type, align=align), element)
 
 
@@ -155,7 +155,7 @@ def masked_store(b: ir.IRBuilder, slot: Value, value: Value, pointer: Value, mas
         one = b.load(b.gep(slot, [lane], source_etype=memory), typ=memory, align=align)
         b.store(one, b.gep(pointer, [lane], source_etype=memory), align=align)
 
-    _for_each_lane(b, mask, copy)
+    for_each_lane(b, mask, copy)
 
 
 def gather(
@@ -173,7 +173,7 @@ def gather(
         value = b.load(b.inttoptr(address, POINTER), typ=memory, align=align)
         b.store(value, b.gep(slot, [lane], source_etype=memory), align=align)
 
-    _for_each_lane(b, mask, copy)
+    for_each_lane(b, mask, copy)
     return _to_register(b, b.load(slot, typ=other.type, align=align), element)
 
 
@@ -191,10 +191,10 @@ def scatter(
         one = b.load(b.gep(slot, [lane], source_etype=memory), typ=memory, align=align)
         b.store(one, b.inttoptr(address, POINTER), align=align)
 
-    _for_each_lane(b, mask, copy)
+    for_each_lane(b, mask, copy)
 
 
-def _for_each_lane(b: ir.IRBuilder, mask: Value, body: Callable[[Value], None]) -> None:
+def for_each_lane(b: ir.IRBuilder, mask: Value, body: Callable[[Value], None]) -> None:
     """A loop over the set lanes of a vector of i1, in ascending order; `body` gets the lane as an i64."""
     bits = b.zext(b.bitcast(mask, ir.IntType(mask.type.count)), I64)
     before = b.block

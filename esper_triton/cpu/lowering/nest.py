@@ -317,7 +317,7 @@ class Nest:
             if isinstance(condition, Uniform) and isinstance(fallback, Uniform):
                 value = c.guarded(b, condition.value, lambda: c.load_scalar(b, pointer, element), fallback.value)
                 return Uniform(value)
-        width, slots = self.width, self.program.lane_slots()
+        width, slots = self.width, (self.program.lane_slot(0), self.program.lane_slot(1))
         contiguous = isinstance(address, Affine) and address.step == size_of(element)
         if condition is None:
             if contiguous:
@@ -358,7 +358,7 @@ class Nest:
         element = element_type(value.type)
         address, stored = self.chunk(pointers, index), self.exact(value, index)
         condition: Chunk = self.chunk(mask, index) if mask is not None else Uniform(ir.Constant(I1, 1))
-        b, width, slots = self.b, self.width, self.program.lane_slots()
+        b, width, slots = self.b, self.width, (self.program.lane_slot(0), self.program.lane_slot(1))
         if not any(at.lanes for at in index):
             assert isinstance(address, Uniform)
             assert isinstance(stored, Uniform)

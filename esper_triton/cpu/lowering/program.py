@@ -99,7 +99,7 @@ class Program:
         self.shifted: dict[Value, tuple[Value, Any]] = {}
         self.scratch_bytes = 0
         self._scratch = scratch
-        self._lane_slots: tuple[Any, Any] | None = None
+        self._lane_slots: dict[int, Any] = {}
         self._reserved: dict[str, Any] = {}
         self.grid = grid
         self._depth: dict[Value, int] = {}  # of lazy tiles: how many operations one chunk of it goes through
@@ -118,11 +118,11 @@ class Program:
         with self.b.goto_entry_block():
             return self.b.gep(self._scratch, [ir.Constant(I64, offset)], source_etype=I8)
 
-    def lane_slots(self) -> tuple[Any, Any]:
-        """Scratch memory for one chunk of elements and one of addresses, shared by every access that needs it."""
-        if self._lane_slots is None:
-            self._lane_slots = self._allocate(8 * self.lanes), self._allocate(8 * self.lanes)
-        return self._lane_slots
+    def lane_slot(self, number: int) -> Any:
+        """Scratch memory for the lanes of one chunk, shared by every access that goes lane by lane."""
+        if number not in self._lane_slots:
+            self._lane_slots[number] = self._allocate(8 * self.lanes)
+        return self._lane_slots[number]
 
     def reserve(self, name: str, size: int) -> Any:
         """`size` bytes of scratch memory for a callee, the same at every call of it."""
