@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CPUBackendError", "LaunchError", "MLIRSyntaxError", "ObjectRefused", "UnsupportedOperation"]
+__all__ = [
+    "CPUBackendError",
+    "DeviceAssertionError",
+    "KernelTrap",
+    "LaunchError",
+    "MLIRSyntaxError",
+    "ObjectRefused",
+    "UnsupportedOperation",
+]
 
 
 class CPUBackendError(RuntimeError):
@@ -60,3 +68,45 @@ def _unsupported(
     operation: str, kernel: str | None, file: str | None, line: int | None, reason: str | None
 ) -> UnsupportedOperation:
     return UnsupportedOperation(operation, kernel=kernel, file=file, line=line, reason=reason)
+
+
+class KernelTrap(CPUBackendError):
+    """A program of a launch failed a check, and the launch was stopped there. What its programs had written stays.
+
+    Attributes:
+        message: what failed. kernel: name of the kernel. program: program id (x, y, z) of the first one that failed.
+        file, line: where the kernel's source has the check, or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kernel: str,
+        program: tuple[int, int, int] | None = None,
+        file: str | None = None,
+        line: int | None = None,
+    ) -> None:
+        self.message, self.kernel, self.program, self.file, self.line = message, kernel, program, file, line
+        place = [f"kernel {kernel!r}"]
+        if file:
+            place.append(f"{file}:{line}" if line is not None else file)
+        if program is not None:
+            place.append(f"program {program}")
+        text = " ".join(f"{self._summary}: {message}".split()) if message else self._summary
+        super().__init__(f"{text} ({', '.join(place)})")
+
+    _summary = "a check failed"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _trap, (type(self), self.message, self.kernel, self.program, self.file, self.line)
+
+
+def _trap(kind: type[KernelTrap], message: str, kernel: str, program: Any, file: Any, line: Any) -> KernelTrap:
+    return kind(message, kernel=kernel, program=program, file=file, line=line)
+
+
+class DeviceAssertionError(KernelTrap, AssertionError):
+    """A `tl.device_assert` of a kernel does not hold. `message` is the assertion's own."""
+
+    _summary = "device assertion failed"

@@ -1,6 +1,6 @@
 """Loads the object code of a kernel into this process and runs it over a grid.
 
-The entry point has the C signature `void symbol(Frame *)`. A frame is seven 8-byte slots:
+The entry point has the C signature `void symbol(Frame *)`. A frame is sixteen 8-byte slots:
 
 | slot | type | content |
 | --- | --- | --- |
@@ -8,7 +8,10 @@ The entry point has the C signature `void symbol(Frame *)`. A frame is seven 8-b
 | 1, 2, 3 | `int64` | grid x, y, z |
 | 4 | `int32 (*)(void)` | `omp_get_thread_num`, or null: the calling thread runs every program |
 | 5 | `int32 (*)(void)` | `omp_get_num_threads`, or null |
-| 6 | `int64` | status that the kernel writes: 0 done, 1 no memory for scratch |
+| 6 | `int64` | a `trap.Status`: 0, and stays 0 when all went well; no thread begins a program once it is not |
+| 7, 8, 9 | `int64` | report of the first program that trapped: its id x, y, z |
+| 10 | `char *` | where in the source it trapped: line, file, message |
+| 11 to 14 | `int64` | numbers that belong to the status |
 
 With more than one thread, `GOMP_parallel` of the libgomp that torch brought along calls the entry point once on each
 thread of torch's own pool, and each thread takes its share of the programs.
@@ -29,6 +32,7 @@ from typing import Any
 
 from esper_triton.cpu import elf
 from esper_triton.cpu.errors import LaunchError, ObjectRefused
+from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS, Status, failure
 
 __all__ = ["LoadedCode", "NativeKernel", "PreparedLaunch"]
 
@@ -156,6 +160,7 @@ class NativeKernel:
 
         Raises:
             LaunchError: wrong grid, number, type or range of arguments, before anything ran; or no memory for scratch.
+            KernelTrap: a check failed in one of the programs.
         """
         if len(args) != len(self._slots):
             expected = f"{len(self._slots)} ({', '.join(self.signature)})"
@@ -180,7 +185,7 @@ class PreparedLaunch:
         self._entry = kernel._code.entry
         self._words = (ctypes.c_uint64 * count)()
         self._floats = (ctypes.c_float * (2 * count)).from_buffer(self._words)
-        self._frame = (ctypes.c_int64 * 7)(ctypes.addressof(self._words))
+        self._frame = (ctypes.c_int64 * FRAME_SLOTS)(ctypes.addressof(self._words))
         self._address = ctypes.addressof(self._frame)
         self._unbound = set(range(len(kernel.signature)))
 
@@ -238,7 +243,7 @@ class PreparedLaunch:
             return
         frame = self._frame
         frame[1], frame[2], frame[3] = x, y, z
-        frame[6] = 0
+        frame[FRAME_STATUS] = Status.RUNNING
         openmp = None
         if programs > 1 and num_threads != 1 and not _forked and "torch" in sys.modules:
             num_threads = min(num_threads or sys.modules["torch"].get_num_threads(), programs)
@@ -249,9 +254,8 @@ class PreparedLaunch:
         else:
             parallel, frame[4], frame[5] = openmp
             parallel(self._kernel.address, self._address, num_threads, 0)
-        if frame[6]:
-            fault = "ran out of memory for its scratch" if frame[6] == 1 else f"ended with status {frame[6]}"
-            raise LaunchError(f"kernel {name!r} {fault}")
+        if frame[FRAME_STATUS]:
+            raise failure(frame[:], name)
 
 
 class _Slot:

@@ -35,12 +35,13 @@ from esper_triton.cpu.lowering.rearrange import (
     lower_split,
 )
 from esper_triton.cpu.lowering.reduction import lower_reduce, lower_scan
+from esper_triton.cpu.lowering.traps import load_status, lower_assert
 from esper_triton.cpu.mlir import Module, Operation
+from esper_triton.cpu.trap import FRAME_STATUS, Status
 
 _POINTER = ir.PointerType()
 # Slots of the frame that `esper_triton.cpu.native` passes, all of eight bytes.
-_ARGUMENTS, _GRID, _THREAD_NUM, _NUM_THREADS, _STATUS = 0, 1, 4, 5, 6
-_OUT_OF_MEMORY = 1
+_ARGUMENTS, _GRID, _THREAD_NUM, _NUM_THREADS = 0, 1, 4, 5
 _SCRATCH_ALIGNMENT = 64
 
 
@@ -74,6 +75,7 @@ _OPERATIONS = {
     "scf.for": lower_for,
     "scf.if": lower_if,
     "scf.while": lower_while,
+    "tt.assert": lower_assert,
     "tt.atomic_cas": lower_atomic_cas,
     "tt.atomic_rmw": lower_atomic_rmw,
     "tt.cat": lower_cat,
@@ -136,7 +138,9 @@ def _emit_entry(llvm: Any, function: Operation, name: str, body: LoweredFunction
         failed, ready = entry.append_basic_block("failed"), entry.append_basic_block("ready")
         b.cbranch(b.icmp_unsigned("!=", code, ir.Constant(I32, 0)), failed, ready)
         b.position_at_end(failed)
-        b.store(ir.Constant(I64, _OUT_OF_MEMORY), slot(_STATUS))
+        b.cmpxchg(
+            slot(FRAME_STATUS), *(ir.Constant(I64, s) for s in (Status.RUNNING, Status.OUT_OF_MEMORY)), "monotonic"
+        )
         b.branch(done)
         b.position_at_end(ready)
         scratch = b.load(place, typ=_POINTER)
@@ -150,10 +154,11 @@ def _emit_entry(llvm: Any, function: Operation, name: str, body: LoweredFunction
     rest = b.udiv(linear, nx)
     position = (b.urem(linear, nx), b.urem(rest, ny), b.udiv(rest, ny))
     coordinates = [b.trunc(value, I32) for value in (*position, nx, ny, nz)]
-    b.call(body.function, [*arguments, *coordinates, scratch])
+    b.call(body.function, [*arguments, *coordinates, scratch, frame])
     following = b.add(linear, ir.Constant(I64, 1))
     linear.add_incoming(following, b.block)
-    b.cbranch(b.icmp_unsigned("<", following, stop), loop, after)
+    running = b.icmp_unsigned("==", load_status(b, frame), ir.Constant(I64, Status.RUNNING))
+    b.cbranch(b.and_(running, b.icmp_unsigned("<", following, stop)), loop, after)
     b.position_at_end(after)
     if body.scratch_bytes:
         release = ir.Function(llvm, ir.FunctionType(ir.VoidType(), [_POINTER]), "free")

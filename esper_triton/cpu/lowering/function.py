@@ -1,8 +1,8 @@
 """Functions: blocks that branch to each other, returns, and calls that Triton did not inline.
 
 Every `tt.func` becomes an LLVM function of its own that takes, after its own parameters, one pointer for each tile that
-it returns, and what a program knows of itself: its position in the grid, the grid, scratch memory. A tile is passed as
-a pointer to scratch memory of the caller's.
+it returns, and what a program knows of itself: its position in the grid, the grid, scratch memory, the frame of the
+launch. A tile is passed as a pointer to scratch memory of the caller's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from esper_triton.cpu.lowering.chunks import POINTER, Buffer
 from esper_triton.cpu.lowering.elementwise import I32, Unlowered, register_type
 from esper_triton.cpu.lowering.nest import is_tile
 from esper_triton.cpu.lowering.program import Handler, Program, unsupported
+from esper_triton.cpu.lowering.traps import leave_if_stopped
 from esper_triton.cpu.mlir import Block, FunctionType, Module, Operation, TensorType, Type, Value
 
 _GRID = ("id0", "id1", "id2", "size0", "size1", "size2")
@@ -53,13 +54,13 @@ class Functions:
         entry, *others = source.regions[0].blocks
         scalars, tiles = _results(source)
         parameters = [POINTER if is_tile(argument) else register_type(argument.type) for argument in entry.arguments]
-        hidden = [*[POINTER] * len(tiles), *[I32] * len(_GRID), POINTER]
+        hidden = [*[POINTER] * len(tiles), *[I32] * len(_GRID), POINTER, POINTER]
         function = ir.Function(self._llvm, ir.FunctionType(_struct(scalars), [*parameters, *hidden]), f"{name}.program")
         function.linkage = "internal"
-        arguments, targets = function.args[: len(parameters)], function.args[len(parameters) : -len(_GRID) - 1]
-        *grid, scratch = function.args[-len(_GRID) - 1 :]
+        arguments, targets = function.args[: len(parameters)], function.args[len(parameters) : -len(_GRID) - 2]
+        *grid, scratch, frame = function.args[-len(_GRID) - 2 :]
         program = Program(
-            self._kernel, function, scratch, dict(zip(_GRID, grid, strict=True)), self._lanes, self._operations
+            self._kernel, function, scratch, frame, dict(zip(_GRID, grid, strict=True)), self._lanes, self._operations
         )
         for argument, value in zip(entry.arguments, arguments, strict=True):
             if is_tile(argument):
@@ -81,7 +82,8 @@ class Functions:
         tiles = [program.new_buffer(r).pointer for r in op.results if is_tile(r)]
         grid = [program.grid[name] for name in _GRID]
         scratch = program.reserve(callee.function.name, callee.scratch_bytes)
-        result = b.call(callee.function, [*arguments, *tiles, *grid, scratch])
+        result = b.call(callee.function, [*arguments, *tiles, *grid, scratch, program.frame])
+        leave_if_stopped(program)
         for k, scalar in enumerate(r for r in op.results if not is_tile(r)):
             program.scalars[scalar] = b.extract_value(result, k)
 

@@ -77,6 +77,7 @@ class Program:
         scalars: LLVM value of every scalar so far. buffers: tiles in scratch memory.
         shifted: tiles that are another tile plus a scalar (pointers advanced around a loop).
         scratch_bytes: scratch memory used so far. grid: position in the grid (`id0` ...) and its extents (`size0` ...).
+        frame: pointer to the frame of the launch.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Program:
         kernel: str,
         function: Any,
         scratch: Any,
+        frame: Any,
         grid: dict[str, Any],
         lanes: int,
         operations: Mapping[str, Handler],
@@ -99,6 +101,8 @@ class Program:
         self.shifted: dict[Value, tuple[Value, Any]] = {}
         self.scratch_bytes = 0
         self._scratch = scratch
+        self.frame = frame
+        self.leave: Any = None  # see `traps.leave`
         self._lane_slots: dict[int, Any] = {}
         self._reserved: dict[str, Any] = {}
         self.grid = grid

@@ -1,0 +1,138 @@
+"""Programs that end early: a failed check fills the report in the frame and leaves the program at once.
+
+A trap is a branch out of whatever loops it stands in to the function's `leave` block. The first program that traps wins
+the report; the others stop at their next test of the status: after a call, at the end of a loop's body, and before the
+next program of the grid.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llvmlite import ir
+
+from esper_triton.cpu.lowering import chunks as c
+from esper_triton.cpu.lowering.elementwise import I8, I32, I64
+from esper_triton.cpu.lowering.nest import is_tile
+from esper_triton.cpu.mlir import Operation, TensorType
+from esper_triton.cpu.trap import FRAME_REPORT, FRAME_STATUS, Status
+
+if TYPE_CHECKING:
+    from esper_triton.cpu.lowering.program import Program
+
+
+def lower_assert(program: Program, op: Operation) -> None:
+    """`tt.assert`: a trap where a scalar, or any element of a tile, is false."""
+    (condition,) = op.operands
+    message = str(op.attributes.get("message", ""))
+    if not is_tile(condition):
+        trap_unless(program, program.b, program.scalars[condition], Status.ASSERTION, op, message)
+        return
+    assert isinstance(condition.type, TensorType)
+    nest = program.nest([condition], condition.type.shape, op)
+
+    def check(index: tuple[Any, ...]) -> None:
+        mask = nest.vector(condition, index)
+        holds = c.all_true(nest.b, mask) if isinstance(mask.type, ir.VectorType) else mask
+        trap_unless(program, nest.b, holds, Status.ASSERTION, op, message)
+
+    nest.run(check)
+
+
+def trap_unless(
+    program: Program, b: ir.IRBuilder, condition: Any, status: Status, op: Operation, message: str = "", *payload: Any
+) -> None:
+    """Leave the program with a report where the scalar `condition` is false; `b` goes on where it is true.
+
+    Args:
+        message: what to tell the user. payload: up to four numbers (i64) for the report, their meaning `status`'s own.
+    """
+    holds, fails = program.new_block("holds"), program.new_block("trap")
+    b.cbranch(condition, holds, fails)
+    b.position_at_end(fails)
+    numbers = [*payload, *[ir.Constant(I64, 0)] * (4 - len(payload))]
+    place = _place(program, op, message)
+    arguments = [program.frame, ir.Constant(I64, status), ir.Constant(I64, Status.RUNNING), *_position(program), place]
+    b.call(_report_function(program.function.module), [*arguments, *numbers])
+    b.branch(leave(program))
+    b.position_at_end(holds)
+
+
+def leave_if_stopped(program: Program, op: Operation | None = None) -> None:
+    """Leave the function where the launch has stopped: another program trapped, or its deadline has passed.
+
+    With `op`, a loop: a deadline is reported as that loop's, if it is the first to notice.
+    """
+    b = program.b
+    running, stopped = program.new_block("running"), leave(program)
+    status = load_status(b, program.frame)
+    if op is not None:
+        stopped = program.new_block("stopped")
+    b.cbranch(b.icmp_unsigned("==", status, ir.Constant(I64, Status.RUNNING)), running, stopped)
+    if op is not None:
+        b.position_at_end(stopped)
+        change = [ir.Constant(I64, Status.TIMEOUT), ir.Constant(I64, Status.DEADLINE)]
+        arguments = [program.frame, *change, *_position(program), _place(program, op, "")]
+        b.call(_report_function(program.function.module), [*arguments, *[ir.Constant(I64, 0)] * 4])
+        b.branch(leave(program))
+    b.position_at_end(running)
+
+
+def load_status(b: ir.IRBuilder, frame: Any) -> Any:
+    """The frame's status as an i64. Atomic: another thread may change it at any time."""
+    return b.load_atomic(b.gep(frame, [ir.Constant(I64, FRAME_STATUS)], source_etype=I64), "monotonic", 8, typ=I64)
+
+
+def leave(program: Program) -> Any:
+    """The block that returns from the function at once; its results are not to be looked at."""
+    if program.leave is None:
+        program.leave = program.new_block("leave")
+        b = ir.IRBuilder(program.leave)
+        result = program.function.function_type.return_type
+        if isinstance(result, ir.VoidType):
+            b.ret_void()
+        else:
+            b.ret(ir.Constant(result, ir.Undefined))
+    return program.leave
+
+
+def _position(program: Program) -> list[Any]:
+    return [program.grid[f"id{axis}"] for axis in range(3)]
+
+
+def _place(program: Program, op: Operation, message: str) -> Any:
+    """A constant with where in the source a trap stands, as `trap.read_report` takes it apart."""
+    at = op.location
+    module = program.function.module
+    lines = [str(at.line) if at else "", at.file if at else "", message]
+    text = bytearray("\n".join(lines).encode("utf-8", "replace").replace(b"\0", b"?") + b"\0")
+    array = ir.ArrayType(I8, len(text))
+    place = ir.GlobalVariable(module, array, module.get_unique_name("place"))
+    place.linkage, place.global_constant, place.initializer = "internal", True, ir.Constant(array, text)
+    return place
+
+
+def _report_function(module: Any) -> Any:
+    """`report(frame, status, from, x, y, z, place, payload...)`: fills the report if the status was `from`."""
+    name = "trap.report"
+    if name in module.globals:
+        return module.globals[name]
+    parameters = [c.POINTER, I64, I64, *[I32] * 3, c.POINTER, *[I64] * 4]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    function.attributes.add("cold")
+    frame, status, before, *fields = function.args
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+
+    def slot(k: int) -> Any:
+        return b.gep(frame, [ir.Constant(I64, k)], source_etype=I64)
+
+    exchanged = b.cmpxchg(slot(FRAME_STATUS), before, status, "monotonic")
+    with b.if_then(b.extract_value(exchanged, 1)):
+        for k, field in enumerate(fields):
+            if field.type == I32:
+                field = b.zext(field, I64)
+            b.store(field, slot(FRAME_REPORT + k))
+    b.ret_void()
+    return function

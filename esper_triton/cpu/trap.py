@@ -1,0 +1,47 @@
+"""What a program that ended early left in the frame of its launch, as an exception.
+
+Machine code of Triton kernels cannot raise: a program whose check fails writes a report into the frame and returns, and
+the launcher raises what the report says once all threads have stopped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from enum import IntEnum
+
+from esper_triton.cpu.errors import CPUBackendError, DeviceAssertionError, KernelTrap, LaunchError
+
+__all__ = ["FRAME_REPORT", "FRAME_SLOTS", "FRAME_STATUS", "Status", "failure"]
+
+# Slots of a frame: see `native`.
+FRAME_STATUS = 6
+FRAME_REPORT = 7  # program id x, y, z; address of the place's text; four numbers
+FRAME_SLOTS = 16
+
+
+class Status(IntEnum):
+    """How a launch stands, in the frame's status slot."""
+
+    RUNNING = 0
+    OUT_OF_MEMORY = 1
+    DEADLINE = 2  # set from outside: the kernel is to stop
+    TIMEOUT = 3  # a loop has noticed, and reported itself
+    ASSERTION = 4
+
+
+def failure(frame: Sequence[int], kernel: str) -> CPUBackendError:
+    """The exception for a frame whose status is not RUNNING, to be made while the kernel's code is still loaded."""
+    status = frame[FRAME_STATUS]
+    if status == Status.OUT_OF_MEMORY:
+        return LaunchError(f"kernel {kernel!r} ran out of memory for its scratch")
+    if status not in _TRAPS:
+        return LaunchError(f"kernel {kernel!r} ended with status {status}")
+    x, y, z, place = frame[FRAME_REPORT : FRAME_REPORT + 4]
+    line, file, message = ctypes.string_at(place).decode("utf-8", "replace").split("\n", 2)
+    return _TRAPS[status](
+        message, kernel=kernel, program=(x, y, z), file=file or None, line=int(line) if line else None
+    )
+
+
+_TRAPS: dict[int, type[KernelTrap]] = {Status.ASSERTION: DeviceAssertionError}
