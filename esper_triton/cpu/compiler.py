@@ -92,7 +92,7 @@ class CPUBackend(BaseBackend):  # type: ignore[misc]  # triton carries no types
         """
         from esper_triton.cpu.host import cpu_name
 
-        if self.target.arch not in ("native", cpu_name()):
+        if self.target.arch not in ("", "native", cpu_name()):
             raise CPUBackendError(
                 f"cannot compile for the processor {self.target.arch!r} here: expected 'native' or {cpu_name()!r}"
             )
