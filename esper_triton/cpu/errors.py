@@ -11,6 +11,7 @@ from typing import Any
 __all__ = [
     "CPUBackendError",
     "DeviceAssertionError",
+    "KernelTimeout",
     "KernelTrap",
     "LaunchError",
     "MLIRSyntaxError",
@@ -110,3 +111,9 @@ class DeviceAssertionError(KernelTrap, AssertionError):
     """A `tl.device_assert` of a kernel does not hold. `message` is the assertion's own."""
 
     _summary = "device assertion failed"
+
+
+class KernelTimeout(KernelTrap):
+    """A launch was stopped by its deadline. `file` and `line` are those of a loop that was running, or the kernel's."""
+
+    _summary = "the launch ran past its deadline"

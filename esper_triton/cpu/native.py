@@ -8,7 +8,7 @@ The entry point has the C signature `void symbol(Frame *)`. A frame is sixteen 8
 | 1, 2, 3 | `int64` | grid x, y, z |
 | 4 | `int32 (*)(void)` | `omp_get_thread_num`, or null: the calling thread runs every program |
 | 5 | `int32 (*)(void)` | `omp_get_num_threads`, or null |
-| 6 | `int64` | a `trap.Status`: 0, and stays 0 when all went well; no thread begins a program once it is not |
+| 6 | `int64` | 0, and stays 0 when all went well; no program is begun once it is not. Lower half: `trap.Status` |
 | 7, 8, 9 | `int64` | report of the first program that trapped: its id x, y, z |
 | 10 | `char *` | where in the source it trapped: line, file, message |
 | 11 to 14 | `int64` | numbers that belong to the status |
@@ -27,12 +27,14 @@ import struct
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
 from esper_triton.cpu import elf
 from esper_triton.cpu.errors import LaunchError, ObjectRefused
 from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS, Status, failure
+from esper_triton.cpu.watchdog import WATCHED, limit_s, watch
 
 __all__ = ["LoadedCode", "NativeKernel", "PreparedLaunch"]
 
@@ -248,12 +250,13 @@ class PreparedLaunch:
         if programs > 1 and num_threads != 1 and not _forked and "torch" in sys.modules:
             num_threads = min(num_threads or sys.modules["torch"].get_num_threads(), programs)
             openmp = _openmp() if num_threads > 1 else None
-        if openmp is None:
-            frame[4] = frame[5] = 0
-            self._entry(self._address)
-        else:
-            parallel, frame[4], frame[5] = openmp
-            parallel(self._kernel.address, self._address, num_threads, 0)
+        with watch(frame, limit) if (limit := WATCHED.value and limit_s()) else nullcontext():
+            if openmp is None:
+                frame[4] = frame[5] = 0
+                self._entry(self._address)
+            else:
+                parallel, frame[4], frame[5] = openmp
+                parallel(self._kernel.address, self._address, num_threads, 0)
         if frame[FRAME_STATUS]:
             raise failure(frame[:], name)
 

@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from enum import IntEnum
 
-from esper_triton.cpu.errors import CPUBackendError, DeviceAssertionError, KernelTrap, LaunchError
+from esper_triton.cpu.errors import CPUBackendError, DeviceAssertionError, KernelTimeout, KernelTrap, LaunchError
 
 __all__ = ["FRAME_REPORT", "FRAME_SLOTS", "FRAME_STATUS", "Status", "failure"]
 
@@ -21,13 +21,13 @@ FRAME_SLOTS = 16
 
 
 class Status(IntEnum):
-    """How a launch stands, in the frame's status slot."""
+    """How a launch stands, in the lower half of the frame's status slot. The upper half is set from outside (see
+    `watchdog`) to make the kernel stop."""
 
     RUNNING = 0
     OUT_OF_MEMORY = 1
-    DEADLINE = 2  # set from outside: the kernel is to stop
-    TIMEOUT = 3  # a loop has noticed, and reported itself
-    ASSERTION = 4
+    TIMEOUT = 2  # a loop was told to stop, and has reported itself
+    ASSERTION = 3
 
 
 def failure(frame: Sequence[int], kernel: str) -> CPUBackendError:
@@ -44,4 +44,4 @@ def failure(frame: Sequence[int], kernel: str) -> CPUBackendError:
     )
 
 
-_TRAPS: dict[int, type[KernelTrap]] = {Status.ASSERTION: DeviceAssertionError}
+_TRAPS: dict[int, type[KernelTrap]] = {Status.TIMEOUT: KernelTimeout, Status.ASSERTION: DeviceAssertionError}

@@ -1,14 +1,20 @@
-"""Programs that end early: device assertions, on one thread and several, in callees and loops."""
+"""Programs that end early: device assertions and deadlines, on one thread and several, in callees and loops."""
 
+import contextvars
 import copy
 import pickle
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from esper_triton.cpu.errors import CPUBackendError, DeviceAssertionError
+from esper_triton.cpu import deadline
+from esper_triton.cpu.errors import CPUBackendError, DeviceAssertionError, KernelTimeout
 
 
 @triton.jit
@@ -35,6 +41,54 @@ def calls(x, y, limit):
     for _ in range(3):
         tl.store(y, checked(tl.load(x + tl.program_id(0)), limit))
         tl.store(y + 1 + tl.program_id(0), 7)
+
+
+@triton.jit
+def adds_16_bits(x, y, BLOCK: tl.constexpr):
+    values = tl.load(x + tl.arange(0, BLOCK))
+    tl.store(y + tl.arange(0, BLOCK), values + values)
+
+
+@triton.jit
+def spins(flag, BLOCK: tl.constexpr):
+    seen = tl.load(flag)
+    while seen == 0:
+        seen = tl.atomic_add(flag, 0)
+    tl.store(flag + 1 + tl.arange(0, BLOCK), seen)
+
+
+@triton.jit
+def counts(x, n):
+    for _ in range(n):
+        tl.atomic_add(x, 1)
+    tl.store(x + 1, 1)
+
+
+@triton.jit(noinline=True)
+def waits_for(flag):
+    while tl.atomic_add(flag, 0) == 0:
+        pass
+    return 3
+
+
+@triton.jit
+def calls_what_waits(flag):
+    tl.store(flag + 1, waits_for(flag))
+
+
+@triton.jit
+def waits_for_a_neighbour(flag):
+    if tl.program_id(0) == 0:
+        while tl.atomic_add(flag, 0) == 0:
+            pass
+    else:
+        tl.device_assert(tl.load(flag) == 1, "never set")
+        tl.atomic_add(flag, 1)
+
+
+@triton.jit
+def touches(x):
+    tl.atomic_add(x, 1)
 
 
 def line_of(function, text: str) -> int:
@@ -110,3 +164,96 @@ def test_an_error_of_a_trap_survives_copies():
         assert str(other) == str(error) == "device assertion failed: m (kernel 'k', f.py:4, program (1, 2, 3))"
         assert (other.message, other.kernel, other.program, other.file, other.line) == ("m", "k", (1, 2, 3), "f.py", 4)
         assert isinstance(other, CPUBackendError)
+
+
+def test_overflow_of_integers_is_checked_under_debug():
+    x, y = torch.tensor([1, 2, 2**30, 3], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    with pytest.raises(DeviceAssertionError, match="overflow") as caught:
+        adds_16_bits[1,](x, y, BLOCK=4, debug=True)
+    assert caught.value.line == line_of(adds_16_bits, "values + values")
+    adds_16_bits[1,](x, y, BLOCK=4, debug=True, sanitize_overflow=False)
+    assert y.tolist() == [2, 4, -(2**31), 6]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arguments", "loop"),
+    [(spins, {"BLOCK": 4}, "while"), (counts, {"n": 2**31 - 1}, "for _"), (calls_what_waits, {}, None)],
+)
+def test_a_loop_that_does_not_end_is_stopped_at_the_deadline(threads, kernel, arguments, loop):
+    memory = torch.zeros(8, dtype=torch.int32)
+    begun = time.monotonic()
+    with deadline(0.1), pytest.raises(KernelTimeout, match="ran past its deadline") as caught:
+        kernel[3, 2](memory, **arguments)
+    assert time.monotonic() - begun > 0.1
+    assert memory[1:].eq(0).all()
+    assert caught.value.kernel == kernel.fn.__name__
+    assert caught.value.file == __file__
+    assert caught.value.line == (line_of(kernel, loop) if loop else line_of(waits_for, "while"))
+
+
+def test_a_grid_that_takes_too_long_is_stopped_between_programs(threads):
+    count = torch.zeros(1, dtype=torch.int32)
+    with deadline(0.1), pytest.raises(KernelTimeout) as caught:
+        touches[2**31 - 1, 2**20](count)
+    assert caught.value.line in (line_of(touches, "def touches"), line_of(touches, "@triton.jit"))
+    assert 0 < count.item() < 2**30
+
+
+def test_what_is_done_in_time_is_not_stopped(threads):
+    memory = torch.zeros(8, dtype=torch.int32)
+    with deadline(60):
+        counts[2,](memory, 1000)
+        with deadline(30):
+            counts[2,](memory, 1000)
+    assert memory[0] == 4000
+    with deadline(0.05):
+        time.sleep(0.1)  # the time of a launch is meant, not that of the block
+        counts[2,](memory, 1000)
+    assert memory[0] == 6000
+
+
+def test_a_deadline_is_its_own_threads_and_ends_with_its_block():
+    memory = torch.zeros(8, dtype=torch.int32)
+    with deadline(0.0001):
+        thread = threading.Thread(target=contextvars.Context().run, args=(counts[1,], memory, 10**6))
+        thread.start()
+        thread.join()
+    assert memory[0] == 10**6
+    counts[1,](memory, 10**6)
+    assert memory[0] == 2 * 10**6
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_deadline_is_a_positive_number(seconds):
+    with pytest.raises(ValueError, match="positive"), deadline(seconds):
+        pass
+
+
+def test_the_environment_sets_a_deadline_for_all_launches(monkeypatch):
+    program = f"""
+import os, sys, torch
+sys.path.insert(0, {__file__.rsplit("/", 1)[0]!r})
+from test_traps import spins, CPUBackendError
+for _ in range(2):
+    try:
+        spins[1,](torch.zeros(8, dtype=torch.int32), BLOCK=4)
+    except CPUBackendError as error:
+        print(type(error).__name__, error)
+    os.environ["ESPER_TRITON_DEADLINE"] = "soon"
+"""
+    monkeypatch.setenv("ESPER_TRITON_DEADLINE", "0.1")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    first, second = done.stdout.splitlines()
+    assert first.startswith("KernelTimeout the launch ran past")
+    assert second == "LaunchError ESPER_TRITON_DEADLINE is 'soon', expected a positive number of seconds"
+
+
+def test_a_program_that_waits_for_one_that_trapped_is_stopped():
+    memory = torch.zeros(8, dtype=torch.int32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with deadline(20), pytest.raises(DeviceAssertionError, match="never set"):
+            waits_for_a_neighbour[2,](memory, debug=True)
+    finally:
+        torch.set_num_threads(before)

@@ -35,9 +35,9 @@ from esper_triton.cpu.lowering.rearrange import (
     lower_split,
 )
 from esper_triton.cpu.lowering.reduction import lower_reduce, lower_scan
-from esper_triton.cpu.lowering.traps import load_status, lower_assert
+from esper_triton.cpu.lowering.traps import is_running, lower_assert, report
 from esper_triton.cpu.mlir import Module, Operation
-from esper_triton.cpu.trap import FRAME_STATUS, Status
+from esper_triton.cpu.trap import Status
 
 _POINTER = ir.PointerType()
 # Slots of the frame that `esper_triton.cpu.native` passes, all of eight bytes.
@@ -138,9 +138,7 @@ def _emit_entry(llvm: Any, function: Operation, name: str, body: LoweredFunction
         failed, ready = entry.append_basic_block("failed"), entry.append_basic_block("ready")
         b.cbranch(b.icmp_unsigned("!=", code, ir.Constant(I32, 0)), failed, ready)
         b.position_at_end(failed)
-        b.cmpxchg(
-            slot(FRAME_STATUS), *(ir.Constant(I64, s) for s in (Status.RUNNING, Status.OUT_OF_MEMORY)), "monotonic"
-        )
+        report(b, frame, Status.OUT_OF_MEMORY, [ir.Constant(I32, 0)] * 3, None)
         b.branch(done)
         b.position_at_end(ready)
         scratch = b.load(place, typ=_POINTER)
@@ -156,9 +154,14 @@ def _emit_entry(llvm: Any, function: Operation, name: str, body: LoweredFunction
     coordinates = [b.trunc(value, I32) for value in (*position, nx, ny, nz)]
     b.call(body.function, [*arguments, *coordinates, scratch, frame])
     following = b.add(linear, ir.Constant(I64, 1))
+    more, stopped = entry.append_basic_block("more"), entry.append_basic_block("stopped")
+    b.cbranch(b.icmp_unsigned("<", following, stop), more, after)
+    b.position_at_end(more)
     linear.add_incoming(following, b.block)
-    running = b.icmp_unsigned("==", load_status(b, frame), ir.Constant(I64, Status.RUNNING))
-    b.cbranch(b.and_(running, b.icmp_unsigned("<", following, stop)), loop, after)
+    b.cbranch(is_running(b, frame), loop, stopped)
+    b.position_at_end(stopped)
+    report(b, frame, Status.TIMEOUT, coordinates[:3], function)
+    b.branch(after)
     b.position_at_end(after)
     if body.scratch_bytes:
         release = ir.Function(llvm, ir.FunctionType(ir.VoidType(), [_POINTER]), "free")

@@ -14,6 +14,7 @@ from llvmlite import ir
 from esper_triton.cpu.lowering.chunks import Buffer
 from esper_triton.cpu.lowering.elementwise import I64, constant, element_type, register_type, size_of
 from esper_triton.cpu.lowering.nest import definition, is_tile
+from esper_triton.cpu.lowering.traps import end_of_step
 from esper_triton.cpu.mlir import Block, Operation, PointerType, TensorType, Value
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def lower_for(program: Program, op: Operation) -> None:
                 if made is None or made.pointer is not other:
                     assert isinstance(yielded.type, TensorType)
                     program.copy(yielded, Buffer(other, yielded.type.shape, yielded.type.element))
+    end_of_step(program, op)
     latch = program.b.block
     index.add_incoming(program.b.add(index, step), latch)
     program.b.branch(header)
@@ -172,6 +174,7 @@ def lower_while(program: Program, op: Operation) -> None:
         for yielded, place in zip(yields, carried, strict=True):
             if isinstance(place, Buffer):
                 program.copy(yielded, place)
+        end_of_step(program, op)
         for yielded, place in zip(yields, carried, strict=True):
             if not isinstance(place, Buffer):
                 place.add_incoming(program.scalars[yielded], program.b.block)

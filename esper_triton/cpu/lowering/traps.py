@@ -7,6 +7,7 @@ next program of the grid.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
@@ -50,37 +51,49 @@ def trap_unless(
     holds, fails = program.new_block("holds"), program.new_block("trap")
     b.cbranch(condition, holds, fails)
     b.position_at_end(fails)
-    numbers = [*payload, *[ir.Constant(I64, 0)] * (4 - len(payload))]
-    place = _place(program, op, message)
-    arguments = [program.frame, ir.Constant(I64, status), ir.Constant(I64, Status.RUNNING), *_position(program), place]
-    b.call(_report_function(program.function.module), [*arguments, *numbers])
+    report(b, program.frame, status, _position(program), op, message, *payload)
     b.branch(leave(program))
     b.position_at_end(holds)
 
 
-def leave_if_stopped(program: Program, op: Operation | None = None) -> None:
-    """Leave the function where the launch has stopped: another program trapped, or its deadline has passed.
+def leave_if_stopped(program: Program) -> None:
+    """Leave the function where the launch has been stopped: by a trap, here or in another program, or its deadline."""
+    running = program.new_block("running")
+    program.b.cbranch(is_running(program.b, program.frame), running, leave(program))
+    program.b.position_at_end(running)
 
-    With `op`, a loop: a deadline is reported as that loop's, if it is the first to notice.
-    """
+
+def end_of_step(program: Program, loop: Operation) -> None:
+    """To stand at every jump back of a loop of the kernel's: leave where the launch has been stopped. The first loop to
+    notice that the deadline has passed reports itself."""
     b = program.b
-    running, stopped = program.new_block("running"), leave(program)
-    status = load_status(b, program.frame)
-    if op is not None:
-        stopped = program.new_block("stopped")
-    b.cbranch(b.icmp_unsigned("==", status, ir.Constant(I64, Status.RUNNING)), running, stopped)
-    if op is not None:
-        b.position_at_end(stopped)
-        change = [ir.Constant(I64, Status.TIMEOUT), ir.Constant(I64, Status.DEADLINE)]
-        arguments = [program.frame, *change, *_position(program), _place(program, op, "")]
-        b.call(_report_function(program.function.module), [*arguments, *[ir.Constant(I64, 0)] * 4])
-        b.branch(leave(program))
+    running, stopped = program.new_block("running"), program.new_block("stopped")
+    b.cbranch(is_running(b, program.frame), running, stopped)
+    b.position_at_end(stopped)
+    report(b, program.frame, Status.TIMEOUT, _position(program), loop)
+    b.branch(leave(program))
     b.position_at_end(running)
 
 
-def load_status(b: ir.IRBuilder, frame: Any) -> Any:
-    """The frame's status as an i64. Atomic: another thread may change it at any time."""
-    return b.load_atomic(b.gep(frame, [ir.Constant(I64, FRAME_STATUS)], source_etype=I64), "monotonic", 8, typ=I64)
+def is_running(b: ir.IRBuilder, frame: Any) -> Any:
+    """Whether nothing has stopped the launch, as an i1. Another thread may change it at any time."""
+    slot = b.gep(frame, [ir.Constant(I64, FRAME_STATUS)], source_etype=I64)
+    return b.icmp_unsigned("==", b.load_atomic(slot, "monotonic", 8, typ=I64), ir.Constant(I64, 0))
+
+
+def report(
+    b: ir.IRBuilder,
+    frame: Any,
+    status: Status,
+    position: Sequence[Any],
+    op: Operation | None,
+    message: str = "",
+    *payload: Any,
+) -> None:
+    """Fill the frame's report unless it has one. `position`: the program's id x, y, z. `op`: whose line to tell."""
+    numbers = [*payload, *[ir.Constant(I64, 0)] * (4 - len(payload))]
+    place: Any = _place(b.module, op, message) if op is not None else ir.Constant(c.POINTER, None)
+    b.call(_report_function(b.module), [frame, ir.Constant(I32, status), *position, place, *numbers])
 
 
 def leave(program: Program) -> Any:
@@ -100,10 +113,9 @@ def _position(program: Program) -> list[Any]:
     return [program.grid[f"id{axis}"] for axis in range(3)]
 
 
-def _place(program: Program, op: Operation, message: str) -> Any:
-    """A constant with where in the source a trap stands, as `trap.read_report` takes it apart."""
+def _place(module: Any, op: Operation, message: str) -> Any:
+    """A constant with where in the source a trap stands, as `trap.failure` takes it apart."""
     at = op.location
-    module = program.function.module
     lines = [str(at.line) if at else "", at.file if at else "", message]
     text = bytearray("\n".join(lines).encode("utf-8", "replace").replace(b"\0", b"?") + b"\0")
     array = ir.ArrayType(I8, len(text))
@@ -113,26 +125,24 @@ def _place(program: Program, op: Operation, message: str) -> Any:
 
 
 def _report_function(module: Any) -> Any:
-    """`report(frame, status, from, x, y, z, place, payload...)`: fills the report if the status was `from`."""
+    """`report(frame, status, x, y, z, place, payload...)`: fills the report if there is none."""
     name = "trap.report"
     if name in module.globals:
         return module.globals[name]
-    parameters = [c.POINTER, I64, I64, *[I32] * 3, c.POINTER, *[I64] * 4]
+    parameters = [c.POINTER, *[I32] * 4, c.POINTER, *[I64] * 4]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), name)
     function.linkage = "internal"
     function.attributes.add("noinline")
     function.attributes.add("cold")
-    frame, status, before, *fields = function.args
+    frame, status, *fields = function.args
     b = ir.IRBuilder(function.append_basic_block("entry"))
 
     def slot(k: int) -> Any:
         return b.gep(frame, [ir.Constant(I64, k)], source_etype=I64)
 
-    exchanged = b.cmpxchg(slot(FRAME_STATUS), before, status, "monotonic")
+    exchanged = b.cmpxchg(slot(FRAME_STATUS), ir.Constant(I32, Status.RUNNING), status, "monotonic")
     with b.if_then(b.extract_value(exchanged, 1)):
         for k, field in enumerate(fields):
-            if field.type == I32:
-                field = b.zext(field, I64)
-            b.store(field, slot(FRAME_REPORT + k))
+            b.store(b.zext(field, I64) if field.type == I32 else field, slot(FRAME_REPORT + k))
     b.ret_void()
     return function
