@@ -61,7 +61,18 @@ class Lanes:
     value: Value
 
 
-Chunk = Uniform | Affine | Lanes
+@dataclass(frozen=True)
+class Prefix:
+    """A mask (i1) whose lanes 0 to `count` - 1 are on; `count` is an i64 that may be negative or beyond the lanes.
+
+    Made of a comparison of neighbouring indices with a bound. As with `Affine`, that no index wrapped is taken for
+    granted where the mask guards an access, and not where its own value is used.
+    """
+
+    count: Value
+
+
+Chunk = Uniform | Affine | Lanes | Prefix
 
 
 def as_chunk(value: Value) -> Uniform | Lanes:
@@ -71,6 +82,7 @@ def as_chunk(value: Value) -> Uniform | Lanes:
 
 def as_vector(b: ir.IRBuilder, chunk: Chunk, width: int) -> Value:
     """The chunk as an LLVM vector of `width` lanes."""
+    assert not isinstance(chunk, Prefix)  # see Nest.vector
     if isinstance(chunk, Lanes):
         return chunk.value
     scalar = chunk.value if isinstance(chunk, Uniform) else chunk.base
@@ -156,6 +168,68 @@ def masked_store(b: ir.IRBuilder, slot: Value, value: Value, pointer: Value, mas
         b.store(one, b.gep(pointer, [lane], source_etype=memory), align=align)
 
     for_each_lane(b, mask, copy)
+
+
+def prefix_load(b: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other: Value, element: Type) -> Value:
+    """The first `count` (less than there are lanes) of neighbouring elements, and `other`'s lanes after them."""
+    other = _to_memory(b, other, element)
+    align = size_of(element)
+    b.store(other, slot, align=align)
+    _copy_elements(b, slot, pointer, count, align, other.type.count)
+    return _to_register(b, b.load(slot, typ=other.type, align=align), element)
+
+
+def prefix_store(b: ir.IRBuilder, slot: Value, value: Value, pointer: Value, count: Value, element: Type) -> None:
+    """Writes the first `count` (less than there are lanes) of neighbouring elements."""
+    align = size_of(element)
+    b.store(_to_memory(b, value, element), slot, align=align)
+    _copy_elements(b, pointer, slot, count, align, value.type.count)
+
+
+def _copy_elements(b: ir.IRBuilder, target: Value, source: Value, count: Value, size: int, lanes: int) -> None:
+    """Copies `count` < `lanes` elements of `size` bytes, none where it is negative, in as few pieces as it has bits."""
+    module = b.function.module
+    name = f"copy.{lanes}x{size}"
+    function = module.globals.get(name)
+    if function is None:
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER, POINTER, I64]), name)
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        _emit_copy(function, size, lanes)
+    b.call(function, [target, source, count])
+
+
+def _emit_copy(function: Value, size: int, lanes: int) -> None:
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    target, source, count = function.args
+    done = function.append_basic_block("done")
+    some = function.append_basic_block("some")
+    b.cbranch(b.icmp_signed(">", count, ir.Constant(I64, 0)), some, done)
+    b.position_at_end(some)
+    offset: Value = ir.Constant(I64, 0)
+    piece = lanes // 2
+    while piece:
+        here, copy, after = b.block, function.append_basic_block("copy"), function.append_basic_block("after")
+        bit = b.and_(count, ir.Constant(I64, piece))
+        b.cbranch(b.icmp_unsigned("!=", bit, ir.Constant(I64, 0)), copy, after)
+        b.position_at_end(copy)
+        type_ = ir.IntType(8 * size * piece) if size * piece <= 8 else ir.VectorType(I8, size * piece)
+        b.store(
+            b.load(b.gep(source, [offset], source_etype=I8), typ=type_, align=size),
+            b.gep(target, [offset], source_etype=I8),
+            align=size,
+        )
+        further = b.add(offset, ir.Constant(I64, size * piece))
+        b.branch(after)
+        b.position_at_end(after)
+        merged = b.phi(I64)
+        merged.add_incoming(offset, here)
+        merged.add_incoming(further, copy)
+        offset = merged
+        piece //= 2
+    b.branch(done)
+    b.position_at_end(done)
+    b.ret_void()
 
 
 def gather(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
-from esper_triton.cpu.lowering.chunks import ZERO, Affine, Chunk, Index, Lanes, Uniform
+from esper_triton.cpu.lowering.chunks import ZERO, Affine, Chunk, Index, Lanes, Prefix, Uniform
 from esper_triton.cpu.lowering.elementwise import (
     I1,
     I64,
@@ -25,6 +25,7 @@ from esper_triton.cpu.lowering.elementwise import (
     size_of,
 )
 from esper_triton.cpu.lowering.vmath import Value as LLVMValue
+from esper_triton.cpu.lowering.vmath import intrinsic
 from esper_triton.cpu.mlir import Dense, Operation, PointerType, TensorType, Value
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class Nest:
         if not any(at.lanes for at in index):
             assert isinstance(chunk, Uniform)
             return chunk.value
-        if not (isinstance(chunk, Affine) and chunk.assumed):
+        if not _is_inexact(chunk):
             return c.as_vector(self.builder(index), chunk, self.width)
         key = _key(value, index)
         if key not in self._exact:
@@ -185,7 +186,7 @@ class Nest:
     def exact(self, value: Value, index: tuple[Index, ...]) -> Chunk:
         """The chunk, in a form that holds the exact value of every lane."""
         chunk = self.chunk(value, index)
-        return Lanes(self.vector(value, index)) if isinstance(chunk, Affine) and chunk.assumed else chunk
+        return Lanes(self.vector(value, index)) if _is_inexact(chunk) else chunk
 
     def _widened(self, value: Value, index: tuple[Index, ...]) -> LLVMValue:
         """Lane by lane, from the operands' exact values."""
@@ -233,6 +234,8 @@ class Nest:
                 return self._load(op, index)
             case "tt.addptr":
                 pointer, offset = (self.chunk(operand, index) for operand in op.operands)
+                if isinstance(pointer, Lanes) or isinstance(offset, Lanes):
+                    pointer, offset = (self.exact(operand, index) for operand in op.operands)
                 element = element_type(value.type)
                 assert isinstance(element, PointerType)
                 return self._add_pointer(b, pointer, offset, size_of(element.pointee))
@@ -246,6 +249,8 @@ class Nest:
         return self.program.constant_buffer(op).read(b, index, self.width)
 
     def _add(self, b: ir.IRBuilder, x: Chunk, y: Chunk, sign: int) -> Chunk:
+        assert not isinstance(x, Prefix)
+        assert not isinstance(y, Prefix)
         if isinstance(x, Lanes) or isinstance(y, Lanes):
             combine = b.add if sign > 0 else b.sub
             return Lanes(combine(c.as_vector(b, x, self.width), c.as_vector(b, y, self.width)))
@@ -258,6 +263,7 @@ class Nest:
 
     def _add_pointer(self, b: ir.IRBuilder, pointer: Chunk, offset: Chunk, size: int) -> Chunk:
         scale = ir.Constant(I64, size)
+        assert not isinstance(offset, Prefix)
         if isinstance(offset, Lanes):
             wide = offset.value
             if wide.type.element != I64:
@@ -287,7 +293,7 @@ class Nest:
             return None
         first = operands[0]
         match op.name:
-            case "arith.addi" | "arith.subi":
+            case "arith.addi" | "arith.subi" if register_type(op.result.type) != I1:
                 return self._add(b, first, operands[1], 1 if op.name == "arith.addi" else -1)
             case "arith.muli":
                 for x, y in (operands, reversed(operands)):
@@ -297,10 +303,34 @@ class Nest:
                         if step or x.assumed:
                             return Affine(b.mul(x.base, y.value), step, assumed=x.assumed)
                         return Uniform(y.value)
+            case "arith.cmpi":
+                return self._prefix(op.attributes["predicate"], first, operands[1], b)
+            case "arith.andi" if register_type(op.result.type) == I1:
+                for x, y in (operands, reversed(operands)):
+                    if isinstance(x, Prefix) and isinstance(y, Prefix):
+                        return Prefix(b.select(b.icmp_signed("<", x.count, y.count), x.count, y.count))
+                    if isinstance(x, Prefix) and isinstance(y, Uniform):
+                        return Prefix(b.select(y.value, x.count, ir.Constant(I64, 0)))
             case "arith.extsi" if isinstance(first, Affine):
                 wide = b.sext(first.base, register_type(op.result.type))
                 return Affine(wide, first.step, fits=first.fits, assumed=first.assumed or not first.fits)
         return None
+
+    def _prefix(self, predicate: int, first: Chunk, second: Chunk, b: ir.IRBuilder) -> Chunk | None:
+        """The comparison of indices that count up by one with a bound; None for any other."""
+        if predicate in (4, 5):  # bound > index, bound >= index
+            predicate, first, second = predicate - 2, second, first
+        if predicate not in (2, 3) or not (
+            isinstance(first, Affine) and first.step == 1 and isinstance(second, Uniform)
+        ):
+            return None
+        bound, base = (v if v.type == I64 else b.sext(v, I64) for v in (second.value, first.base))
+        saturated = bound.type == second.value.type  # i64 might wrap, and a mask must not come on by that
+        count = intrinsic(b, "ssub.sat", (bound, base)) if saturated else b.sub(bound, base)
+        if predicate == 3:
+            one = ir.Constant(I64, 1)
+            count = intrinsic(b, "sadd.sat", (count, one)) if saturated else b.add(count, one)
+        return Prefix(count)
 
     def _load(self, op: Operation, index: tuple[Index, ...]) -> Chunk:
         """A tile load. A masked-off element is `other`, zero where none is given; its address is not touched."""
@@ -329,20 +359,27 @@ class Nest:
             )
         other_vector = c.as_vector(b, fallback, width)
         if not contiguous:
-            addresses, bits = self.vector(pointers, index), c.as_vector(b, condition, width)
+            assert mask is not None
+            addresses, bits = self.vector(pointers, index), self.vector(mask, index)
             return Lanes(c.gather(b, slots, addresses, bits, other_vector, element))
         assert isinstance(address, Affine)
         pointer = b.inttoptr(address.base, c.POINTER)
         if isinstance(condition, Uniform):
             return Lanes(c.guarded(b, condition.value, lambda: c.load_vector(b, pointer, element, width), other_vector))
-        bits = c.as_vector(b, condition, width)
         full, partial, join = (self.program.new_block(n) for n in ("full", "partial", "loaded"))
-        b.cbranch(c.all_true(b, bits), full, partial)
+        if isinstance(condition, Prefix):
+            b.cbranch(b.icmp_signed(">=", condition.count, ir.Constant(I64, width)), full, partial)
+        else:
+            bits = c.as_vector(b, condition, width)
+            b.cbranch(c.all_true(b, bits), full, partial)
         b.position_at_end(full)
         whole = c.load_vector(b, pointer, element, width)
         b.branch(join)
         b.position_at_end(partial)
-        masked = c.masked_load(b, slots[0], pointer, bits, other_vector, element)
+        if isinstance(condition, Prefix):
+            masked = c.prefix_load(b, slots[0], pointer, condition.count, other_vector, element)
+        else:
+            masked = c.masked_load(b, slots[0], pointer, bits, other_vector, element)
         masked_end = b.block
         b.branch(join)
         b.position_at_end(join)
@@ -368,7 +405,8 @@ class Nest:
             return
         vector = c.as_vector(b, stored, width)
         if not (isinstance(address, Affine) and address.step == size_of(element)):
-            addresses, bits = self.vector(pointers, index), c.as_vector(b, condition, width)
+            addresses = self.vector(pointers, index)
+            bits = c.splat(b, ir.Constant(I1, 1), width) if mask is None else self.vector(mask, index)
             c.scatter(b, slots, vector, addresses, bits, element)
             return
         pointer = b.inttoptr(address.base, c.POINTER)
@@ -376,12 +414,24 @@ class Nest:
             with b.if_then(condition.value):
                 c.store_vector(b, vector, pointer, element)
             return
-        bits = c.as_vector(b, condition, width)
-        with b.if_else(c.all_true(b, bits)) as (full, partial):
+        if isinstance(condition, Prefix):
+            whole = b.icmp_signed(">=", condition.count, ir.Constant(I64, width))
+        else:
+            bits = c.as_vector(b, condition, width)
+            whole = c.all_true(b, bits)
+        with b.if_else(whole) as (full, partial):
             with full:
                 c.store_vector(b, vector, pointer, element)
             with partial:
-                c.masked_store(b, slots[0], vector, pointer, bits, element)
+                if isinstance(condition, Prefix):
+                    c.prefix_store(b, slots[0], vector, pointer, condition.count, element)
+                else:
+                    c.masked_store(b, slots[0], vector, pointer, bits, element)
+
+
+def _is_inexact(chunk: Chunk) -> bool:
+    """Whether lanes that wrapped around would not be what the chunk says."""
+    return isinstance(chunk, Prefix) or (isinstance(chunk, Affine) and chunk.assumed)
 
 
 def _key(value: Value, index: tuple[Index, ...]) -> tuple[Any, ...]:

@@ -44,6 +44,7 @@ from esper_triton.cpu.lowering.nest import (
     is_tile,
     load_operands,
 )
+from esper_triton.cpu.lowering.ranges import Ranges
 from esper_triton.cpu.mlir import Block, Dense, Operation, PointerType, TensorType, Value
 
 _ALIGNMENT = 64  # of buffers: a cache line
@@ -369,14 +370,63 @@ class Program:
                 c.store_scalar(self.b, self.scalars[value], address, element_type(value.type))
             return
         in_place = self._steps_through_memory(pointer)
-        for operand in op.operands:
-            hazards = [v for v in self._closure([operand]) if v in self._pending]
-            if any(not (in_place and load_operands(definition(v))[0] is pointer) for v in hazards):
-                self.materialise(operand)
+        hazards = [
+            v
+            for v in self._closure(op.operands)
+            if v in self._pending and not (in_place and load_operands(definition(v))[0] is pointer)
+        ]
         self.flush(but=self._closure(op.operands))
+        apart = self._apart(pointer, hazards)
+        if apart is None:
+            for value in hazards:
+                self.materialise(value)
+            self._store_tile(op)
+        else:
+            self._store_either_way(op, apart, hazards)
+
+    def _store_tile(self, op: Operation) -> None:
+        pointer = op.operands[0]
         assert isinstance(pointer.type, TensorType)
         nest = self.nest(op.operands, pointer.type.shape, op)
         nest.run(lambda index: nest.store(op, index))
+
+    def _apart(self, pointer: Value, hazards: Sequence[Value]) -> Any | None:
+        """i1: whether a store overlaps none of the loads that it depends on; None where that cannot be asked."""
+        if not hazards:
+            return None
+        ranges = Ranges(self)
+        stored = ranges.of(pointer)
+        result: Any = ir.Constant(I1, 1)
+        for pointers in dict.fromkeys(load_operands(definition(v))[0] for v in hazards):
+            loaded = ranges.of(pointers) if stored is not None else None
+            if stored is None or loaded is None:
+                return None
+            result = self.b.and_(result, ranges.disjoint(stored, loaded))
+        return result
+
+    def _store_either_way(self, op: Operation, apart: Any, hazards: Sequence[Value]) -> None:
+        """Loads computed in the store's own loop where they cannot overlap it, and before it otherwise."""
+        visited = self._closure(op.operands)
+        before = dict(self.buffers)
+        fused, separate, join = (self.new_block(n) for n in ("apart", "overlapping", "stored"))
+        self.b.cbranch(apart, fused, separate)
+        self.b.position_at_end(fused)
+        with self.scope():
+            self._store_tile(op)
+            kept = {value: buffer for value, buffer in self.buffers.items() if value not in before}
+        self.b.branch(join)
+        self.b.position_at_end(separate)
+        with self.scope():
+            # What is needed afterwards has to be found in the same place whichever way was taken.
+            self.targets.update({value: buffer.pointer for value, buffer in kept.items()})
+            for value in (*hazards, *kept):
+                self.materialise(value)
+            self._store_tile(op)
+        self.b.branch(join)
+        self.b.position_at_end(join)
+        self.buffers.update(kept)
+        for value in visited:
+            self._pending.pop(value, None)
 
     def _steps_through_memory(self, pointer: Value) -> bool:
         """Whether a tile of pointers is one row of addresses, no two of them equal, in order."""

@@ -1,0 +1,170 @@
+"""Masks and overlaps: what a tile access may touch, and in which order, whatever way it is computed."""
+
+import ctypes
+import mmap
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@triton.jit(do_not_specialize=["m", "n", "source_stride", "target_stride", "step"])
+def _windows(source_ptr, target_ptr, m, n, source_stride, target_stride, step, R: tl.constexpr, C: tl.constexpr):
+    pid = tl.program_id(0)
+    r, c = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    mask = (r < m) & (c < n)
+    x = tl.load(source_ptr + pid * step + r * source_stride + c, mask=mask)
+    tl.store(target_ptr + pid * step + r * target_stride + c, x * 2 + 1, mask=mask)
+
+
+@given(
+    m=st.integers(1, 4),
+    n=st.integers(1, 40),
+    strides=st.tuples(st.integers(-50, 50), st.integers(0, 20)),
+    offset=st.integers(-100, 100),
+    step=st.integers(0, 60),
+    upwards=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_tile_is_read_before_it_is_written_however_its_rows_overlap(m, n, strides, offset, step, upwards):
+    source_stride, target_stride = strides[0], (n + strides[1]) * (1 if upwards else -1)
+    memory = torch.arange(1000.0)
+    expected = memory.numpy().copy()
+    source, target = 450, 450 + offset
+    for pid in range(3):
+        rows = [source + pid * step + r * source_stride for r in range(m)]
+        loaded = [expected[at : at + n].copy() for at in rows]
+        for r, values in enumerate(loaded):
+            at = target + pid * step + r * target_stride
+            expected[at : at + n] = values * 2 + 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # programs in order
+    try:
+        _windows[(3,)](memory[source:], memory[target:], m, n, source_stride, target_stride, step, R=4, C=64)
+    finally:
+        torch.set_num_threads(threads)
+    assert np.array_equal(memory.numpy(), expected)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _sum_and_difference(x_ptr, y_ptr, sum_ptr, difference_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    x, y = tl.load(x_ptr + offsets, mask=mask), tl.load(y_ptr + offsets, mask=mask)
+    total = x + y
+    tl.store(sum_ptr + offsets, total, mask=mask)
+    tl.store(difference_ptr + offsets, total - 2 * y, mask=mask)
+
+
+@given(starts=st.lists(st.integers(0, 120), min_size=4, max_size=4), n=st.integers(0, 100))
+@settings(max_examples=60, deadline=None)
+def test_a_value_stored_twice_is_the_same_both_times_however_the_four_tensors_overlap(starts, n):
+    memory = torch.arange(300.0) ** 2
+    expected = memory.numpy().copy()
+    x, y = (expected[at : at + n].copy() for at in starts[:2])
+    for at, result in zip(starts[2:], (x + y, x - y), strict=True):
+        expected[at : at + n] = result
+    _sum_and_difference[(1,)](*(memory[at:] for at in starts), n, BLOCK=128)
+    assert np.array_equal(memory.numpy(), expected)
+
+
+@triton.jit(do_not_specialize=["m", "n", "stride"])
+def _far_rows(x_ptr, y_ptr, m, n, stride, R: tl.constexpr, C: tl.constexpr):
+    r, c = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    mask = (r < m) & (c < n)
+    tl.store(y_ptr + r * stride + c, tl.load(x_ptr + r * stride + c, mask=mask) + 1, mask=mask)
+
+
+@pytest.mark.parametrize("stride", [2**30, 2**40, 2**62, -(2**62)])
+def test_strides_whose_multiples_wrap_do_not_hide_an_overlap(stride):
+    memory = torch.arange(100.0)
+    _far_rows[(1,)](memory, memory[3:], 1, 50, stride, R=8, C=64)
+    assert torch.equal(memory, torch.cat([torch.arange(3.0), torch.arange(50.0) + 1, torch.arange(53.0, 100.0)]))
+
+
+@triton.jit(do_not_specialize=["start", "bound"])
+def _every_predicate(x_ptr, out_ptr, on_ptr, start, bound, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    index = lane + start
+    for k in tl.static_range(16):
+        limit = bound.to(tl.uint32) if k % 8 >= 6 else bound
+        at = index.to(tl.uint32) if k % 8 >= 6 else index
+        first, second = (limit, at) if k >= 8 else (at, limit)
+        if k % 8 == 0 or k % 8 == 6:
+            mask = first < second
+        elif k % 8 == 1 or k % 8 == 7:
+            mask = first <= second
+        elif k % 8 == 2:
+            mask = first > second
+        elif k % 8 == 3:
+            mask = first >= second
+        elif k % 8 == 4:
+            mask = first == second
+        else:
+            mask = (first < second) & (lane < 30) & (bound < 1000)
+        x = tl.load(x_ptr + lane, mask=mask, other=-3.0)
+        tl.store(out_ptr + k * BLOCK + lane, x * 2, mask=mask)
+        tl.store(on_ptr + k * BLOCK + lane, x == -3.0)
+
+
+_INT32 = st.sampled_from([-(2**31), -(2**31) + 20, -40, -1, 0, 1, 15, 31, 40, 2**31 - 70, 2**31 - 1]) | st.integers(
+    -50, 50
+)
+
+
+@given(start=_INT32.filter(lambda start: start < 2**31 - 64), bound=_INT32)
+@settings(max_examples=60, deadline=None)
+def test_every_comparison_of_an_index_with_a_bound_masks_the_right_lanes(start, bound):
+    x = torch.randn(64)
+    out, off = torch.full((16, 64), float("nan")), torch.full((16, 64), 2, dtype=torch.int8)
+    _every_predicate[(1,)](x, out, off, start, bound, BLOCK=64)
+    index = (start + np.arange(64)).astype(np.int32)
+    for k in range(16):
+        limit = np.array(bound, np.int32)
+        at = index
+        if k % 8 >= 6:
+            at, limit = at.astype(np.uint32), limit.astype(np.uint32)
+        first, second = (limit, at) if k >= 8 else (at, limit)
+        compare = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.less, np.less, np.less_equal)
+        on = compare[k % 8](first, second)
+        if k % 8 == 5:
+            on &= (np.arange(64) < 30) & (bound < 1000)
+        assert np.array_equal(out[k].numpy(), np.where(on, x.numpy() * 2, np.nan), equal_nan=True), k
+        assert np.array_equal(off[k].numpy(), ~on), k
+
+
+@pytest.fixture(scope="module")
+def last_page():
+    """Bytes of a page, writable, after and before pages that may not be touched."""
+    size = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 3 * size)
+    base = torch.frombuffer(memory, dtype=torch.uint8)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    outer = (base.data_ptr(), base.data_ptr() + 2 * size)
+    assert all(protect(at, size, 0) == 0 for at in outer)
+    yield base[size : 2 * size]
+    assert all(protect(at, size, mmap.PROT_READ | mmap.PROT_WRITE) == 0 for at in outer)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _increase(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < n
+    tl.store(y_ptr + offsets, tl.load(x_ptr + offsets, mask=mask) + 1, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.float32, torch.float64])
+def test_memory_beyond_a_mask_is_not_touched(dtype, last_page):
+    page = last_page.view(dtype)
+    for n in range(66):
+        tail = page[len(page) - n :]
+        page.copy_(torch.arange(len(page)))
+        expected = page.clone()
+        expected[len(page) - n :] += 1
+        _increase[(1,)](tail, tail, n, BLOCK=128)
+        assert torch.equal(page, expected)
