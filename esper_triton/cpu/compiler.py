@@ -174,21 +174,41 @@ def _make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
 def _make_llir(module: Any, metadata: dict[str, Any]) -> str:
     """LLVM IR as text. The last use of `module`: `mlir.generic_text` leaves it unfit for MLIR."""
     from esper_triton.cpu import mlir
+
+    metadata["name"], source = _lower(mlir.generic_text(module, module.context))
+    metadata["shared"] = 0
+    return source
+
+
+# Remembered, like `_object`: autotuning compiles a kernel again for each number of warps and stages, and here these are
+# one and the same kernel.
+@lru_cache(maxsize=8)
+def _lower(text: str) -> tuple[str, str]:
+    """(symbol, LLVM IR) of a module in MLIR's generic form."""
+    from esper_triton.cpu import mlir
     from esper_triton.cpu.lowering import lower
     from esper_triton.cpu.native import ALLOWED_SYMBOLS
 
-    parsed = mlir.parse(mlir.generic_text(module, module.context))
+    parsed = mlir.parse(text)
     public = [name for name, op in parsed.functions.items() if op.attributes.get("sym_visibility") != "private"]
     if len(public) != 1:
         raise CPUBackendError(f"expected one public function in the module, found {public}")
     # A kernel called `exp` must not be what the machine code of another, or its own, calls for libm's.
-    metadata["name"] = f"{public[0]}.kernel" if public[0] in ALLOWED_SYMBOLS else public[0]
-    metadata["shared"] = 0
-    return str(lower(parsed, public[0], symbol=metadata["name"]))
+    symbol = f"{public[0]}.kernel" if public[0] in ALLOWED_SYMBOLS else public[0]
+    return symbol, str(lower(parsed, public[0], symbol=symbol))
 
 
 def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> bytes:
-    """An ELF relocatable for this machine's processor."""
+    """An ELF relocatable for this machine's processor.
+
+    Raises:
+        CPUBackendError: LLVM refuses the IR, which is an error of the lowering.
+    """
+    return _object(source, metadata["name"], options.opt_level, options.slp_vectorize)
+
+
+@lru_cache(maxsize=8)
+def _object(source: str, name: str, opt_level: int, slp_vectorize: bool) -> bytes:
     import llvmlite.binding as llvm
 
     from esper_triton.cpu.host import cpu_name, feature_string
@@ -199,7 +219,7 @@ def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> 
     # 64-bit addresses everywhere: MCJIT may place code and constants, and has the libraries, more than 2 GiB apart in a
     # process with large tensors, which a 32-bit relocation answers by aborting the process.
     machine = target.create_target_machine(
-        cpu=cpu_name(), features=feature_string(), opt=3 if options.opt_level else 0, reloc="static", codemodel="large"
+        cpu=cpu_name(), features=feature_string(), opt=3 if opt_level else 0, reloc="static", codemodel="large"
     )
     # A context of its own, so that kernels compiled in different threads do not meet, and types are freed.
     context = llvm.create_context()
@@ -209,17 +229,15 @@ def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> 
         module.data_layout = str(machine.target_data)
         module.verify()
     except RuntimeError as error:
-        raise CPUBackendError(
-            f"the lowering of kernel {metadata.get('name')!r} is not valid LLVM IR: {str(error).strip()}"
-        ) from error
-    tuning = llvm.create_pipeline_tuning_options(speed_level=options.opt_level)
+        raise CPUBackendError(f"the lowering of kernel {name!r} is not valid LLVM IR: {str(error).strip()}") from error
+    tuning = llvm.create_pipeline_tuning_options(speed_level=opt_level)
     # The lowering has already chosen its vectors; LLVM's loop vectoriser makes its remainder loops slower.
     tuning.loop_vectorization = False
-    tuning.slp_vectorization = options.slp_vectorize
+    tuning.slp_vectorization = slp_vectorize
     builder = llvm.create_pass_builder(machine, tuning)
-    if options.opt_level > 1:
+    if opt_level > 1:
         builder.getModulePassManager().run(module, builder)
-    elif options.opt_level == 1:
+    elif opt_level == 1:
         # The lowering emits rotated loops with what is invariant outside of them, so LLVM's own pipelines find little
         # more to do than this, and take five to twenty times as long for it.
         manager = llvm.create_new_function_pass_manager()

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.language.extra import libdevice
 
+from esper_triton.cpu import compiler
 from esper_triton.cpu.errors import LaunchError, UnsupportedOperation
 from esper_triton.cpu.host import cpu_name
 from esper_triton.cpu.native import NativeKernel
@@ -53,6 +54,17 @@ def test_what_runs_is_the_machine_code_of_the_compiled_object():
         (2, 1, 1), [x.data_ptr(), out.data_ptr(), 3.0, 100]
     )
     assert torch.equal(out, torch.zeros(100))
+
+
+def test_kernels_that_differ_only_in_warps_and_stages_are_compiled_once(rng):
+    before = compiler._lower.cache_info().misses, compiler._object.cache_info().misses
+    x = torch.randn(128, generator=rng)
+    for warps in (1, 2, 4, 8):
+        out = torch.full_like(x, float("nan"))
+        scale[(1,)](x, out, 2.5, x.numel(), BLOCK=128, num_warps=warps, num_stages=1 + warps % 3)
+        assert torch.equal(out, (x.double() * 2.5).float())
+    after = compiler._lower.cache_info().misses, compiler._object.cache_info().misses
+    assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
 
 
 @triton.jit
