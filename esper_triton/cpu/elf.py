@@ -1,4 +1,4 @@
-"""A small reader of 64-bit little-endian ELF files: machine, symbols, sections.
+"""A small reader of 64-bit little-endian ELF files: machine, symbols, sections, relocations.
 
 Every offset and count is checked against the file before it is followed, so that bytes from anywhere raise `ValueError`
 and nothing else.
@@ -9,7 +9,22 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-__all__ = ["EM_AARCH64", "EM_CUDA", "EM_X86_64", "Symbol", "is_relocatable", "machine", "section", "symbols"]
+__all__ = [
+    "EM_AARCH64",
+    "EM_CUDA",
+    "EM_X86_64",
+    "Relocation",
+    "Section",
+    "Symbol",
+    "content",
+    "is_relocatable",
+    "machine",
+    "relocations",
+    "section",
+    "sections",
+    "symbol_table",
+    "symbols",
+]
 
 EM_X86_64 = 62
 EM_AARCH64 = 183
@@ -18,7 +33,9 @@ EM_CUDA = 190
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
-_SHT_SYMTAB, _SHT_NOBITS, _SHN_UNDEF, _SHN_XINDEX, _STT_FUNC, _ET_REL = 2, 8, 0, 0xFFFF, 2, 1
+_RELOCATION = struct.Struct("<QQq")
+_SHT_SYMTAB, _SHT_RELA, _SHT_NOBITS, _SHT_REL, _SHN_UNDEF, _SHN_XINDEX, _STT_FUNC, _ET_REL = 2, 4, 8, 9, 0, 0xFFFF, 2, 1
+_SHF_WRITE, _SHF_ALLOC, _SHF_EXECINSTR = 1, 2, 4
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,7 @@ class Symbol:
 
     Attributes:
         defined: False for a name that another object must supply. value: offset in its section for a relocatable file.
-        size: bytes.
+        size: bytes. section: index of its section, where it has one.
     """
 
     name: str
@@ -35,16 +52,46 @@ class Symbol:
     is_function: bool
     value: int
     size: int
+    section: int = 0
 
 
 @dataclass(frozen=True)
-class _Section:
+class Section:
+    """One section header. `info` and `link` mean what the type says; sizes and offsets are in bytes."""
+
     name_offset: int
     type: int
+    flags: int
     offset: int
     size: int
     link: int
+    info: int
+    alignment: int
     entry_size: int
+
+    @property
+    def in_memory(self) -> bool:
+        """True for what a running program needs."""
+        return bool(self.flags & _SHF_ALLOC)
+
+    @property
+    def writable(self) -> bool:
+        return bool(self.flags & _SHF_WRITE)
+
+    @property
+    def executable(self) -> bool:
+        return bool(self.flags & _SHF_EXECINSTR)
+
+
+@dataclass(frozen=True)
+class Relocation:
+    """A place that an address is to be written to: `offset` bytes into section `target`, as `type` says."""
+
+    target: int
+    offset: int
+    type: int
+    symbol: int
+    addend: int
 
 
 def machine(data: bytes) -> int:
@@ -71,19 +118,51 @@ def symbols(data: bytes) -> list[Symbol]:
     Raises:
         ValueError: malformed file.
     """
-    sections = _sections(data)
-    table = next((s for s in sections if s.type == _SHT_SYMTAB), None)
+    return [symbol for symbol in symbol_table(data) if symbol.name]
+
+
+def symbol_table(data: bytes) -> list[Symbol]:
+    """The whole symbol table, so that relocations can index it; empty when there is none.
+
+    Raises:
+        ValueError: malformed file.
+    """
+    found_sections = sections(data)
+    table = next((s for s in found_sections if s.type == _SHT_SYMTAB), None)
     if table is None:
         return []
     if table.entry_size != _SYMBOL.size or table.size % _SYMBOL.size:
         raise ValueError(f"ELF symbol table has entries of {table.entry_size} bytes, expected {_SYMBOL.size}")
-    if table.link >= len(sections):
-        raise ValueError(f"ELF symbol table names section {table.link} of {len(sections)}")
-    names = _content(data, sections[table.link])
+    if table.link >= len(found_sections):
+        raise ValueError(f"ELF symbol table names section {table.link} of {len(found_sections)}")
+    names = content(data, found_sections[table.link])
+    return [
+        Symbol(_string(names, name_offset), home != _SHN_UNDEF, info & 15 == _STT_FUNC, value, size, home)
+        for name_offset, info, _, home, value, size in _SYMBOL.iter_unpack(content(data, table))
+    ]
+
+
+def relocations(data: bytes) -> list[Relocation]:
+    """Every relocation of a section that a running program needs.
+
+    Raises:
+        ValueError: malformed file, or relocations without addends, which no known compiler writes here.
+    """
+    found_sections = sections(data)
     found = []
-    for name_offset, info, _, home, value, size in _SYMBOL.iter_unpack(_content(data, table)):
-        if name := _string(names, name_offset):
-            found.append(Symbol(name, home != _SHN_UNDEF, info & 15 == _STT_FUNC, value, size))
+    for table in found_sections:
+        if table.type not in (_SHT_RELA, _SHT_REL):
+            continue
+        if table.info >= len(found_sections):
+            raise ValueError(f"ELF relocations are for section {table.info} of {len(found_sections)}")
+        if not found_sections[table.info].in_memory:
+            continue
+        if table.type == _SHT_REL or table.entry_size != _RELOCATION.size or table.size % _RELOCATION.size:
+            raise ValueError(f"ELF relocations have entries of {table.entry_size} bytes, expected {_RELOCATION.size}")
+        found += [
+            Relocation(table.info, offset, info & 0xFFFFFFFF, info >> 32, addend)
+            for offset, info, addend in _RELOCATION.iter_unpack(content(data, table))
+        ]
     return found
 
 
@@ -93,16 +172,16 @@ def section(data: bytes, name: str) -> bytes:
     Raises:
         ValueError: malformed file, or no section has this name.
     """
-    sections = _sections(data)
+    found_sections = sections(data)
     index = _header(data)[-1]
-    if index == _SHN_XINDEX and sections:
-        index = sections[0].link
-    if index >= len(sections):
-        raise ValueError(f"ELF section names are in section {index} of {len(sections)}")
-    names = _content(data, sections[index])
-    for candidate in sections:
+    if index == _SHN_XINDEX and found_sections:
+        index = found_sections[0].link
+    if index >= len(found_sections):
+        raise ValueError(f"ELF section names are in section {index} of {len(found_sections)}")
+    names = content(data, found_sections[index])
+    for candidate in found_sections:
         if _string(names, candidate.name_offset) == name:
-            return _content(data, candidate)
+            return content(data, candidate)
     raise ValueError(f"ELF file has no section {name!r}")
 
 
@@ -118,7 +197,12 @@ def _header(data: bytes) -> tuple[int, ...]:
     return fields
 
 
-def _sections(data: bytes) -> list[_Section]:
+def sections(data: bytes) -> list[Section]:
+    """Every section header, in the file's order.
+
+    Raises:
+        ValueError: malformed file.
+    """
     header = _header(data)
     offset, entry_size, count = header[6], header[11], header[12]
     if not offset:
@@ -131,15 +215,20 @@ def _sections(data: bytes) -> list[_Section]:
         count = _SECTION.unpack_from(data, offset)[5]
     if offset + count * _SECTION.size > len(data):
         raise ValueError(f"ELF file of {len(data)} bytes cannot hold {count} section headers at {offset}")
-    found = []
-    for name, kind, _, _, start, size, link, _, _, entry in _SECTION.iter_unpack(
-        data[offset : offset + count * _SECTION.size]
-    ):
-        found.append(_Section(name, kind, start, size, link, entry))
-    return found
+    return [
+        Section(name, kind, flags, start, size, link, info, alignment, entry)
+        for name, kind, flags, _, start, size, link, info, alignment, entry in _SECTION.iter_unpack(
+            data[offset : offset + count * _SECTION.size]
+        )
+    ]
 
 
-def _content(data: bytes, part: _Section) -> bytes:
+def content(data: bytes, part: Section) -> bytes:
+    """The bytes of a section; none for one that is only reserved.
+
+    Raises:
+        ValueError: it lies outside of the file.
+    """
     if part.type == _SHT_NOBITS:
         return b""
     if part.offset + part.size > len(data):

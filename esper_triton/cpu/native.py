@@ -33,6 +33,7 @@ from typing import Any
 
 from esper_triton.cpu import elf
 from esper_triton.cpu.errors import LaunchError, ObjectRefused
+from esper_triton.cpu.place import PlacedObject, Unplaceable, address_in_process
 from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS, Status, failure
 from esper_triton.cpu.watchdog import WATCHED, limit_s, watch
 
@@ -59,7 +60,7 @@ _MACHINES = {"x86_64": elf.EM_X86_64, "AMD64": elf.EM_X86_64, "aarch64": elf.EM_
 _MACHINE_NAMES = {elf.EM_X86_64: "x86-64", elf.EM_AARCH64: "aarch64", elf.EM_CUDA: "CUDA"}
 _MAX_EXTENT = 2**31
 
-_Entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Entry: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _load_lock = threading.Lock()
 # libgomp's threads do not survive a fork, and its pool in the child waits for them for ever.
 _forked = False
@@ -80,10 +81,11 @@ class LoadedCode:
         symbol: name of the entry point. address: where it is. code_bytes: size of the object file.
     """
 
-    def __init__(self, engine: Any, symbol: str, address: int, code_bytes: int) -> None:
-        self._engine = engine
-        self.symbol, self.address, self.code_bytes = symbol, address, code_bytes
-        self.entry = _Entry(address)
+    def __init__(self, placed: PlacedObject | _PlacedByLLVM, symbol: str, code_bytes: int) -> None:
+        self._placed = placed
+        self.symbol, self.address, self.code_bytes = symbol, placed.addresses[symbol], code_bytes
+        self.entry = _Entry(self.address)
+        self.entry.placed = placed  # so that the function alone keeps its code
 
     @classmethod
     def load(cls, object_code: bytes, *, symbol: str) -> LoadedCode:
@@ -93,25 +95,40 @@ class LoadedCode:
             ObjectRefused: not an ELF relocatable of this machine, no function `symbol`, or a reference to a symbol that
                 object code may not use.
         """
-        imports = _check_object(object_code, symbol)
+        for name in _check_object(object_code, symbol):
+            if name not in ALLOWED_SYMBOLS:
+                raise ObjectRefused(f"object code of {symbol!r} refers to {name!r}, which it may not use")
+            if address_in_process(name) is None:
+                raise ObjectRefused(f"object code of {symbol!r} refers to {name!r}, which is not in this process")
+        return cls(_place(object_code, symbol), symbol, len(object_code))
+
+
+def _place(object_code: bytes, symbol: str) -> PlacedObject | _PlacedByLLVM:
+    if platform.machine() in ("x86_64", "AMD64"):
+        try:
+            return PlacedObject(object_code, address_in_process)
+        except Unplaceable:
+            pass  # other compilers' objects, perhaps
+        except ValueError as error:
+            raise ObjectRefused(f"object code of {symbol!r} is malformed: {error}") from error
+    return _PlacedByLLVM(object_code, symbol)
+
+
+class _PlacedByLLVM:
+    """An object file placed by MCJIT, which knows every relocation of every processor."""
+
+    def __init__(self, object_code: bytes, symbol: str) -> None:
         import llvmlite.binding as llvm
 
         with _load_lock:
-            machine = _target().create_target_machine()
             # The first engine also makes the process's own symbols known to LLVM.
-            engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-            for name in imports:
-                # MCJIT would resolve it to address zero and the call would crash.
-                if llvm.address_of_symbol(name) is None:
-                    raise ObjectRefused(f"object code of {symbol!r} refers to {name!r}, which is not in this process")
-            engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
-            engine.finalize_object()
-            address = engine.get_function_address(symbol)
+            self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target().create_target_machine())
+            self._engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
+            self._engine.finalize_object()
+            address = self._engine.get_function_address(symbol)
         if not address:
             raise ObjectRefused(f"object code of {symbol!r} could not be placed in memory")
-        if "torch" in sys.modules:
-            _openmp()  # looks at the disk once: now, rather than in the first launch
-        return cls(engine, symbol, address, len(object_code))
+        self.addresses = {symbol: int(address)}
 
 
 class NativeKernel:
@@ -347,8 +364,4 @@ def _check_object(object_code: bytes, symbol: str) -> list[str]:
     functions = [s.name for s in table if s.defined and s.is_function]
     if symbol not in functions:
         raise ObjectRefused(f"object code has no function {symbol!r}; it has: {', '.join(functions) or 'none'}")
-    imports = [s.name for s in table if not s.defined and s.name != _GLOBAL_OFFSET_TABLE]
-    for name in imports:
-        if name not in ALLOWED_SYMBOLS:
-            raise ObjectRefused(f"object code of {symbol!r} refers to {name!r}, which it may not use")
-    return imports
+    return [s.name for s in table if not s.defined and s.name != _GLOBAL_OFFSET_TABLE]
