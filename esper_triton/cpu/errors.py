@@ -11,6 +11,7 @@ from typing import Any
 __all__ = [
     "CPUBackendError",
     "DeviceAssertionError",
+    "IntegerDivisionByZero",
     "KernelTimeout",
     "KernelTrap",
     "LaunchError",
@@ -117,3 +118,9 @@ class KernelTimeout(KernelTrap):
     """A launch was stopped by its deadline. `file` and `line` are those of a loop that was running, or the kernel's."""
 
     _summary = "the launch ran past its deadline"
+
+
+class IntegerDivisionByZero(KernelTrap, ZeroDivisionError):
+    """An integer was divided by zero, or the remainder of that was taken, and the result was used."""
+
+    _summary = "integer division by zero"

@@ -10,7 +10,14 @@ import ctypes
 from collections.abc import Sequence
 from enum import IntEnum
 
-from esper_triton.cpu.errors import CPUBackendError, DeviceAssertionError, KernelTimeout, KernelTrap, LaunchError
+from esper_triton.cpu.errors import (
+    CPUBackendError,
+    DeviceAssertionError,
+    IntegerDivisionByZero,
+    KernelTimeout,
+    KernelTrap,
+    LaunchError,
+)
 
 __all__ = ["FRAME_REPORT", "FRAME_SLOTS", "FRAME_STATUS", "Status", "failure"]
 
@@ -28,6 +35,7 @@ class Status(IntEnum):
     OUT_OF_MEMORY = 1
     TIMEOUT = 2  # a loop was told to stop, and has reported itself
     ASSERTION = 3
+    DIVISION_BY_ZERO = 4
 
 
 def failure(frame: Sequence[int], kernel: str) -> CPUBackendError:
@@ -44,4 +52,8 @@ def failure(frame: Sequence[int], kernel: str) -> CPUBackendError:
     )
 
 
-_TRAPS: dict[int, type[KernelTrap]] = {Status.TIMEOUT: KernelTimeout, Status.ASSERTION: DeviceAssertionError}
+_TRAPS: dict[int, type[KernelTrap]] = {
+    Status.TIMEOUT: KernelTimeout,
+    Status.ASSERTION: DeviceAssertionError,
+    Status.DIVISION_BY_ZERO: IntegerDivisionByZero,
+}

@@ -12,6 +12,7 @@ from typing import Any
 from llvmlite import ir
 
 from esper_triton.cpu.errors import UnsupportedOperation
+from esper_triton.cpu.lowering import division
 from esper_triton.cpu.lowering.atomics import lower_atomic_cas, lower_atomic_rmw
 from esper_triton.cpu.lowering.control import lower_for, lower_if, lower_while
 from esper_triton.cpu.lowering.dot import lower_dot
@@ -35,7 +36,7 @@ from esper_triton.cpu.lowering.rearrange import (
     lower_split,
 )
 from esper_triton.cpu.lowering.reduction import lower_reduce, lower_scan
-from esper_triton.cpu.lowering.traps import is_running, lower_assert, report
+from esper_triton.cpu.lowering.traps import is_running, lower_assert, lower_division_trap, report
 from esper_triton.cpu.mlir import Module, Operation
 from esper_triton.cpu.trap import Status
 
@@ -49,7 +50,7 @@ def lower(module: Module, name: str, *, symbol: str | None = None, vector_bits: 
     """LLVM IR, as text, of a module that exports `void symbol(Frame *)`.
 
     Args:
-        module: the parsed TTIR.
+        module: the parsed TTIR; checks are added to it.
         name: the kernel's function.
         symbol: name of the entry point in the object code; the function's where it is None.
         vector_bits: width of the target's vector registers; this machine's where it is None.
@@ -61,6 +62,7 @@ def lower(module: Module, name: str, *, symbol: str | None = None, vector_bits: 
         from esper_triton.cpu.host import vector_bits as detect
 
         vector_bits = detect()
+    division.check_divisions(module)
     function = module.functions[name]
     llvm = ir.Module(name)
     try:
@@ -72,6 +74,7 @@ def lower(module: Module, name: str, *, symbol: str | None = None, vector_bits: 
 
 
 _OPERATIONS = {
+    division.TRAP: lower_division_trap,
     "scf.for": lower_for,
     "scf.if": lower_if,
     "scf.while": lower_while,

@@ -14,7 +14,6 @@ from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering.elementwise import I8, I32, I64
-from esper_triton.cpu.lowering.nest import is_tile
 from esper_triton.cpu.mlir import Operation, TensorType
 from esper_triton.cpu.trap import FRAME_REPORT, FRAME_STATUS, Status
 
@@ -24,20 +23,28 @@ if TYPE_CHECKING:
 
 def lower_assert(program: Program, op: Operation) -> None:
     """`tt.assert`: a trap where a scalar, or any element of a tile, is false."""
-    (condition,) = op.operands
-    message = str(op.attributes.get("message", ""))
-    if not is_tile(condition):
-        trap_unless(program, program.b, program.scalars[condition], Status.ASSERTION, op, message)
-        return
-    assert isinstance(condition.type, TensorType)
-    nest = program.nest([condition], condition.type.shape, op)
+    _trap_where(program, op, 0, Status.ASSERTION, str(op.attributes.get("message", "")))
 
-    def check(index: tuple[Any, ...]) -> None:
-        mask = nest.vector(condition, index)
-        holds = c.all_true(nest.b, mask) if isinstance(mask.type, ir.VectorType) else mask
-        trap_unless(program, nest.b, holds, Status.ASSERTION, op, message)
 
-    nest.run(check)
+def lower_division_trap(program: Program, op: Operation) -> None:
+    """`esper.divided_by_zero` (see `division`): a trap where a scalar, or any element of a tile, is true."""
+    _trap_where(program, op, 1, Status.DIVISION_BY_ZERO, "")
+
+
+def _trap_where(program: Program, op: Operation, bad: int, status: Status, message: str) -> None:
+    (bits,) = op.operands
+    nest = program.nest([bits], bits.type.shape, op) if isinstance(bits.type, TensorType) else None
+
+    def check(value: Any, b: ir.IRBuilder) -> None:
+        holds = b.not_(value) if bad else value
+        if isinstance(value.type, ir.VectorType):
+            holds = c.all_true(b, holds)
+        trap_unless(program, b, holds, status, op, message)
+
+    if nest is None:
+        check(program.scalars[bits], program.b)
+    else:
+        nest.run(lambda index: check(nest.vector(bits, index), nest.b))
 
 
 def trap_unless(
