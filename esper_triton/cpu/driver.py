@@ -6,6 +6,7 @@ Triton imports this module while it is itself being imported: it imports neither
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,9 +15,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from esper_triton.cpu.errors import LaunchError, UnsupportedOperation
+from esper_triton.cpu.launcher import KernelTable
 
 # Imported here, not on first use, because it notes a fork of the process.
-from esper_triton.cpu.native import LoadedCode, NativeKernel
+from esper_triton.cpu.native import LoadedCode, NativeKernel, share_threads
+from esper_triton.cpu.trap import FRAME_SLOTS, failure
 
 __all__ = ["CPUDriver"]
 
@@ -37,7 +40,7 @@ class CPUDriver(DriverBase):  # type: ignore[misc]  # triton carries no types
     def __init__(self) -> None:
         super().__init__()
         self.utils = _Utils()
-        self.launcher_cls = _Launcher
+        self.launcher_cls = _make_launcher
 
     @staticmethod
     def is_active() -> bool:
@@ -154,10 +157,19 @@ class _DeviceInterface:
         return 1
 
 
+def _make_launcher(src: Any, metadata: Any) -> Callable[..., None]:
+    """What Triton calls with the grid and all arguments of a launch: the fast path, which falls back to `_Launcher`."""
+    slow = _Launcher(src, metadata)
+    return slow.table.stock_launch(slow, slow.failed)
+
+
 class _Launcher:
     """Turns the arguments that Triton has bound into the slots of a `NativeKernel` and runs it.
 
     Triton makes the launcher before it loads the object code, so the code comes with each call.
+
+    Attributes:
+        table: what the fast path knows of this kernel.
     """
 
     def __init__(self, src: Any, metadata: Any) -> None:
@@ -170,6 +182,7 @@ class _Launcher:
                 raise UnsupportedOperation(
                     "a tensor descriptor as an argument", kernel=self._name, reason="make it in the kernel instead"
                 )
+        self.table = KernelTable(self._types)
         self._kernel: NativeKernel | None = None
         self._code: LoadedCode | None = None
 
@@ -191,31 +204,24 @@ class _Launcher:
         if kernel is None or self._code is not function:
             kernel = self._kernel = NativeKernel(function, self._signature)
             self._code = function
+            share_threads()
+            self.table.bind(function, function.address)
         if len(args) != len(self._types):
             raise LaunchError(
                 f"kernel {self._name!r} was given {len(args)} arguments, expected {len(self._types)}: "
                 + ", ".join(self._names)
             )
-        values = [
-            self._address(value, index) if type[0] == "*" else value
-            for index, (type, value) in enumerate(_flatten(self._types, args, self._name))
-        ]
+        values = [value for _, value in _flatten(self._types, args, self._name)]
+        run = kernel.bind((grid_x, grid_y, grid_z), values)
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        kernel.launch((grid_x, grid_y, grid_z), values)
+        run()
         if exit_hook is not None:
             exit_hook(launch_metadata)
 
-    def _address(self, value: Any, index: int) -> int:
-        if value is None:
-            return 0
-        if not hasattr(value, "data_ptr"):
-            return value  # type: ignore[no-any-return]  # an address, which NativeKernel checks
-        device = getattr(value, "device", None)
-        kind = getattr(device, "type", "cpu")
-        if kind != "cpu":
-            raise LaunchError(f"argument {index} of kernel {self._name!r} is a tensor on {device}, expected cpu")
-        return int(value.data_ptr())
+    def failed(self, frame: bytes) -> None:
+        """Raise what the frame of a failed launch says."""
+        raise failure(struct.unpack(f"={FRAME_SLOTS}q", frame), self._name)
 
 
 def _flatten(types: Sequence[Any], values: Sequence[Any], name: str) -> Iterator[tuple[str, Any]]:

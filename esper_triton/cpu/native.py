@@ -25,19 +25,19 @@ import os
 import platform
 import struct
 import sys
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
-from esper_triton.cpu import elf
+from esper_triton.cpu import elf, launcher
 from esper_triton.cpu.errors import LaunchError, ObjectRefused
-from esper_triton.cpu.place import PlacedObject, Unplaceable, address_in_process
-from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS, Status, failure
+from esper_triton.cpu.launcher import KernelTable, Launch
+from esper_triton.cpu.place import GLOBAL_OFFSET_TABLE, Placed, address_in_process, place
+from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS, failure
 from esper_triton.cpu.watchdog import WATCHED, limit_s, watch
 
-__all__ = ["LoadedCode", "NativeKernel", "PreparedLaunch"]
+__all__ = ["ALLOWED_SYMBOLS", "LoadedCode", "NativeKernel", "share_threads"]
 
 _MATH = (
     "acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp10 exp2 expm1 fabs fdim "
@@ -54,14 +54,11 @@ ALLOWED_SYMBOLS = frozenset(
         *("memcpy", "memset", "memmove", "memcmp", "dprintf"),
     ]
 )
-# Position-independent code may name it; the JIT makes its own.
-_GLOBAL_OFFSET_TABLE = "_GLOBAL_OFFSET_TABLE_"
 _MACHINES = {"x86_64": elf.EM_X86_64, "AMD64": elf.EM_X86_64, "aarch64": elf.EM_AARCH64, "arm64": elf.EM_AARCH64}
 _MACHINE_NAMES = {elf.EM_X86_64: "x86-64", elf.EM_AARCH64: "aarch64", elf.EM_CUDA: "CUDA"}
 _MAX_EXTENT = 2**31
 
 _Entry: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_load_lock = threading.Lock()
 # libgomp's threads do not survive a fork, and its pool in the child waits for them for ever.
 _forked = False
 
@@ -69,6 +66,7 @@ _forked = False
 def _after_fork() -> None:
     global _forked
     _forked = True
+    launcher.forget_threads()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -81,7 +79,7 @@ class LoadedCode:
         symbol: name of the entry point. address: where it is. code_bytes: size of the object file.
     """
 
-    def __init__(self, placed: PlacedObject | _PlacedByLLVM, symbol: str, code_bytes: int) -> None:
+    def __init__(self, placed: Placed, symbol: str, code_bytes: int) -> None:
         self._placed = placed
         self.symbol, self.address, self.code_bytes = symbol, placed.addresses[symbol], code_bytes
         self.entry = _Entry(self.address)
@@ -100,35 +98,11 @@ class LoadedCode:
                 raise ObjectRefused(f"object code of {symbol!r} refers to {name!r}, which it may not use")
             if address_in_process(name) is None:
                 raise ObjectRefused(f"object code of {symbol!r} refers to {name!r}, which is not in this process")
-        return cls(_place(object_code, symbol), symbol, len(object_code))
-
-
-def _place(object_code: bytes, symbol: str) -> PlacedObject | _PlacedByLLVM:
-    if platform.machine() in ("x86_64", "AMD64"):
         try:
-            return PlacedObject(object_code, address_in_process)
-        except Unplaceable:
-            pass  # other compilers' objects, perhaps
+            placed = place(object_code, [symbol])
         except ValueError as error:
             raise ObjectRefused(f"object code of {symbol!r} is malformed: {error}") from error
-    return _PlacedByLLVM(object_code, symbol)
-
-
-class _PlacedByLLVM:
-    """An object file placed by MCJIT, which knows every relocation of every processor."""
-
-    def __init__(self, object_code: bytes, symbol: str) -> None:
-        import llvmlite.binding as llvm
-
-        with _load_lock:
-            # The first engine also makes the process's own symbols known to LLVM.
-            self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target().create_target_machine())
-            self._engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
-            self._engine.finalize_object()
-            address = self._engine.get_function_address(symbol)
-        if not address:
-            raise ObjectRefused(f"object code of {symbol!r} could not be placed in memory")
-        self.addresses = {symbol: int(address)}
+        return cls(placed, symbol, len(object_code))
 
 
 class NativeKernel:
@@ -166,116 +140,104 @@ class NativeKernel:
         """
         return cls(LoadedCode.load(object_code, symbol=symbol), signature)
 
-    def prepare(self) -> PreparedLaunch:
-        """A launch whose arguments are bound one by one and kept between runs."""
-        return PreparedLaunch(self)
+    def launcher(self, num_threads: int | None = None) -> Launch:
+        """A function `(x, y, z, *args)` that does what `launch((x, y, z), args, num_threads)` does, as machine code:
+        in well under a microsecond. It keeps the kernel's code.
 
-    def launch(self, grid: tuple[int, int, int], args: Sequence[int | float], num_threads: int | None = None) -> None:
+        Raises:
+            LaunchError: `num_threads` is below 1.
+        """
+        _check_threads(num_threads, self.symbol)
+        share_threads()
+        table = KernelTable(self.signature, num_threads)
+        table.bind(self._code, self.address)
+
+        def slow(*args: Any) -> None:
+            if len(args) < 3:
+                raise LaunchError(
+                    f"kernel {self.symbol!r} was given {len(args)} arguments, expected a grid x, y, z first"
+                )
+            self.launch((args[0], args[1], args[2]), args[3:], num_threads)
+
+        return table.direct_launch(slow, self.failed)
+
+    def launch(self, grid: tuple[int, int, int], args: Sequence[Any], num_threads: int | None = None) -> None:
         """Run every program of `grid` and return when all are done. The global interpreter lock is released meanwhile.
 
         Args:
-            args: one for each entry of `signature`, pointers as integers.
+            args: one for each entry of `signature`. Pointers are tensors in this machine's memory, or addresses (the
+                caller keeps the memory alive), or None for null.
             num_threads: at most this many; default is torch's number of threads.
 
         Raises:
-            LaunchError: wrong grid, number, type or range of arguments, before anything ran; or no memory for scratch.
-            KernelTrap: a check failed in one of the programs.
+            LaunchError: wrong grid, number, type, range or device of arguments, before anything ran; or no memory for
+                scratch. KernelTrap: a check failed in one of the programs.
         """
+        self.bind(grid, args, num_threads)()
+
+    def bind(
+        self, grid: tuple[int, int, int], args: Sequence[Any], num_threads: int | None = None
+    ) -> Callable[[], None]:
+        """One launch, checked and ready to run once: what `launch` does in two steps, each with its share of errors."""
+        name = self.symbol
         if len(args) != len(self._slots):
             expected = f"{len(self._slots)} ({', '.join(self.signature)})"
-            raise LaunchError(f"kernel {self.symbol!r} was given {len(args)} arguments, expected {expected}")
-        prepared = PreparedLaunch(self)
-        prepared.set_all(args)
-        prepared.launch(grid, num_threads)
-
-
-class PreparedLaunch:
-    """The packed arguments of one kernel, for launching it again and again with little done in Python.
-
-    Pointers are kept as numbers: whoever binds them keeps the memory alive. For one thread at a time.
-    """
-
-    __slots__ = ("_address", "_entry", "_floats", "_frame", "_kernel", "_slots", "_unbound", "_words")
-
-    def __init__(self, kernel: NativeKernel) -> None:
-        count = max(len(kernel.signature), 1)
-        self._kernel = kernel
-        self._slots = kernel._slots
-        self._entry = kernel._code.entry
-        self._words = (ctypes.c_uint64 * count)()
-        self._floats = (ctypes.c_float * (2 * count)).from_buffer(self._words)
-        self._frame = (ctypes.c_int64 * FRAME_SLOTS)(ctypes.addressof(self._words))
-        self._address = ctypes.addressof(self._frame)
-        self._unbound = set(range(len(kernel.signature)))
-
-    def set(self, index: int, value: int | float) -> None:
-        """Bind argument `index`, a position in the kernel's signature.
-
-        Raises:
-            LaunchError: no such argument, or `value` is not of its type or out of its range.
-        """
-        if not 0 <= index < len(self._slots):
-            raise LaunchError(f"kernel {self._kernel.symbol!r} has no argument {index}, only {len(self._slots)}")
-        slot = self._slots[index]
-        try:
-            if slot.float_bits:
-                if slot.float_bits == 32:
-                    self._floats[2 * index] = value
-                else:
-                    self._words[index] = int.from_bytes(ctypes.c_double(value), "little")
-            else:
-                whole = operator.index(value)  # type: ignore[arg-type]  # a float is what the except clause is for
-                if not slot.low <= whole <= slot.high:
-                    raise OverflowError
-                self._words[index] = whole
-        except (TypeError, OverflowError):
-            type = self._kernel.signature[index]
-            expected = "a number" if slot.float_bits else f"an integer from {slot.low} to {slot.high}"
-            raise LaunchError(
-                f"argument {index} of kernel {self._kernel.symbol!r} is {value!r}, expected {expected} ({type})"
-            ) from None
-        self._unbound.discard(index)
-
-    def set_all(self, values: Sequence[int | float]) -> None:
-        """Bind every argument, one value for each entry of the signature, at once. Raises LaunchError as `set` does."""
-        kernel = self._kernel
-        try:
-            kernel._packing.pack_into(self._words, 0, *values)
-            fit = all(low <= values[index] <= high for index, low, high in kernel._narrow)
-        except (struct.error, TypeError, OverflowError):
-            fit = False
-        if not fit:  # one of them is not of its type: `set` says which
-            for index, value in enumerate(values):
-                self.set(index, value)
-        self._unbound.clear()
-
-    def launch(self, grid: tuple[int, int, int], num_threads: int | None = None) -> None:
-        """Run every program of `grid` with what is bound; see `NativeKernel.launch`."""
-        name = self._kernel.symbol
-        if self._unbound:
-            raise LaunchError(f"argument {min(self._unbound)} of kernel {name!r} was never bound")
+            raise LaunchError(f"kernel {name!r} was given {len(args)} arguments, expected {expected}")
+        words = self._pack(
+            [
+                _address(value, index, name) if self._slots[index] is _POINTER else value
+                for index, value in enumerate(args)
+            ]
+        )
         x, y, z = _extents(grid, name)
+        _check_threads(num_threads, name)
         programs = x * y * z
-        if num_threads is not None and num_threads < 1:
-            raise LaunchError(f"kernel {name!r} was asked to run on {num_threads} threads, expected at least 1")
-        if not programs:
-            return
-        frame = self._frame
-        frame[1], frame[2], frame[3] = x, y, z
-        frame[FRAME_STATUS] = Status.RUNNING
+        # The frame points to the words, so the function keeps both.
+        frame = (ctypes.c_int64 * FRAME_SLOTS)(ctypes.addressof(words), x, y, z)
+
+        def run(words: Any = words) -> None:
+            if programs:
+                self._run(frame, programs, num_threads)
+
+        return run
+
+    def _run(self, frame: Any, programs: int, num_threads: int | None) -> None:
         openmp = None
         if programs > 1 and num_threads != 1 and not _forked and "torch" in sys.modules:
             num_threads = min(num_threads or sys.modules["torch"].get_num_threads(), programs)
             openmp = _openmp() if num_threads > 1 else None
         with watch(frame, limit) if (limit := WATCHED.value and limit_s()) else nullcontext():
             if openmp is None:
-                frame[4] = frame[5] = 0
-                self._entry(self._address)
+                self._code.entry(ctypes.addressof(frame))
             else:
                 parallel, frame[4], frame[5] = openmp
-                parallel(self._kernel.address, self._address, num_threads, 0)
+                parallel(self.address, ctypes.addressof(frame), num_threads, 0)
         if frame[FRAME_STATUS]:
-            raise failure(frame[:], name)
+            self.failed(bytes(frame))
+
+    def failed(self, frame: bytes) -> NoReturn:
+        """Raise what the frame of a launch, whose status is not 0, says."""
+        raise failure(struct.unpack(f"={FRAME_SLOTS}q", frame), self.symbol)
+
+    def _pack(self, values: list[Any]) -> Any:
+        """The argument slots, as a ctypes array."""
+        words = (ctypes.c_uint64 * max(len(values), 1))()
+        try:
+            self._packing.pack_into(words, 0, *values)
+            if all(low <= values[index] <= high for index, low, high in self._narrow):
+                return words
+        except (struct.error, TypeError, OverflowError):
+            pass
+        for index, (slot, value) in enumerate(zip(self._slots, values, strict=True)):  # one of them is not of its type
+            try:
+                words[index] = slot.word(value)
+            except (TypeError, OverflowError):
+                expected = "a number" if slot.float_bits else f"an integer from {slot.low} to {slot.high}"
+                raise LaunchError(
+                    f"argument {index} of kernel {self.symbol!r} is {value!r}, expected {expected} "
+                    f"({self.signature[index]})"
+                ) from None
+        return words
 
 
 class _Slot:
@@ -286,6 +248,16 @@ class _Slot:
 
     def __init__(self, float_bits: int, low: int, high: int, packing: str) -> None:
         self.float_bits, self.low, self.high, self.packing = float_bits, low, high, packing
+
+    def word(self, value: Any) -> int:
+        """The eight bytes of `value` as an unsigned number. TypeError or OverflowError: it is not of this type."""
+        if self.float_bits:
+            number = ctypes.c_float(value) if self.float_bits == 32 else ctypes.c_double(value)
+            return int.from_bytes(number, "little")
+        whole = operator.index(value)
+        if not self.low <= whole <= self.high:
+            raise OverflowError
+        return whole % 2**64
 
 
 def _slot(type: str) -> _Slot:
@@ -300,6 +272,23 @@ _SCALARS = {
     **{f"u{bits}": _Slot(0, 0, 2**bits - 1, "Q") for bits in (8, 16, 32, 64)},
     **{name: _Slot(0, 0, 1, "Q") for name in ("i1", "u1")},
 }
+
+
+def _address(value: Any, index: int, name: str) -> Any:
+    """The address of a pointer argument; what is neither a tensor nor None is left as it is."""
+    if value is None:
+        return 0
+    if not hasattr(value, "data_ptr"):
+        return value
+    device = getattr(value, "device", None)
+    if getattr(device, "type", "cpu") != "cpu":
+        raise LaunchError(f"argument {index} of kernel {name!r} is a tensor on {device}, expected cpu")
+    return value.data_ptr()
+
+
+def _check_threads(num_threads: int | None, name: str) -> None:
+    if num_threads is not None and num_threads < 1:
+        raise LaunchError(f"kernel {name!r} was asked to run on {num_threads} threads, expected at least 1")
 
 
 def _extents(grid: tuple[int, int, int], name: str) -> tuple[int, int, int]:
@@ -334,17 +323,16 @@ def _openmp() -> tuple[Any, int, int] | None:
     return None
 
 
+def share_threads() -> None:
+    """Let fast launches run on torch's threads, if torch is in this process by now."""
+    torch = sys.modules.get("torch")
+    if torch is not None and not _forked and (openmp := _openmp()):
+        parallel, thread_num, num_threads = openmp
+        launcher.use_threads((_address_of(parallel), thread_num, num_threads), torch.get_num_threads)
+
+
 def _address_of(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
-@lru_cache(maxsize=1)
-def _target() -> Any:
-    import llvmlite.binding as llvm
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    return llvm.Target.from_default_triple()
 
 
 def _check_object(object_code: bytes, symbol: str) -> list[str]:
@@ -364,4 +352,4 @@ def _check_object(object_code: bytes, symbol: str) -> list[str]:
     functions = [s.name for s in table if s.defined and s.is_function]
     if symbol not in functions:
         raise ObjectRefused(f"object code has no function {symbol!r}; it has: {', '.join(functions) or 'none'}")
-    return [s.name for s in table if not s.defined and s.name != _GLOBAL_OFFSET_TABLE]
+    return [s.name for s in table if not s.defined and s.name != GLOBAL_OFFSET_TABLE]

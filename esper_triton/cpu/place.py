@@ -1,4 +1,7 @@
-"""Places x86-64 object code in memory: what LLVM's own loader does, at a tenth of its time and without loading LLVM.
+"""Places object code in memory.
+
+For x86-64 it does what LLVM's own loader does, at a tenth of its time and without loading LLVM; other processors' code,
+and what is not known here, goes through LLVM.
 
 The file's sections are copied into private anonymous memory in three runs of pages (code; constants; variables), each
 relocation is applied, and the pages get their final protection. No page is ever writable and executable at once.
@@ -8,14 +11,25 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import platform
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from esper_triton.cpu import elf
 
-__all__ = ["PlacedObject", "Unplaceable", "address_in_process"]
+__all__ = [
+    "GLOBAL_OFFSET_TABLE",
+    "Placed",
+    "PlacedByLLVM",
+    "PlacedObject",
+    "Unplaceable",
+    "address_in_process",
+    "place",
+]
 
 # System V ABI for AMD64, table "Relocation Types": S is the symbol, A the addend, P the place.
 _R_64, _R_PC32, _R_PLT32, _R_PC64 = 1, 2, 4, 24  # S + A; S + A - P in 32 bits (twice); S + A - P in 64 bits
@@ -24,11 +38,77 @@ _PROT_READ, _PROT_EXEC = 1, 4
 # jmp *(%rip); then the address: for a call of 32 bits to a library that is farther away.
 _STUB = struct.Struct("<6sQ2x")
 _JUMP = b"\xff\x25\x00\x00\x00\x00"
+# Position-independent code may name it; every loader makes its own.
+GLOBAL_OFFSET_TABLE = "_GLOBAL_OFFSET_TABLE_"
 _WORD, _HALF = struct.Struct("<Q"), struct.Struct("<i")
+
+_mcjit_lock = threading.Lock()
+
+
+def _new_lock() -> None:
+    global _mcjit_lock
+    _mcjit_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)  # another thread of the parent may have held it
 
 
 class Unplaceable(ValueError):
     """The object is well-formed, but uses something that this loader does not know."""
+
+
+class Placed(Protocol):
+    """Object code in this process's memory, which is given back with the last reference to this.
+
+    Attributes:
+        addresses: of symbols that the object defines, by name.
+    """
+
+    addresses: dict[str, int]
+
+
+def place(object_code: bytes, names: Sequence[str]) -> Placed:
+    """Place a relocatable of this machine's processor. Safe to call from several threads.
+
+    Args:
+        names: the symbols whose addresses are wanted.
+
+    Raises:
+        ValueError: malformed file, or it does not define one of `names`. KeyError: it needs a symbol that this process
+            lacks.
+    """
+    placed: Placed
+    try:
+        if platform.machine() not in ("x86_64", "AMD64"):
+            raise Unplaceable("not for x86-64")
+        placed = PlacedObject(object_code, address_in_process)
+    except Unplaceable:
+        placed = PlacedByLLVM(object_code, names)
+    missing = [name for name in names if not placed.addresses.get(name)]
+    if missing:
+        raise ValueError(f"no address for {', '.join(missing)}")
+    return placed
+
+
+class PlacedByLLVM:
+    """An object file placed by MCJIT, which knows every relocation of every processor."""
+
+    def __init__(self, object_code: bytes, names: Sequence[str]) -> None:
+        import llvmlite.binding as llvm
+
+        for symbol in elf.symbols(object_code):
+            # MCJIT would resolve it to address zero and the call would crash.
+            if not symbol.defined and symbol.name != GLOBAL_OFFSET_TABLE and address_in_process(symbol.name) is None:
+                raise KeyError(symbol.name)
+        with _mcjit_lock:
+            llvm.initialize_native_target()
+            llvm.initialize_native_asmprinter()
+            machine = llvm.Target.from_default_triple().create_target_machine()
+            # The first engine also makes the process's own symbols known to LLVM.
+            self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+            self._engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
+            self._engine.finalize_object()
+            self.addresses = {name: int(self._engine.get_function_address(name)) for name in names}
 
 
 class PlacedObject:

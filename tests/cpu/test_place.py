@@ -13,7 +13,7 @@ import sys
 import llvmlite.binding as llvm
 import pytest
 
-from esper_triton.cpu import elf, native
+from esper_triton.cpu import elf, place
 from esper_triton.cpu.errors import ObjectRefused
 from esper_triton.cpu.native import LoadedCode
 from esper_triton.cpu.place import PlacedObject, Unplaceable, address_in_process
@@ -161,8 +161,8 @@ def test_what_is_not_known_here_is_left_to_llvm(monkeypatch):
     with pytest.raises(Unplaceable, match="relocation of type 9"):
         PlacedObject(got, address_in_process)
     asked = []
-    original = native._PlacedByLLVM
-    monkeypatch.setattr(native, "_PlacedByLLVM", lambda *args: asked.append(args[1]) or original(*args))
+    original = place.PlacedByLLVM
+    monkeypatch.setattr(place, "PlacedByLLVM", lambda *args: asked.append(args[1]) or original(*args))
     code = assemble(source)
     LoadedCode.load(code, symbol="k").entry(0)
     assert asked == []
@@ -170,9 +170,9 @@ def test_what_is_not_known_here_is_left_to_llvm(monkeypatch):
     def unplaceable(*args):
         raise Unplaceable("relocation of type 99")
 
-    monkeypatch.setattr(native, "PlacedObject", unplaceable)
+    monkeypatch.setattr(place, "PlacedObject", unplaceable)
     loaded = LoadedCode.load(code, symbol="k")
-    assert asked == ["k"]
+    assert asked == [["k"]]
     loaded.entry(0)
 
 
