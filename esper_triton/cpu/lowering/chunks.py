@@ -6,7 +6,8 @@ the cheapest of three forms, so that addresses stay scalar and a contiguous acce
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from esper_triton.cpu.lowering.vmath import Value, first_lane, splat_constant, s
 from esper_triton.cpu.mlir import Type
 
 POINTER = ir.PointerType()
+_PAGE = 4096  # bytes, or a multiple of it
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,15 @@ class Affine:
 
     `fits`: it is known that no lane wraps around in the type, as in `tl.arange`. `assumed`: it was widened from what
     was not known to fit. That no lane wrapped is taken for granted of addresses, since one that did would lie outside
-    of its tensor; where the value itself is used, `Nest.vector` computes it lane by lane.
+    of its tensor; where the value itself is used, `Nest.vector` computes it lane by lane. `certain` (i64): lanes for
+    which the assumption does hold, none where it is None.
     """
 
     base: Value
     step: int
     fits: bool = False
     assumed: bool = False
+    certain: Value | None = None
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,26 @@ class Prefix:
     """A mask (i1) whose lanes 0 to `count` - 1 are on; `count` is an i64 that may be negative or beyond the lanes.
 
     Made of a comparison of neighbouring indices with a bound. As with `Affine`, that no index wrapped is taken for
-    granted where the mask guards an access, and not where its own value is used.
+    granted where the mask guards an access, and not where its own value is used. `certain` (i64) counts the lanes
+    before the first that may have wrapped, None where none does.
     """
 
     count: Value
+    certain: Value | None = None
+
+    def both(self, b: ir.IRBuilder, other: Prefix) -> Prefix:
+        """Where this mask and another are on."""
+        known = [certain for certain in (self.certain, other.certain) if certain is not None]
+        certain = minimum(b, *known) if len(known) == 2 else known[0] if known else None
+        return Prefix(minimum(b, self.count, other.count), certain)
 
 
 Chunk = Uniform | Affine | Lanes | Prefix
+
+
+def minimum(b: ir.IRBuilder, x: Value, y: Value) -> Value:
+    """The smaller of two signed integers."""
+    return b.select(b.icmp_signed("<", x, y), x, y)
 
 
 def as_chunk(value: Value) -> Uniform | Lanes:
@@ -168,6 +185,20 @@ def masked_store(b: ir.IRBuilder, slot: Value, value: Value, pointer: Value, mas
         b.store(one, b.gep(pointer, [lane], source_etype=memory), align=align)
 
     for_each_lane(b, mask, copy)
+
+
+def lies_in_one_page(b: ir.IRBuilder, pointer: Value, element: Type, width: int) -> Value:
+    """i1: whether `width` elements from `pointer` on lie in one page of the smallest size there is."""
+    offset = b.and_(b.ptrtoint(pointer, I64), ir.Constant(I64, _PAGE - 1))
+    return b.icmp_unsigned("<=", offset, ir.Constant(I64, _PAGE - width * size_of(element)))
+
+
+def first_lanes(b: ir.IRBuilder, count: Value, element: Type, width: int) -> Value:
+    """<width x i1>: whether a lane is one of the first `count` (0 to `width`)."""
+    integer = ir.IntType(8 * size_of(element))  # as wide as what is selected by it
+    ramp = ir.Constant(ir.VectorType(integer, width), [ir.Constant(integer, lane) for lane in range(width)])
+    bound = count if integer == I64 else b.trunc(count, integer)
+    return b.icmp_unsigned("<", ramp, splat(b, bound, width))
 
 
 def prefix_load(b: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other: Value, element: Type) -> Value:
@@ -283,6 +314,47 @@ def for_each_lane(b: ir.IRBuilder, mask: Value, body: Callable[[Value], None]) -
     left.add_incoming(b.and_(left, b.sub(left, ir.Constant(I64, 1))), b.block)
     b.branch(test)
     b.position_at_end(after)
+
+
+class Cases:
+    """A value that depends on which of several conditions holds first; what computes it runs only in that case."""
+
+    def __init__(self, b: ir.IRBuilder) -> None:
+        self._b = b
+        self._join: Any = None
+        self._incoming: list[tuple[Value, Any]] = []
+
+    def when(self, condition: Value, value: Callable[[], Value]) -> None:
+        """`value()` where `condition` (i1) holds and no earlier one does."""
+        b = self._b
+        here, after = b.append_basic_block("case"), b.append_basic_block("else")
+        self._join = self._join or b.append_basic_block("chosen")
+        b.cbranch(condition, here, after)
+        b.position_at_end(here)
+        self._incoming.append((value(), b.block))
+        b.branch(self._join)
+        b.position_at_end(after)
+
+    def otherwise(self, value: Value) -> Value:
+        """The chosen value, `value` (already computed at the present position) where no condition holds."""
+        b = self._b
+        self._incoming.append((value, b.block))
+        b.branch(self._join)
+        b.position_at_end(self._join)
+        result = b.phi(value.type)
+        for incoming, block in self._incoming:
+            result.add_incoming(incoming, block)
+        return result
+
+
+@contextmanager
+def only_if(b: ir.IRBuilder, condition: Value | None) -> Iterator[None]:
+    """Emits what is inside under a scalar condition, or always where that is None."""
+    if condition is None:
+        yield
+    else:
+        with b.if_then(condition):
+            yield
 
 
 def guarded(b: ir.IRBuilder, condition: Value, then: Callable[[], Value], otherwise: Value) -> Value:

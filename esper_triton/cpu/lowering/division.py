@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from esper_triton.cpu.lowering.elementwise import TABLE
-from esper_triton.cpu.lowering.nest import is_tile, load_operands
+from esper_triton.cpu.lowering.memory import load_operands
+from esper_triton.cpu.lowering.nest import is_tile
 from esper_triton.cpu.mlir import Block, Dense, Module, Operation, Region, ScalarType, TensorType, Type, Value
 
 TRAP = "esper.divided_by_zero"

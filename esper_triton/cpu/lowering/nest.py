@@ -8,12 +8,14 @@ wherever it is needed, for the chunk that is needed. Whether that is right (no s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
+from esper_triton.cpu.lowering import memory
 from esper_triton.cpu.lowering.chunks import ZERO, Affine, Chunk, Index, Lanes, Prefix, Uniform
 from esper_triton.cpu.lowering.elementwise import (
     I1,
@@ -76,6 +78,18 @@ def operand_index(op: Operation, index: tuple[Index, ...]) -> tuple[Index, ...]:
     return tuple(source)
 
 
+@dataclass(frozen=True)
+class _Loop:
+    """A loop that has been opened. Its header is entered from wherever the builder outside stands when it is closed."""
+
+    header: Any
+    position: LLVMValue
+    start: LLVMValue
+    stop: LLVMValue
+    step: int
+    may_be_empty: bool
+
+
 class Nest:
     """Loops opened one inside the other from the program's present position.
 
@@ -83,12 +97,17 @@ class Nest:
     once per step of those, before the inner loop begins.
     """
 
-    def __init__(self, program: Program, shape: Sequence[int], keep: Sequence[Value] = ()) -> None:
+    def __init__(
+        self, program: Program, shape: Sequence[int], keep: Sequence[Value] = (), accesses: Sequence[Operation] = ()
+    ) -> None:
+        """`keep` lists what `visit` stores, `accesses` the loads and stores to expect in the body, if it may be split
+        in two for their masks' sake (see `run`)."""
         self.program = program
         self.shape = tuple(shape)
+        self._accesses = [op for op in accesses if memory.mask_of(op) is not None]
         self._kept = {value: program.new_buffer(value) for value in keep}
         self.builders: list[ir.IRBuilder] = [program.b]
-        self._open: list[tuple[Any, Any, int, int, int]] = []
+        self._open: list[_Loop | None] = []
         self._exact: dict[tuple[Any, ...], LLVMValue] = {}
         self._chunks: dict[tuple[Any, ...], tuple[Chunk, tuple[Index, ...]]] = {}
         axis = lane_axis(self.shape)
@@ -104,49 +123,128 @@ class Nest:
     def open(self, extent: int, step: int = 1, start: int = 0, lanes: bool = False) -> Index:
         """Begin a loop over `range(start, extent, step)`. A single step needs no loop, and none is made."""
         if extent - start <= step:
-            self._open.append((None, None, 0, 0, 0))
+            self._open.append(None)
             self.builders.append(self.b)
             return Index(ir.Constant(I64, start), lanes, len(self.builders) - 1 if start else 0)
+        return self._open_loop(ir.Constant(I64, start), ir.Constant(I64, extent), step, lanes)
+
+    def open_between(self, start: LLVMValue, stop: LLVMValue, step: int, lanes: bool = False) -> Index:
+        """Begin a loop from `start` to `stop` (i64, known before it), which may have no step at all."""
+        return self._open_loop(start, stop, step, lanes, may_be_empty=True)
+
+    def _open_loop(
+        self, start: LLVMValue, stop: LLVMValue, step: int, lanes: bool, may_be_empty: bool = False
+    ) -> Index:
         header = self.program.new_block("loop")
         inner = ir.IRBuilder(header)
         position = inner.phi(I64)
-        self._open.append((header, position, extent, step, start))
+        self._open.append(_Loop(header, position, start, stop, step, may_be_empty))
         self.builders.append(inner)
         return Index(position, lanes, len(self.builders) - 1)
 
     def close(self, carried: Sequence[tuple[LLVMValue, LLVMValue, LLVMValue]] = ()) -> None:
         """End the innermost loop. `carried` lists (phi, value on entry, value for the next step)."""
-        header, position, extent, step, start = self._open.pop()
+        loop = self._open.pop()
         body = self.builders.pop()
-        if header is None:
+        if loop is None:
             return
         outer = self.b
         entry = outer.block
-        outer.branch(header)
-        following = body.add(position, ir.Constant(I64, step))
         after = self.program.new_block("done")
-        body.cbranch(body.icmp_unsigned("<", following, ir.Constant(I64, extent)), header, after)
-        position.add_incoming(ir.Constant(I64, start), entry)
-        position.add_incoming(following, body.block)
+        if loop.may_be_empty:
+            outer.cbranch(outer.icmp_signed("<", loop.start, loop.stop), loop.header, after)
+        else:
+            outer.branch(loop.header)
+        following = body.add(loop.position, ir.Constant(I64, loop.step))
+        body.cbranch(body.icmp_signed("<", following, loop.stop), loop.header, after)
+        loop.position.add_incoming(loop.start, entry)
+        loop.position.add_incoming(following, body.block)
         for phi, first, following_value in carried:
             phi.add_incoming(first, entry)
             phi.add_incoming(following_value, body.block)
         outer.position_at_end(after)
 
     def run(self, body: Callable[[tuple[Index, ...]], None] | None = None) -> None:
-        """Every chunk of the shape in row-major order; without a body, only what is kept is computed."""
+        """Every chunk of the shape in row-major order; without a body, only what is kept is computed.
+
+        Where the masks of the accesses inside leave a number of lanes on that is known before the loop over chunks, the
+        chunks that are on altogether get a loop of their own without masks, and chunks in which nothing is stored are
+        left out.
+        """
         axis = lane_axis(self.shape)
         index: list[Index] = [ZERO] * len(self.shape)
         opened = 0
         for k, extent in enumerate(self.shape):
-            if extent > 1:
-                index[k] = self.open(extent, self.width if k == axis else 1, lanes=k == axis)
+            if extent > 1 and k != axis:
+                index[k] = self.open(extent)
                 opened += 1
-        self.visit(tuple(index))
-        if body is not None:
-            body(tuple(index))
+
+        def step(at: Index) -> tuple[Index, ...]:
+            return (*index[:axis], at, *index[axis + 1 :]) if axis is not None else tuple(index)
+
+        def visit(here: tuple[Index, ...]) -> None:
+            self.visit(here)
+            if body is not None:
+                body(here)
+
+        split = self._split(tuple(index), axis) if axis is not None else None
+        if axis is None:
+            visit(tuple(index))
+        elif split is None:
+            visit(step(self.open(self.shape[axis], self.width, lanes=True)))
+            self.close()
+        else:
+            full, end, masks = split
+            here = step(self.open_between(ir.Constant(I64, 0), full, self.width, lanes=True))
+            for mask in masks:
+                self._chunks[_key(mask, here)] = (Uniform(ir.Constant(I1, 1)), here)
+            visit(here)
+            self.close()
+            visit(step(self.open_between(full, end, self.width, lanes=True)))
+            self.close()
         for _ in range(opened):
             self.close()
+
+    def _split(self, index: tuple[Index, ...], axis: int) -> tuple[LLVMValue, LLVMValue, list[Value]] | None:
+        """Where chunks that are on altogether end, where the loop ends, and the masks; None where one loop will do."""
+        extent = self.shape[axis]
+        if extent == self.width or not self._accesses:
+            return None
+        first = (*index[:axis], Index(ZERO.value, lanes=True), *index[axis + 1 :])
+        b = self.builder(first)
+        nothing, everything = ir.Constant(I64, 0), ir.Constant(I64, extent)
+        full = everything
+        end = nothing
+        masks: list[Value] = []
+        for op in self._accesses:
+            mask = memory.mask_of(op)
+            assert mask is not None
+            on = self.chunk(mask, first) if self.program.is_cheap(mask) else None
+            count = everything
+            match on:
+                case Prefix(count, certain):
+                    masks.append(mask)
+                    reaches = c.minimum(b, count, everything)
+                    full = c.minimum(b, full, reaches)
+                    if certain is not None:
+                        full = c.minimum(b, full, certain)
+                        reaches = b.select(b.icmp_signed("<", certain, everything), everything, reaches)
+                case Uniform(value):
+                    masks.append(mask)
+                    reaches = b.select(value, everything, nothing)
+                    full = b.select(value, full, nothing)
+                case _:
+                    reaches = everything
+            if op.name == "tt.store":
+                end = reaches if end is nothing else b.select(b.icmp_signed("<", end, reaches), reaches, end)
+        if not masks:
+            return None
+        if self._kept or end is nothing:
+            end = everything
+        # Rounded down to whole chunks; what is negative stays so, and its loop has no step.
+        full = b.and_(full, ir.Constant(I64, -self.width))
+        full = b.select(b.icmp_signed("<", full, nothing), nothing, full)
+        return full, end, masks
 
     def visit(self, index: tuple[Index, ...]) -> None:
         """Store the chunk of every kept value."""
@@ -231,7 +329,7 @@ class Nest:
             case "tt.expand_dims" | "tt.broadcast" | "tt.trans":
                 return self.chunk(op.operands[0], operand_index(op, index))
             case "tt.load":
-                return self._load(op, index)
+                return memory.load(self, op, index)
             case "tt.addptr":
                 pointer, offset = (self.chunk(operand, index) for operand in op.operands)
                 if isinstance(pointer, Lanes) or isinstance(offset, Lanes):
@@ -257,9 +355,11 @@ class Nest:
         base_x, base_y = (v.value if isinstance(v, Uniform) else v.base for v in (x, y))
         step = (x.step if isinstance(x, Affine) else 0) + sign * (y.step if isinstance(y, Affine) else 0)
         base = (b.add if sign > 0 else b.sub)(base_x, base_y)
-        assumed = any(isinstance(v, Affine) and v.assumed for v in (x, y))
+        assumed = [v for v in (x, y) if isinstance(v, Affine) and v.assumed]
         # With steps that cancel, what was assumed may still not hold: it stays in a form that remembers it.
-        return Affine(base, step, assumed=assumed) if step or assumed else Uniform(base)
+        if not step and not assumed:
+            return Uniform(base)
+        return Affine(base, step, assumed=bool(assumed), certain=assumed[0].certain if len(assumed) == 1 else None)
 
     def _add_pointer(self, b: ir.IRBuilder, pointer: Chunk, offset: Chunk, size: int) -> Chunk:
         scale = ir.Constant(I64, size)
@@ -301,19 +401,22 @@ class Nest:
                         step = x.step * y.value.constant
                         # Steps that cancelled leave an assumed tile with step 0, and a base that counts.
                         if step or x.assumed:
-                            return Affine(b.mul(x.base, y.value), step, assumed=x.assumed)
+                            return Affine(b.mul(x.base, y.value), step, assumed=x.assumed, certain=x.certain)
                         return Uniform(y.value)
             case "arith.cmpi":
                 return self._prefix(op.attributes["predicate"], first, operands[1], b)
             case "arith.andi" if register_type(op.result.type) == I1:
                 for x, y in (operands, reversed(operands)):
                     if isinstance(x, Prefix) and isinstance(y, Prefix):
-                        return Prefix(b.select(b.icmp_signed("<", x.count, y.count), x.count, y.count))
+                        return x.both(b, y)
                     if isinstance(x, Prefix) and isinstance(y, Uniform):
-                        return Prefix(b.select(y.value, x.count, ir.Constant(I64, 0)))
+                        return Prefix(b.select(y.value, x.count, ir.Constant(I64, 0)), x.certain)
             case "arith.extsi" if isinstance(first, Affine):
                 wide = b.sext(first.base, register_type(op.result.type))
-                return Affine(wide, first.step, fits=first.fits, assumed=first.assumed or not first.fits)
+                if first.fits:
+                    return Affine(wide, first.step, fits=True)
+                certain = None if first.assumed or first.step != 1 else self._before_wrap(first, b)
+                return Affine(wide, first.step, assumed=True, certain=certain)
         return None
 
     def _prefix(self, predicate: int, first: Chunk, second: Chunk, b: ir.IRBuilder) -> Chunk | None:
@@ -325,108 +428,22 @@ class Nest:
         ):
             return None
         bound, base = (v if v.type == I64 else b.sext(v, I64) for v in (second.value, first.base))
-        saturated = bound.type == second.value.type  # i64 might wrap, and a mask must not come on by that
+        saturated = second.value.type == I64  # might wrap, and a mask must not come on by that
         count = intrinsic(b, "ssub.sat", (bound, base)) if saturated else b.sub(bound, base)
         if predicate == 3:
             one = ir.Constant(I64, 1)
             count = intrinsic(b, "sadd.sat", (count, one)) if saturated else b.add(count, one)
-        return Prefix(count)
+        if first.fits:
+            return Prefix(count)
+        if first.assumed:
+            return Prefix(count, ir.Constant(I64, 0) if first.certain is None else first.certain)
+        return Prefix(count, self._before_wrap(first, b))
 
-    def _load(self, op: Operation, index: tuple[Index, ...]) -> Chunk:
-        """A tile load. A masked-off element is `other`, zero where none is given; its address is not touched."""
-        pointers, mask, other = load_operands(op)
-        element = element_type(op.result.type)
-        address = self.chunk(pointers, index)
-        condition = self.chunk(mask, index) if mask is not None else None
-        fallback = self.exact(other, index) if other is not None else Uniform(constant(op.result.type, 0))
-        b = self.builder(index)  # a nested load may have moved on to another block
-        if isinstance(address, Uniform):
-            pointer = b.inttoptr(address.value, c.POINTER)
-            if condition is None:
-                return Uniform(c.load_scalar(b, pointer, element))
-            if isinstance(condition, Uniform) and isinstance(fallback, Uniform):
-                value = c.guarded(b, condition.value, lambda: c.load_scalar(b, pointer, element), fallback.value)
-                return Uniform(value)
-        width, slots = self.width, (self.program.lane_slot(0), self.program.lane_slot(1))
-        contiguous = isinstance(address, Affine) and address.step == size_of(element)
-        if condition is None:
-            if contiguous:
-                assert isinstance(address, Affine)
-                return Lanes(c.load_vector(b, b.inttoptr(address.base, c.POINTER), element, width))
-            everywhere = c.splat(b, ir.Constant(I1, 1), width)
-            return Lanes(
-                c.gather(b, slots, self.vector(pointers, index), everywhere, c.as_vector(b, fallback, width), element)
-            )
-        other_vector = c.as_vector(b, fallback, width)
-        if not contiguous:
-            assert mask is not None
-            addresses, bits = self.vector(pointers, index), self.vector(mask, index)
-            return Lanes(c.gather(b, slots, addresses, bits, other_vector, element))
-        assert isinstance(address, Affine)
-        pointer = b.inttoptr(address.base, c.POINTER)
-        if isinstance(condition, Uniform):
-            return Lanes(c.guarded(b, condition.value, lambda: c.load_vector(b, pointer, element, width), other_vector))
-        full, partial, join = (self.program.new_block(n) for n in ("full", "partial", "loaded"))
-        if isinstance(condition, Prefix):
-            b.cbranch(b.icmp_signed(">=", condition.count, ir.Constant(I64, width)), full, partial)
-        else:
-            bits = c.as_vector(b, condition, width)
-            b.cbranch(c.all_true(b, bits), full, partial)
-        b.position_at_end(full)
-        whole = c.load_vector(b, pointer, element, width)
-        b.branch(join)
-        b.position_at_end(partial)
-        if isinstance(condition, Prefix):
-            masked = c.prefix_load(b, slots[0], pointer, condition.count, other_vector, element)
-        else:
-            masked = c.masked_load(b, slots[0], pointer, bits, other_vector, element)
-        masked_end = b.block
-        b.branch(join)
-        b.position_at_end(join)
-        result = b.phi(whole.type)
-        result.add_incoming(whole, full)
-        result.add_incoming(masked, masked_end)
-        return Lanes(result)
-
-    def store(self, op: Operation, index: tuple[Index, ...]) -> None:
-        """A tile store of one chunk."""
-        pointers, value = op.operands[:2]
-        mask = op.operands[2] if len(op.operands) > 2 else None
-        element = element_type(value.type)
-        address, stored = self.chunk(pointers, index), self.exact(value, index)
-        condition: Chunk = self.chunk(mask, index) if mask is not None else Uniform(ir.Constant(I1, 1))
-        b, width, slots = self.b, self.width, (self.program.lane_slot(0), self.program.lane_slot(1))
-        if not any(at.lanes for at in index):
-            assert isinstance(address, Uniform)
-            assert isinstance(stored, Uniform)
-            assert isinstance(condition, Uniform)
-            with b.if_then(condition.value):
-                c.store_scalar(b, stored.value, b.inttoptr(address.value, c.POINTER), element)
-            return
-        vector = c.as_vector(b, stored, width)
-        if not (isinstance(address, Affine) and address.step == size_of(element)):
-            addresses = self.vector(pointers, index)
-            bits = c.splat(b, ir.Constant(I1, 1), width) if mask is None else self.vector(mask, index)
-            c.scatter(b, slots, vector, addresses, bits, element)
-            return
-        pointer = b.inttoptr(address.base, c.POINTER)
-        if isinstance(condition, Uniform):
-            with b.if_then(condition.value):
-                c.store_vector(b, vector, pointer, element)
-            return
-        if isinstance(condition, Prefix):
-            whole = b.icmp_signed(">=", condition.count, ir.Constant(I64, width))
-        else:
-            bits = c.as_vector(b, condition, width)
-            whole = c.all_true(b, bits)
-        with b.if_else(whole) as (full, partial):
-            with full:
-                c.store_vector(b, vector, pointer, element)
-            with partial:
-                if isinstance(condition, Prefix):
-                    c.prefix_store(b, slots[0], vector, pointer, condition.count, element)
-                else:
-                    c.masked_store(b, slots[0], vector, pointer, bits, element)
+    def _before_wrap(self, chunk: Affine, b: ir.IRBuilder) -> LLVMValue:
+        """How many lanes (i64) of a chunk that counts up by one come before its type's largest value."""
+        bits = chunk.base.type.width
+        largest = ir.Constant(I64, (1 << (bits - 1)) - 1)
+        return intrinsic(b, "ssub.sat", (largest, chunk.base if bits == 64 else b.sext(chunk.base, I64)))
 
 
 def _is_inexact(chunk: Chunk) -> bool:
@@ -436,12 +453,3 @@ def _is_inexact(chunk: Chunk) -> bool:
 
 def _key(value: Value, index: tuple[Index, ...]) -> tuple[Any, ...]:
     return (id(value), *((id(at.value), at.lanes) for at in index))
-
-
-def load_operands(op: Operation) -> tuple[Value, Value | None, Value | None]:
-    """Pointers, mask and other of a `tt.load`."""
-    segments = op.attributes.get("operandSegmentSizes", (1, int(len(op.operands) > 1), int(len(op.operands) > 2)))
-    operands = iter(op.operands)
-    pointers, mask, other = (next(operands) if present else None for present in segments)
-    assert pointers is not None
-    return pointers, mask, other

@@ -22,6 +22,7 @@ from llvmlite import ir
 
 from esper_triton.cpu.errors import UnsupportedOperation
 from esper_triton.cpu.lowering import chunks as c
+from esper_triton.cpu.lowering import memory
 from esper_triton.cpu.lowering.chunks import Buffer
 from esper_triton.cpu.lowering.elementwise import (
     I1,
@@ -35,6 +36,7 @@ from esper_triton.cpu.lowering.elementwise import (
     register_type,
     size_of,
 )
+from esper_triton.cpu.lowering.memory import load_operands
 from esper_triton.cpu.lowering.nest import (
     SHAPE_OPS,
     Nest,
@@ -42,7 +44,6 @@ from esper_triton.cpu.lowering.nest import (
     is_elementwise,
     is_lazy_operation,
     is_tile,
-    load_operands,
 )
 from esper_triton.cpu.lowering.ranges import Ranges
 from esper_triton.cpu.mlir import Block, Dense, Operation, PointerType, TensorType, Value
@@ -109,6 +110,7 @@ class Program:
         self.grid = grid
         self._depth: dict[Value, int] = {}  # of lazy tiles: how many operations one chunk of it goes through
         self._pending: dict[Value, None] = {}  # lazy loads, in program order
+        self._terse = False  # whether little code matters more than fast code, since it will hardly ever run
         self.targets: dict[Value, Any] = {}  # where a root's result is wanted, if somewhere particular
 
     def new_block(self, name: str) -> Any:
@@ -215,7 +217,7 @@ class Program:
         """
         while True:
             moved = self._closure(roots)
-            operations = {value.defining_op for value in moved}
+            operations = dict.fromkeys(value.defining_op for value in moved)
             # Not at the nest's index: read through a broadcast or a transposition, perhaps many times over.
             first = next((v for v, elsewhere in moved.items() if elsewhere and self._is_worth_storing(v)), None)
             if first is None:
@@ -227,7 +229,8 @@ class Program:
             needed_later = any(u not in operations and u is not user for u in value.users)
             if ((user is None and value in roots) or needed_later) and not self.is_cheap(value):
                 keep.append(value)
-        return Nest(self, shape, keep)
+        accesses = [op for op in (*operations, user) if op is not None and op.name in ("tt.load", "tt.store")]
+        return Nest(self, shape, keep, [] if self._terse else accesses)
 
     def materialise(self, value: Value) -> Buffer:
         """The tile in scratch memory, computed now unless it is there already."""
@@ -388,7 +391,7 @@ class Program:
         pointer = op.operands[0]
         assert isinstance(pointer.type, TensorType)
         nest = self.nest(op.operands, pointer.type.shape, op)
-        nest.run(lambda index: nest.store(op, index))
+        nest.run(lambda index: memory.store(nest, op, index))
 
     def _apart(self, pointer: Value, hazards: Sequence[Value]) -> Any | None:
         """i1: whether a store overlaps none of the loads that it depends on; None where that cannot be asked."""
@@ -416,12 +419,14 @@ class Program:
             kept = {value: buffer for value, buffer in self.buffers.items() if value not in before}
         self.b.branch(join)
         self.b.position_at_end(separate)
+        self._terse = True
         with self.scope():
             # What is needed afterwards has to be found in the same place whichever way was taken.
             self.targets.update({value: buffer.pointer for value, buffer in kept.items()})
             for value in (*hazards, *kept):
                 self.materialise(value)
             self._store_tile(op)
+        self._terse = False
         self.b.branch(join)
         self.b.position_at_end(join)
         self.buffers.update(kept)
