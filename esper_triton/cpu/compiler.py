@@ -175,7 +175,7 @@ def _make_llir(module: Any, metadata: dict[str, Any]) -> str:
     """LLVM IR as text. The last use of `module`: `mlir.generic_text` leaves it unfit for MLIR."""
     from esper_triton.cpu import mlir
 
-    metadata["name"], source = _lower(mlir.generic_text(module, module.context))
+    metadata["name"], metadata["slots"], source = _lower(mlir.generic_text(module, module.context))
     metadata["shared"] = 0
     return source
 
@@ -183,8 +183,8 @@ def _make_llir(module: Any, metadata: dict[str, Any]) -> str:
 # Remembered, like `_object`: autotuning compiles a kernel again for each number of warps and stages, and here these are
 # one and the same kernel.
 @lru_cache(maxsize=8)
-def _lower(text: str) -> tuple[str, str]:
-    """(symbol, LLVM IR) of a module in MLIR's generic form."""
+def _lower(text: str) -> tuple[str, int, str]:
+    """(symbol, number of run-time arguments, LLVM IR) of a module in MLIR's generic form."""
     from esper_triton.cpu import mlir
     from esper_triton.cpu.lowering import lower
     from esper_triton.cpu.native import ALLOWED_SYMBOLS
@@ -195,7 +195,8 @@ def _lower(text: str) -> tuple[str, str]:
         raise CPUBackendError(f"expected one public function in the module, found {public}")
     # A kernel called `exp` must not be what the machine code of another, or its own, calls for libm's.
     symbol = f"{public[0]}.kernel" if public[0] in ALLOWED_SYMBOLS else public[0]
-    return symbol, str(lower(parsed, public[0], symbol=symbol))
+    slots = len(parsed.functions[public[0]].attributes["function_type"].inputs)
+    return symbol, slots, str(lower(parsed, public[0], symbol=symbol))
 
 
 def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> bytes:

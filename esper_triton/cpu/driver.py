@@ -1,4 +1,4 @@
-"""The driver half of the Triton plugin: the CPU as Triton's device, and the launcher.
+"""The driver half of the Triton plugin: the CPU as Triton's device.
 
 Triton imports this module while it is itself being imported: it imports neither torch nor llvmlite.
 """
@@ -6,20 +6,17 @@ Triton imports this module while it is itself being imported: it imports neither
 from __future__ import annotations
 
 import os
-import struct
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from esper_triton.cpu.errors import LaunchError, UnsupportedOperation
-from esper_triton.cpu.launcher import KernelTable
-
 # Imported here, not on first use, because it notes a fork of the process.
-from esper_triton.cpu.native import LoadedCode, NativeKernel, share_threads
-from esper_triton.cpu.trap import FRAME_SLOTS, failure
+from esper_triton.cpu.native import LoadedCode
+from esper_triton.cpu.stock import stock_launcher
 
 __all__ = ["CPUDriver"]
 
@@ -34,24 +31,46 @@ _CPP_TYPES = {
 _MAX_CACHE_BYTES = 256 * 2**20
 
 
+_asking = threading.local()
+
+if os.environ.get("ESPER_TRITON_CPU") == "1":
+    # Triton's own way to choose one of several drivers. It reads this when a kernel is first used.
+    os.environ["TRITON_DEFAULT_BACKEND"] = "cpu"
+
+
+def _says_active(driver: Any) -> bool:
+    try:
+        return bool(driver.is_active())
+    except Exception:  # a broken GPU driver, or a broken torch, must not keep Triton from running here
+        return False
+
+
 class CPUDriver(DriverBase):  # type: ignore[misc]  # triton carries no types
-    """The CPU as Triton's active device: where no GPU is usable, or where `TRITON_DEFAULT_BACKEND=cpu` asks for it."""
+    """The CPU as Triton's active device: where no other backend is usable, or where it is asked for (`enable`,
+    `ESPER_TRITON_CPU=1`, `TRITON_DEFAULT_BACKEND=cpu`)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.utils = _Utils()
-        self.launcher_cls = _make_launcher
+        self.launcher_cls = stock_launcher
 
     @staticmethod
     def is_active() -> bool:
+        """True where it was asked for, and where no other backend of this Triton says the same of itself, so that
+        Triton never finds two."""
         if os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu":
             return True
-        try:
-            import torch
+        if os.environ.get("ESPER_TRITON_CPU") == "0" or getattr(_asking, "now", False):
+            return False
+        from triton.backends import backends
 
-            return not torch.cuda.is_available()  # true for HIP as well
-        except Exception:  # a broken torch must not keep Triton from choosing its driver
-            return True
+        _asking.now = True  # another backend may ask in the same way
+        try:
+            return not any(
+                _says_active(backend.driver) for backend in backends.values() if backend.driver is not CPUDriver
+            )
+        finally:
+            _asking.now = False
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         """The C type in which the argument arrives."""
@@ -155,81 +174,3 @@ class _DeviceInterface:
     @staticmethod
     def device_count() -> int:
         return 1
-
-
-def _make_launcher(src: Any, metadata: Any) -> Callable[..., None]:
-    """What Triton calls with the grid and all arguments of a launch: the fast path, which falls back to `_Launcher`."""
-    slow = _Launcher(src, metadata)
-    return slow.table.stock_launch(slow, slow.failed)
-
-
-class _Launcher:
-    """Turns the arguments that Triton has bound into the slots of a `NativeKernel` and runs it.
-
-    Triton makes the launcher before it loads the object code, so the code comes with each call.
-
-    Attributes:
-        table: what the fast path knows of this kernel.
-    """
-
-    def __init__(self, src: Any, metadata: Any) -> None:
-        self._name = metadata.name
-        self._names = tuple(map(str, src.signature))
-        self._types = tuple(src.signature.values())
-        self._signature = tuple(type for type, _ in _flatten(self._types, self._types, self._name))
-        for type in self._signature:
-            if type.startswith("tensordesc"):
-                raise UnsupportedOperation(
-                    "a tensor descriptor as an argument", kernel=self._name, reason="make it in the kernel instead"
-                )
-        self.table = KernelTable(self._types)
-        self._kernel: NativeKernel | None = None
-        self._code: LoadedCode | None = None
-
-    def __call__(
-        self,
-        grid_x: int,
-        grid_y: int,
-        grid_z: int,
-        stream: int,
-        function: LoadedCode,
-        packed_metadata: Any,
-        launch_metadata: Any,
-        enter_hook: Callable[[Any], Any] | None,
-        exit_hook: Callable[[Any], Any] | None,
-        *args: Any,
-    ) -> None:
-        """Raises: LaunchError (wrong grid, number, type, range or device of arguments), before anything ran."""
-        kernel = self._kernel
-        if kernel is None or self._code is not function:
-            kernel = self._kernel = NativeKernel(function, self._signature)
-            self._code = function
-            share_threads()
-            self.table.bind(function, function.address)
-        if len(args) != len(self._types):
-            raise LaunchError(
-                f"kernel {self._name!r} was given {len(args)} arguments, expected {len(self._types)}: "
-                + ", ".join(self._names)
-            )
-        values = [value for _, value in _flatten(self._types, args, self._name)]
-        run = kernel.bind((grid_x, grid_y, grid_z), values)
-        if enter_hook is not None:
-            enter_hook(launch_metadata)
-        run()
-        if exit_hook is not None:
-            exit_hook(launch_metadata)
-
-    def failed(self, frame: bytes) -> None:
-        """Raise what the frame of a failed launch says."""
-        raise failure(struct.unpack(f"={FRAME_SLOTS}q", frame), self._name)
-
-
-def _flatten(types: Sequence[Any], values: Sequence[Any], name: str) -> Iterator[tuple[str, Any]]:
-    """Each run-time argument with its type: constexprs dropped, tuples opened up."""
-    for type, value in zip(types, values, strict=True):
-        if isinstance(type, tuple):
-            if len(value) != len(type):
-                raise LaunchError(f"kernel {name!r} was given a tuple of {len(value)}, expected {len(type)}")
-            yield from _flatten(type, value, name)
-        elif type != "constexpr":
-            yield type, value

@@ -431,15 +431,17 @@ class KernelTable:
         types: Triton's type strings of the arguments as they are passed; constexprs are skipped. What is not known here
             (tuples, descriptors) makes every launch a slow one.
         num_threads: at most this many, or None for torch's number.
+
+    Attributes:
+        least_arguments: how many there must be; what follows are constexprs.
     """
 
     def __init__(self, types: Sequence[Any], num_threads: int | None = None) -> None:
         codes = bytes(_code(type) for type in types)
-        slots = len(codes) - codes.count(_SKIP)
         # Constants at the end may be left out.
-        self._content = bytearray(
-            _TABLE.pack(0, 0, len(codes.rstrip(bytes([_SKIP]))), len(codes), slots, num_threads or 0) + codes
-        )
+        self.least_arguments = len(codes.rstrip(bytes([_SKIP])))
+        slots = len(codes) - codes.count(_SKIP)
+        self._content = bytearray(_TABLE.pack(0, 0, self.least_arguments, len(codes), slots, num_threads or 0) + codes)
         self._code: Any = None
 
     def bind(self, code: Any, address: int) -> None:

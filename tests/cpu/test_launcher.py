@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native import COPY, STATUS, VISIT, assemble
 
-from esper_triton.cpu import driver, launcher, native
+from esper_triton.cpu import driver, launcher, native, stock
 from esper_triton.cpu.errors import LaunchError
 from esper_triton.cpu.native import NativeKernel
 
@@ -343,8 +343,8 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path):
 def test_stock_launches_take_the_fast_path_from_the_second_on(monkeypatch):
     scale.device_caches.clear()
     slow = []
-    original = driver._Launcher.__call__
-    monkeypatch.setattr(driver._Launcher, "__call__", lambda *args: slow.append(1) or original(*args))
+    original = stock._Launcher.__call__
+    monkeypatch.setattr(stock._Launcher, "__call__", lambda *args: slow.append(1) or original(*args))
     x, out = torch.arange(100.0), torch.full((100,), float("nan"))
     for k in range(4):
         scale[(4,)](x, out, 100, 0.5 + k, BLOCK=32)
