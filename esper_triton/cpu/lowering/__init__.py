@@ -16,6 +16,7 @@ from esper_triton.cpu.lowering import division
 from esper_triton.cpu.lowering.atomics import lower_atomic_cas, lower_atomic_rmw
 from esper_triton.cpu.lowering.control import lower_for, lower_if, lower_while
 from esper_triton.cpu.lowering.dot import lower_dot
+from esper_triton.cpu.lowering.elements import lower_map_elementwise
 from esper_triton.cpu.lowering.elementwise import (
     F32,
     I1,
@@ -86,6 +87,7 @@ _OPERATIONS = {
     "tt.gather": lower_gather,
     "tt.histogram": lower_histogram,
     "tt.join": lower_join,
+    "tt.map_elementwise": lower_map_elementwise,
     "tt.print": lower_print,
     "tt.reduce": lower_reduce,
     "tt.scan": lower_scan,

@@ -29,7 +29,7 @@ def _enter(program: Program, op: Operation) -> None:
         for value in nested.operands if nested is not op else ():
             if program.is_lazy(value) and _defined_outside(value, op) and not program.is_cheap(value):
                 program.materialise(value)
-    if _writes_memory(op):
+    if writes_memory(op):
         program.flush()
 
 
@@ -253,5 +253,6 @@ def _defined_outside(value: Value, op: Operation) -> bool:
     return True
 
 
-def _writes_memory(op: Operation) -> bool:
+def writes_memory(op: Operation) -> bool:
+    """Whether the operation, or one inside of it, may change memory or be seen from outside."""
     return any(nested.name in _MEMORY_EFFECTS for nested in op.walk())

@@ -17,9 +17,10 @@ from esper_triton.cpu.lowering.elementwise import I32, Unlowered, register_type
 from esper_triton.cpu.lowering.nest import is_tile
 from esper_triton.cpu.lowering.program import Handler, Program, unsupported
 from esper_triton.cpu.lowering.traps import leave_if_stopped
-from esper_triton.cpu.mlir import Block, FunctionType, Module, Operation, TensorType, Type, Value
+from esper_triton.cpu.mlir import Block, FunctionType, Module, Operation, Region, TensorType, Type, Value
 
-_GRID = ("id0", "id1", "id2", "size0", "size1", "size2")
+# The hidden parameters that tell a program its position, by their names in `Program.grid`.
+GRID = ("id0", "id1", "id2", "size0", "size1", "size2")
 
 
 class LoweredFunction:
@@ -51,16 +52,16 @@ class Functions:
 
     def _lower(self, source: Operation) -> LoweredFunction:
         name = source.attributes["sym_name"]
-        entry, *others = source.regions[0].blocks
+        entry = source.regions[0].blocks[0]
         scalars, tiles = _results(source)
         parameters = [POINTER if is_tile(argument) else register_type(argument.type) for argument in entry.arguments]
-        hidden = [*[POINTER] * len(tiles), *[I32] * len(_GRID), POINTER, POINTER]
+        hidden = [*[POINTER] * len(tiles), *[I32] * len(GRID), POINTER, POINTER]
         function = ir.Function(self._llvm, ir.FunctionType(_struct(scalars), [*parameters, *hidden]), f"{name}.program")
         function.linkage = "internal"
-        arguments, targets = function.args[: len(parameters)], function.args[len(parameters) : -len(_GRID) - 2]
-        *grid, scratch, frame = function.args[-len(_GRID) - 2 :]
+        arguments, targets = function.args[: len(parameters)], function.args[len(parameters) : -len(GRID) - 2]
+        *grid, scratch, frame = function.args[-len(GRID) - 2 :]
         program = Program(
-            self._kernel, function, scratch, frame, dict(zip(_GRID, grid, strict=True)), self._lanes, self._operations
+            self._kernel, function, scratch, frame, dict(zip(GRID, grid, strict=True)), self._lanes, self._operations
         )
         for argument, value in zip(entry.arguments, arguments, strict=True):
             if is_tile(argument):
@@ -68,10 +69,7 @@ class Functions:
             else:
                 program.scalars[argument] = value
         outputs = [_buffer(pointer, type) for pointer, type in zip(targets, tiles, strict=True)]
-        if others:
-            _lower_blocks(program, source, outputs)
-        else:
-            _return(program, program.run(entry, "tt.return"), outputs)
+        lower_body(program, source.regions[0], outputs, "tt.return")
         return LoweredFunction(function, program.scratch_bytes)
 
     def _call(self, program: Program, op: Operation) -> None:
@@ -80,7 +78,7 @@ class Functions:
         b = program.b
         arguments = [program.materialise(v).pointer if is_tile(v) else program.scalars[v] for v in op.operands]
         tiles = [program.new_buffer(r).pointer for r in op.results if is_tile(r)]
-        grid = [program.grid[name] for name in _GRID]
+        grid = [program.grid[name] for name in GRID]
         scratch = program.reserve(callee.function.name, callee.scratch_bytes)
         result = b.call(callee.function, [*arguments, *tiles, *grid, scratch, program.frame])
         leave_if_stopped(program)
@@ -123,10 +121,18 @@ def _return(program: Program, op: Operation, outputs: list[Buffer]) -> None:
     b.ret(result)
 
 
-def _lower_blocks(program: Program, source: Operation, outputs: list[Buffer]) -> None:
+def lower_body(program: Program, region: Region, outputs: list[Buffer], returns: str) -> None:
+    """The blocks of a function, which the operation named `returns` leaves with its results; tiles go to `outputs`."""
+    if len(region.blocks) == 1:
+        _return(program, program.run(region.block, returns), outputs)
+    else:
+        _lower_blocks(program, region, outputs, returns)
+
+
+def _lower_blocks(program: Program, region: Region, outputs: list[Buffer], returns: str) -> None:
     """Blocks in an order in which each comes after all that branch to it. Triton's loops are operations, so there is
     such an order."""
-    order = _in_order(program, source)
+    order = _in_order(program, region)
     entry = order[0]
     llvm = {entry: program.b.block}
     phis: dict[Block, list[Any]] = {entry: []}
@@ -143,11 +149,11 @@ def _lower_blocks(program: Program, source: Operation, outputs: list[Buffer]) ->
     for block in order:
         program.b.position_at_end(llvm[block])
         known = dict(program.buffers)
-        terminator = program.run(block, "tt.return", "cf.br", "cf.cond_br")
+        terminator = program.run(block, returns, "cf.br", "cf.cond_br")
         for value in list(_used_elsewhere(block)):
             if program.is_lazy(value) and not program.is_cheap(value):
                 program.materialise(value)
-        if terminator.name == "tt.return":
+        if terminator.name == returns:
             _return(program, terminator, outputs)
         else:
             _branch(program, terminator, llvm, phis)
@@ -195,7 +201,7 @@ def _block_of(value: Value) -> Block | None:
     return value.defining_op.block if value.defining_op else value.block
 
 
-def _in_order(program: Program, source: Operation) -> list[Block]:
+def _in_order(program: Program, region: Region) -> list[Block]:
     finished: list[Block] = []
     state: dict[Block, bool] = {}  # False: begun, True: finished
 
@@ -209,5 +215,5 @@ def _in_order(program: Program, source: Operation) -> list[Block]:
         state[block] = True
         finished.append(block)
 
-    visit(source.regions[0].blocks[0])
+    visit(region.blocks[0])
     return finished[::-1]

@@ -79,7 +79,7 @@ class Program:
         scalars: LLVM value of every scalar so far. buffers: tiles in scratch memory.
         shifted: tiles that are another tile plus a scalar (pointers advanced around a loop).
         scratch_bytes: scratch memory used so far. grid: position in the grid (`id0` ...) and its extents (`size0` ...).
-        frame: pointer to the frame of the launch.
+        frame: pointer to the frame of the launch. handlers: what lowers an operation that is not element-wise, by name.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Program:
         operations: Mapping[str, Handler],
     ) -> None:
         """`operations` lowers those operations that have a module of their own, by name."""
-        self._handlers = {**_HANDLERS, **operations}
+        self.handlers = {**_HANDLERS, **operations}
         self.kernel = kernel
         self.function = function
         self.b = ir.IRBuilder(function.append_basic_block("entry"))
@@ -301,7 +301,7 @@ class Program:
         return unsupported(self.kernel, op, reason)
 
     def _operation(self, op: Operation) -> None:
-        handler = self._handlers.get(op.name)
+        handler = self.handlers.get(op.name)
         if handler is not None:
             handler(self, op)
         elif len(op.results) == 1 and is_tile(op.result) and is_lazy_operation(op):

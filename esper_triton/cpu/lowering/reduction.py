@@ -13,39 +13,17 @@ from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering.chunks import ZERO, Buffer, Index, Lanes, Uniform
-from esper_triton.cpu.lowering.elementwise import I32, I64, TABLE, Unlowered, constant
+from esper_triton.cpu.lowering.elements import ElementFunction
+from esper_triton.cpu.lowering.elementwise import I32, I64
 from esper_triton.cpu.lowering.nest import Nest, lane_axis
 from esper_triton.cpu.lowering.vmath import undefined
-from esper_triton.cpu.mlir import Operation, TensorType, Value
+from esper_triton.cpu.mlir import Operation, TensorType
 
 if TYPE_CHECKING:
     from esper_triton.cpu.lowering.program import Program
 
 
-def _combine(program: Program, op: Operation, b: ir.IRBuilder, left: Sequence[Any], right: Sequence[Any]) -> list[Any]:
-    """The region applied to two partial results, which are LLVM scalars or vectors alike."""
-    block = op.regions[0].block
-    local: dict[Value, Any] = dict(zip(block.arguments, [*left, *right], strict=True))
-    width = left[0].type.count if isinstance(left[0].type, ir.VectorType) else None
-
-    def value_of(value: Value) -> Any:
-        found = local[value] if value in local else program.scalars[value]
-        if width is not None and not isinstance(found.type, ir.VectorType):
-            found = c.splat(b, found, width)
-        return found
-
-    for nested in block.operations[:-1]:
-        if nested.name == "arith.constant":
-            local[nested.result] = constant(nested.result.type, nested.attributes["value"])
-            continue
-        emit = TABLE.get(nested.name)
-        if emit is None:
-            raise Unlowered(f"{nested.name} in the combine region")
-        local[nested.result] = emit(b, nested, [value_of(v) for v in nested.operands])
-    return [value_of(v) for v in block.terminator.operands]
-
-
-def _across(program: Program, op: Operation, b: ir.IRBuilder, vectors: Sequence[Any]) -> list[Any]:
+def _across(combine: ElementFunction, b: ir.IRBuilder, vectors: Sequence[Any]) -> list[Any]:
     """Reduce the lanes of vectors to scalars, halving the width each time."""
     current = list(vectors)
     width = current[0].type.count
@@ -55,13 +33,14 @@ def _across(program: Program, op: Operation, b: ir.IRBuilder, vectors: Sequence[
         for start in (0, width):
             lanes = ir.Constant(ir.VectorType(I32, width), [ir.Constant(I32, start + k) for k in range(width)])
             halves.append([b.shuffle_vector(v, undefined(v.type), lanes) for v in current])
-        current = _combine(program, op, b, *halves)
+        current = combine(b, [*halves[0], *halves[1]])
     return [b.extract_element(v, ir.Constant(I32, 0)) for v in current]
 
 
 def lower_reduce(program: Program, op: Operation) -> None:
     """Reduce along `axis`; a result of rank 0 is a scalar."""
     axis = op.attributes["axis"]
+    combine = ElementFunction(program, op)
     source = op.operands[0].type
     assert isinstance(source, TensorType)
     shape = source.shape
@@ -86,16 +65,16 @@ def lower_reduce(program: Program, op: Operation) -> None:
     if shape[axis] > step:
         position = nest.open(shape[axis], step, start=step, lanes=axis == lanes)
         if shape[axis] == 2 * step:  # one step, for which no loop was made
-            results = _combine(program, op, nest.b, results, at(position))
+            results = combine(nest.b, [*results, *at(position)])
             nest.close()
         else:
             partial = [nest.b.phi(value.type) for value in results]
-            following = _combine(program, op, nest.b, partial, at(position))
+            following = combine(nest.b, [*partial, *at(position)])
             nest.close(list(zip(partial, results, following, strict=True)))
             results = following  # of the last step, which dominates the exit
     b = nest.b
     if axis == lanes and step > 1:
-        results = _across(program, op, b, results)
+        results = _across(combine, b, results)
     target = tuple(at_k for k, at_k in enumerate(index) if k != axis)
     for output, result, value in zip(outputs, op.results, results, strict=True):
         if output is None:
@@ -104,6 +83,7 @@ def lower_reduce(program: Program, op: Operation) -> None:
             output.write(b, target, c.as_chunk(value), nest.width)
     for _ in others:
         nest.close()
+    combine.finish()
 
 
 def lower_scan(program: Program, op: Operation) -> None:
@@ -112,6 +92,7 @@ def lower_scan(program: Program, op: Operation) -> None:
     inputs = [program.materialise(operand) for operand in op.operands]
     outputs = [program.new_buffer(result) for result in op.results]
     shape = inputs[0].shape
+    combine = ElementFunction(program, op)
     extent = shape[axis]
     lanes = lane_axis(shape)
     nest = Nest(program, shape)
@@ -138,13 +119,14 @@ def lower_scan(program: Program, op: Operation) -> None:
     write(start, total)
     if extent == 2:
         position = ir.Constant(I64, 0 if reverse else 1)
-        write(position, _combine(program, op, nest.b, total, read(inputs, position)))
+        write(position, combine(nest.b, [*total, *read(inputs, position)]))
     elif extent > 2:
         counter = nest.open(extent, 1, start=1)
         partial = [nest.b.phi(value.type) for value in total]
         position = nest.b.sub(last, counter.value) if reverse else counter.value
-        following = _combine(program, op, nest.b, partial, read(inputs, position))
+        following = combine(nest.b, [*partial, *read(inputs, position)])
         write(position, following)
         nest.close(list(zip(partial, total, following, strict=True)))
     for _ in others:
         nest.close()
+    combine.finish()
