@@ -168,3 +168,46 @@ def test_memory_beyond_a_mask_is_not_touched(dtype, last_page):
         expected[len(page) - n :] += 1
         _increase[(1,)](tail, tail, n, BLOCK=128)
         assert torch.equal(page, expected)
+
+
+@triton.jit(do_not_specialize=["m", "n", "x_stride", "y_stride"])
+def _turn(
+    x_ptr, y_ptr, sum_ptr, last_ptr, m, n, x_stride, y_stride, WAY: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
+    r, c = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * C + tl.arange(0, C)
+    inside = (r[:, None] < m) & (c[None, :] < n)
+    x = tl.load(x_ptr + r[:, None] * x_stride + c[None, :], mask=inside, other=1)
+    if WAY == "trans":
+        turned = tl.trans(inside)
+        tl.store(y_ptr + c[:, None] * y_stride + r[None, :], tl.trans(x + x), mask=turned)
+    elif WAY == "store":
+        tl.store(y_ptr + c[None, :] * y_stride + r[:, None], x + x, mask=inside)
+    else:  # load
+        y_inside = (c[:, None] < n) & (r[None, :] < m)
+        z = tl.load(x_ptr + r[None, :] * x_stride + c[:, None], mask=y_inside, other=1)
+        tl.store(y_ptr + c[:, None] * y_stride + r[None, :], z + z, mask=y_inside)
+        # The same tile again, along its rows, after the store.
+        tl.store(last_ptr + c[:, None] * y_stride + r[None, :], z + tl.trans(x), mask=y_inside)
+        x = tl.trans(z)
+    tl.store(sum_ptr + tl.program_id(1) * m + r, tl.sum(x.to(tl.float32), 1), mask=r < m)
+
+
+@pytest.mark.parametrize("way", ["trans", "store", "load"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8, torch.float64])
+@given(m=st.integers(1, 40), n=st.integers(1, 40), padding=st.integers(0, 3))
+@settings(max_examples=20, deadline=None)
+def test_tiles_are_turned(way, dtype, m, n, padding):
+    x = torch.randint(-60, 60, (m, n + padding)).to(dtype)[:, :n]
+    y, last = (torch.full((n, m + padding), 99).to(dtype) for _ in range(2))
+    programs = (triton.cdiv(m, 16), triton.cdiv(n, 32))
+    sums = torch.full((programs[1], m), float("nan"))
+    before = x.clone()
+    _turn[programs](x, y, sums, last, m, n, x.stride(0), y.stride(0), WAY=way, R=16, C=32)
+    assert torch.equal(x, before)
+    doubled = torch.full((n, m + padding), 99).to(dtype)
+    doubled[:, :m] = (x + x).T
+    assert torch.equal(y, doubled)
+    assert torch.equal(last, doubled if way == "load" else torch.full_like(last, 99))
+    padded = torch.ones(m, 32 * programs[1])
+    padded[:, :n] = x
+    assert torch.equal(sums, padded.reshape(m, -1, 32).sum(2).T)

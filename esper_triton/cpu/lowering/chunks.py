@@ -375,25 +375,58 @@ def all_true(b: ir.IRBuilder, mask: Value) -> Value:
     return b.icmp_unsigned("==", b.bitcast(mask, ir.IntType(width)), ir.Constant(ir.IntType(width), (1 << width) - 1))
 
 
+def turned(b: ir.IRBuilder, rows: list[Value]) -> list[Value]:
+    """The columns of a square of vectors, whose size is a power of two: ever smaller blocks change places."""
+    rows = list(rows)
+    size = rows[0].type.count
+    step = size // 2
+    while step:
+        for k in range(size):
+            if k & step:
+                continue
+            upper, lower = rows[k], rows[k + step]
+            for row, of_lower in ((k, 0), (k + step, step)):
+                # Lane `size + i` is lane i of `lower`.
+                order = [size + i - step + of_lower if i & step else i + of_lower for i in range(size)]
+                lanes = ir.Constant(ir.VectorType(I32, size), [ir.Constant(I32, i) for i in order])
+                rows[row] = b.shuffle_vector(upper, lower, lanes)
+        step //= 2
+    return rows
+
+
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor in scratch memory, row-major and dense. `pointer` is an LLVM pointer to its first element."""
+    """A tensor in scratch memory, dense. `pointer` is an LLVM pointer to its first element.
+
+    Row-major, or where `inner` is given, with neighbours along that axis side by side and the other axes row-major.
+    """
 
     pointer: Value
     shape: tuple[int, ...]
     element: Type
+    inner: int | None = None
+
+    @property
+    def inner_axis(self) -> int:
+        """The axis, of those longer than 1 if there is one, along which neighbours lie side by side."""
+        long = [axis for axis, extent in enumerate(self.shape) if extent > 1]
+        return self.inner if self.inner is not None else long[-1] if long else 0
 
     def _address(self, b: ir.IRBuilder, index: tuple[Index, ...]) -> tuple[Value, int]:
         """Pointer to the (first) element, and the lanes' stride in elements (0 where no axis has lanes)."""
         offset: Any = ir.Constant(I64, 0)
         lane_stride, stride = 0, 1
-        for extent, position in zip(reversed(self.shape), reversed(index), strict=True):
+        axes = [axis for axis in range(len(self.shape)) if axis != self.inner]
+        if self.inner is not None:
+            axes.append(self.inner)
+        for axis in reversed(axes):
+            position = index[axis]
             if position.lanes:
                 lane_stride = stride
             if not (isinstance(position.value, ir.Constant) and position.value.constant == 0):
                 term = position.value if stride == 1 else b.mul(position.value, ir.Constant(I64, stride))
                 offset = b.add(offset, term)
-            stride *= extent
+            stride *= self.shape[axis]
         return b.gep(self.pointer, [offset], source_etype=memory_type(self.element)), lane_stride
 
     def read(self, b: ir.IRBuilder, index: tuple[Index, ...], width: int) -> Chunk:
@@ -410,11 +443,16 @@ class Buffer:
         return Lanes(vector)
 
     def write(self, b: ir.IRBuilder, index: tuple[Index, ...], chunk: Chunk, width: int) -> None:
-        """Stores a chunk at `index`; the lanes must run along the last axis that is longer than 1."""
+        """Stores a chunk at `index`."""
         pointer, stride = self._address(b, index)
         if stride == 0:
             assert isinstance(chunk, Uniform)
             store_scalar(b, chunk.value, pointer, self.element)
             return
-        assert stride == 1, "tiles are written along their rows"
-        store_vector(b, as_vector(b, chunk, width), pointer, self.element)
+        vector = as_vector(b, chunk, width)
+        if stride == 1:
+            store_vector(b, vector, pointer, self.element)
+            return
+        for lane in range(width):
+            at = b.gep(pointer, [ir.Constant(I64, lane * stride)], source_etype=memory_type(self.element))
+            store_scalar(b, b.extract_element(vector, ir.Constant(I32, lane)), at, self.element)

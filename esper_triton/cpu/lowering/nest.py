@@ -7,8 +7,8 @@ wherever it is needed, for the chunk that is needed. Whether that is right (no s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering import memory
-from esper_triton.cpu.lowering.chunks import ZERO, Affine, Chunk, Index, Lanes, Prefix, Uniform
+from esper_triton.cpu.lowering.chunks import ZERO, Affine, Buffer, Chunk, Index, Lanes, Prefix, Uniform
 from esper_triton.cpu.lowering.elementwise import (
     I1,
     I64,
@@ -33,6 +33,7 @@ from esper_triton.cpu.mlir import Dense, Operation, PointerType, TensorType, Val
 if TYPE_CHECKING:
     from esper_triton.cpu.lowering.program import Program
 
+_BLOCK = 8  # rows and columns that are turned at once
 # Moves of elements that need no arithmetic on them, besides TABLE.
 SHAPE_OPS = {"tt.splat", "tt.expand_dims", "tt.broadcast", "tt.trans", "tt.make_range", "arith.constant"}
 
@@ -90,6 +91,20 @@ class _Loop:
     may_be_empty: bool
 
 
+def operand_axis(op: Operation, axis: int) -> int | None:
+    """The axis of a shape operation's operand along which lanes run that run along `axis` of its result."""
+    match op.name:
+        case "tt.expand_dims":
+            new = op.attributes["axis"]
+            return None if axis == new else axis - (axis > new)
+        case "tt.broadcast":
+            source = op.operands[0].type
+            return axis if isinstance(source, TensorType) and source.shape[axis] > 1 else None
+        case "tt.trans":
+            return int(op.attributes["order"][axis])
+    return None
+
+
 class Nest:
     """Loops opened one inside the other from the program's present position.
 
@@ -98,20 +113,32 @@ class Nest:
     """
 
     def __init__(
-        self, program: Program, shape: Sequence[int], keep: Sequence[Value] = (), accesses: Sequence[Operation] = ()
+        self,
+        program: Program,
+        shape: Sequence[int],
+        keep: Mapping[Value, Buffer] | None = None,
+        accesses: Sequence[Operation] = (),
+        axis: int | None = None,
     ) -> None:
-        """`keep` lists what `visit` stores, `accesses` the loads and stores to expect in the body, if it may be split
-        in two for their masks' sake (see `run`)."""
+        """`keep` says where `visit` stores what; `accesses` lists the loads and stores to expect in the body, which
+        may be split in two for their masks' sake (see `run`); lanes run along `axis`, the last one where it is None."""
         self.program = program
         self.shape = tuple(shape)
+        self.axis = lane_axis(self.shape) if axis is None else axis
+        self._kept = dict(keep or {})
         self._accesses = [op for op in accesses if memory.mask_of(op) is not None]
-        self._kept = {value: program.new_buffer(value) for value in keep}
         self.builders: list[ir.IRBuilder] = [program.b]
         self._open: list[_Loop | None] = []
         self._exact: dict[tuple[Any, ...], LLVMValue] = {}
         self._chunks: dict[tuple[Any, ...], tuple[Chunk, tuple[Index, ...]]] = {}
-        axis = lane_axis(self.shape)
-        self.width = 1 if axis is None else min(self.shape[axis], program.lanes)
+        self.width = 1 if self.axis is None else min(self.shape[self.axis], program.lanes)
+        # Kept with their neighbours along another axis than the lanes: computed and turned in square blocks.
+        self._turned = [value for value, buffer in self._kept.items() if self._is_turned(buffer)]
+        if self._turned:
+            self.width = min(self.width, _BLOCK, *(self.shape[self._kept[value].inner_axis] for value in self._turned))
+
+    def _is_turned(self, buffer: Buffer) -> bool:
+        return self.axis is not None and buffer.inner_axis != self.axis
 
     @property
     def b(self) -> ir.IRBuilder:
@@ -171,7 +198,10 @@ class Nest:
         chunks that are on altogether get a loop of their own without masks, and chunks in which nothing is stored are
         left out.
         """
-        axis = lane_axis(self.shape)
+        if self._turned and body is None:
+            self._run_blocks()
+            return
+        axis = self.axis
         index: list[Index] = [ZERO] * len(self.shape)
         opened = 0
         for k, extent in enumerate(self.shape):
@@ -179,38 +209,95 @@ class Nest:
                 index[k] = self.open(extent)
                 opened += 1
 
-        def step(at: Index) -> tuple[Index, ...]:
-            return (*index[:axis], at, *index[axis + 1 :]) if axis is not None else tuple(index)
-
-        def visit(here: tuple[Index, ...]) -> None:
+        def visit(at: Index | None) -> None:
+            here = tuple(index) if at is None or axis is None else _moved(index, axis, at)
             self.visit(here)
             if body is not None:
                 body(here)
 
         split = self._split(tuple(index), axis) if axis is not None else None
         if axis is None:
-            visit(tuple(index))
+            visit(None)
         elif split is None:
-            visit(step(self.open(self.shape[axis], self.width, lanes=True)))
+            visit(self.open(self.shape[axis], self.width, lanes=True))
             self.close()
         else:
             full, end, masks = split
-            here = step(self.open_between(ir.Constant(I64, 0), full, self.width, lanes=True))
-            for mask in masks:
-                self._chunks[_key(mask, here)] = (Uniform(ir.Constant(I1, 1)), here)
-            visit(here)
+            at = self.open_between(ZERO.value, full, self.width, lanes=True)
+            self._leave_on(masks, _moved(index, axis, at))
+            visit(at)
             self.close()
-            visit(step(self.open_between(full, end, self.width, lanes=True)))
+            visit(self.open_between(full, end, self.width, lanes=True))
             self.close()
         for _ in range(opened):
             self.close()
+
+    def _leave_on(self, masks: Iterable[Value], index: tuple[Index, ...]) -> None:
+        """Take it from here that masks are on in every lane at `index`."""
+        for mask in masks:
+            self._chunks[_key(mask, index)] = (Uniform(ir.Constant(I1, 1)), index)
+
+    def _run_blocks(self) -> None:
+        """In square blocks, which are turned in registers before they are stored along the other axis."""
+        axis, width = self.axis, self.width
+        assert axis is not None
+        inner = self._kept[self._turned[0]].inner_axis
+        turned = [value for value in self._turned if self._kept[value].inner_axis == inner]
+        index: list[Index] = [ZERO] * len(self.shape)
+        others = [k for k, extent in enumerate(self.shape) if extent > 1 and k not in (axis, inner)]
+        for k in others:
+            index[k] = self.open(self.shape[k])
+        corner = self.open(self.shape[inner], width)
+        places = [
+            Index(self.b.add(corner.value, ir.Constant(I64, k)), level=len(self.builders) - 1) for k in range(width)
+        ]
+        index[axis] = first = self.open(self.shape[axis], width, lanes=True)
+        none, whole = ZERO.value, ir.Constant(I64, width)
+        # Blocks that masks leave on altogether; the others go line by line, which a loop of no or of all steps decides.
+        masks = dict.fromkeys(mask for op in self._accesses if (mask := memory.mask_of(op)) is not None)
+        fast = whole
+        for mask in masks:
+            for place in places:
+                fast = self.b.select(self._is_on(mask, _moved(index, inner, place)), fast, none)
+        at = self.open_between(none, fast, width)
+        # Known inside of this loop only, so that no load is made before it.
+        index[axis] = Index(self.b.add(first.value, at.value), True, len(self.builders) - 1)
+        lines = [_moved(index, inner, place) for place in places]
+        for here in lines:
+            self._leave_on(masks, here)
+        for value in turned:
+            rows = [self.vector(value, here) for here in lines]
+            for k, column in enumerate(c.turned(self.b, rows)):
+                along = Index(self.b.add(index[axis].value, ir.Constant(I64, k)), level=len(self.builders) - 1)
+                here = _moved(_moved(index, axis, along), inner, replace(corner, lanes=True))
+                self._kept[value].write(self.b, here, Lanes(column), width)
+        for here in lines:
+            self._visit(here, (value for value in self._kept if value not in turned))
+        self.close()
+        if masks:
+            at = self.open_between(fast, whole, 1)
+            place = Index(self.b.add(corner.value, at.value), level=len(self.builders) - 1)
+            self.visit(_moved(_moved(index, axis, first), inner, place))
+            self.close()
+        for _ in range(len(others) + 2):
+            self.close()
+
+    def _is_on(self, mask: Value, index: tuple[Index, ...]) -> LLVMValue:
+        """i1: whether a mask is on in every lane of a chunk."""
+        b = self.builder(index)
+        match self.chunk(mask, index):
+            case Prefix(count):
+                return b.icmp_signed(">=", count, ir.Constant(I64, self.width))
+            case Uniform(value):
+                return value
+        return c.all_true(b, self.vector(mask, index))
 
     def _split(self, index: tuple[Index, ...], axis: int) -> tuple[LLVMValue, LLVMValue, list[Value]] | None:
         """Where chunks that are on altogether end, where the loop ends, and the masks; None where one loop will do."""
         extent = self.shape[axis]
         if extent == self.width or not self._accesses:
             return None
-        first = (*index[:axis], Index(ZERO.value, lanes=True), *index[axis + 1 :])
+        first = _moved(index, axis, Index(ZERO.value, lanes=True))
         b = self.builder(first)
         nothing, everything = ir.Constant(I64, 0), ir.Constant(I64, extent)
         full = everything
@@ -248,8 +335,11 @@ class Nest:
 
     def visit(self, index: tuple[Index, ...]) -> None:
         """Store the chunk of every kept value."""
-        for value, buffer in self._kept.items():
-            buffer.write(self.b, index, self.exact(value, index), self.width)
+        self._visit(index, self._kept)
+
+    def _visit(self, index: tuple[Index, ...], values: Iterable[Value]) -> None:
+        for value in values:
+            self._kept[value].write(self.b, index, self.exact(value, index), self.width)
 
     # ----------------------------------------------------------------------------------------------------------- values
 
@@ -449,6 +539,11 @@ class Nest:
 def _is_inexact(chunk: Chunk) -> bool:
     """Whether lanes that wrapped around would not be what the chunk says."""
     return isinstance(chunk, Prefix) or (isinstance(chunk, Affine) and chunk.assumed)
+
+
+def _moved(index: Sequence[Index], axis: int, at: Index) -> tuple[Index, ...]:
+    """`index` with another position along one axis."""
+    return (*index[:axis], at, *index[axis + 1 :])
 
 
 def _key(value: Value, index: tuple[Index, ...]) -> tuple[Any, ...]:

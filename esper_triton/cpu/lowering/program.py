@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -36,6 +37,7 @@ from esper_triton.cpu.lowering.elementwise import (
     register_type,
     size_of,
 )
+from esper_triton.cpu.lowering.layout import contiguous_axis, steps
 from esper_triton.cpu.lowering.memory import load_operands
 from esper_triton.cpu.lowering.nest import (
     SHAPE_OPS,
@@ -44,11 +46,14 @@ from esper_triton.cpu.lowering.nest import (
     is_elementwise,
     is_lazy_operation,
     is_tile,
+    lane_axis,
+    operand_axis,
 )
 from esper_triton.cpu.lowering.ranges import Ranges
 from esper_triton.cpu.mlir import Block, Dense, Operation, PointerType, TensorType, Value
 
 _ALIGNMENT = 64  # of buffers: a cache line
+_WORTH_TURNING = 4  # extent from which a tile that lies across the lanes is turned rather than read lane by lane
 _DEEPEST = 64  # operations that a lazy tile may be deep: chunks are computed by recursion
 
 # Index arithmetic: computed again wherever it is used rather than stored.
@@ -69,6 +74,14 @@ def unsupported(kernel: str, op: Operation, reason: str | None = None) -> Unsupp
         line=place.line if place else None,
         reason=None if reason == op.name else reason,
     )
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """How a lazy tile is visited: `elsewhere` than at the root's own index, and along which axis lanes run, if any."""
+
+    elsewhere: bool
+    axis: int | None
 
 
 class Program:
@@ -137,14 +150,21 @@ class Program:
             self._reserved[name] = self._allocate(size)
         return self._reserved[name]
 
-    def new_buffer(self, value: Value, register: bool = True) -> Buffer:
-        """Scratch memory for a tile; `register`ed as the place where the tile is found from now on."""
+    def new_buffer(self, value: Value, register: bool = True, inner: int | None = None) -> Buffer:
+        """Scratch memory for a tile; `register`ed as the place where the tile is found from now on.
+
+        Neighbours along axis `inner` (the last where it is None) lie side by side, unless the tile's place is given.
+        """
         assert isinstance(value.type, TensorType)
         element = value.type.element
-        pointer = self.targets.pop(value, None)
-        if pointer is None:
+        place = self.targets.pop(value, None)
+        if isinstance(place, Buffer):
+            buffer = place
+        elif place is not None:
+            buffer = Buffer(place, value.type.shape, element)
+        else:
             pointer = self._allocate(value.type.size * size_of(element))
-        buffer = Buffer(pointer, value.type.shape, element)
+            buffer = Buffer(pointer, value.type.shape, element, None if inner == lane_axis(value.type.shape) else inner)
         if register:
             self.buffers[value] = buffer
         return buffer
@@ -190,60 +210,113 @@ class Program:
         # A shape operation is read through to what it shows.
         return not self.is_cheap(value) and definition(value).name not in SHAPE_OPS
 
-    def _closure(self, roots: Iterable[Value]) -> dict[Value, bool]:
-        """Lazy tiles that computing `roots` visits; True for those visited at another index than the root's own."""
-        moved: dict[Value, bool] = {}
+    def _closure(self, roots: Iterable[Value], axis: int | None = None) -> dict[Value, _Visit]:
+        """How computing `roots`, with lanes along `axis`, visits lazy tiles."""
+        visits: dict[Value, _Visit] = {}
 
-        def visit(value: Value, elsewhere: bool) -> None:
-            if not self.is_lazy(value) or (value in moved and moved[value] >= elsewhere):
+        def visit(value: Value, elsewhere: bool, axis: int | None) -> None:
+            if not self.is_lazy(value):
                 return
-            moved[value] = moved.get(value, False) or elsewhere
+            known = visits.get(value)
+            if known is not None and known.elsewhere >= elsewhere:
+                return
+            visits[value] = _Visit(elsewhere, axis if known is None else known.axis)
             if value in self.shifted:
-                visit(self.shifted[value][0], elsewhere)
+                visit(self.shifted[value][0], elsewhere, axis)
                 return
             op = value.defining_op
             assert op is not None
             for operand in op.operands:
-                visit(operand, elsewhere or not is_elementwise(op))
+                if is_elementwise(op):
+                    visit(operand, elsewhere, axis)
+                else:
+                    visit(operand, True, None if axis is None else operand_axis(op, axis))
 
         for root in roots:
-            visit(root, False)
-        return moved
+            visit(root, False, axis)
+        return visits
 
-    def nest(self, roots: Sequence[Value], shape: Sequence[int], user: Operation | None) -> Nest:
+    def _prepare(self, roots: Sequence[Value], axis: int | None) -> dict[Value, _Visit]:
+        """Put into memory what has to be there before a nest with lanes along `axis` computes `roots`."""
+        while True:
+            visits = self._closure(roots, axis)
+            for value, visit in visits.items():
+                # Not at the nest's index: read through a broadcast or a transposition, perhaps many times over.
+                if visit.elsewhere and self._is_worth_storing(value):
+                    break
+                if self._runs_across(value, visit.axis):
+                    break
+            else:
+                return visits
+            self.materialise(value, visit.axis)
+
+    def _runs_across(self, value: Value, axis: int | None) -> bool:
+        """Whether a value is a load of neighbours in memory along another axis than `axis`, at which it is visited."""
+        along = self._contiguous_load(value)
+        if axis is None or along is None or along == axis:
+            return False
+        assert isinstance(value.type, TensorType)
+        return min(value.type.shape[axis], value.type.shape[along]) >= _WORTH_TURNING
+
+    def _contiguous_load(self, value: Value) -> int | None:
+        """The axis along which a lazy tile is loaded from neighbours in memory."""
+        op = value.defining_op
+        return contiguous_axis(self, load_operands(op)[0]) if op is not None and op.name == "tt.load" else None
+
+    def _reading_axis(self, value: Value) -> int | None:
+        """The axis along which most of what a lazy tile is made of lies side by side; None where none is better."""
+        visits = self._closure([value])
+        own = [v for v, visit in visits.items() if not visit.elsewhere]
+        axes = (self._contiguous_load(v) for v in own)
+        return next((axis for axis in axes if axis is not None), None)
+
+    def nest(
+        self,
+        roots: Sequence[Value],
+        shape: Sequence[int],
+        user: Operation | None,
+        axis: int | None = None,
+        inner: int | None = None,
+    ) -> Nest:
         """A loop nest over `shape` in which `roots` can be computed, each at the nest's own index, for `user`.
 
-        What has to be in memory before is put there first; what is needed afterwards is kept by the nest.
+        What has to be in memory before is put there first; what is needed afterwards is kept by the nest. Lanes run
+        along `axis`, the last one where it is None; without a user, the roots' own neighbours lie along `inner`.
         """
-        while True:
-            moved = self._closure(roots)
-            operations = dict.fromkeys(value.defining_op for value in moved)
-            # Not at the nest's index: read through a broadcast or a transposition, perhaps many times over.
-            first = next((v for v, elsewhere in moved.items() if elsewhere and self._is_worth_storing(v)), None)
-            if first is None:
-                break
-            self.materialise(first)
-        keep = []
-        for value in moved:
+        axis = lane_axis(shape) if axis is None else axis
+        visits = self._prepare(roots, axis)
+        operations = dict.fromkeys(value.defining_op for value in visits)
+        keep = {}
+        for value in visits:
             self._pending.pop(value, None)
             needed_later = any(u not in operations and u is not user for u in value.users)
-            if ((user is None and value in roots) or needed_later) and not self.is_cheap(value):
-                keep.append(value)
+            wanted = user is None and value in roots
+            if (wanted or needed_later) and not self.is_cheap(value):
+                keep[value] = self.new_buffer(value, inner=inner if wanted else axis)
         accesses = [op for op in (*operations, user) if op is not None and op.name in ("tt.load", "tt.store")]
-        return Nest(self, shape, keep, [] if self._terse else accesses)
+        return Nest(self, shape, keep, [] if self._terse else accesses, axis)
 
-    def materialise(self, value: Value) -> Buffer:
-        """The tile in scratch memory, computed now unless it is there already."""
-        if value not in self.buffers:
-            assert isinstance(value.type, TensorType)
-            nest = self.nest([value], value.type.shape, None)
+    def materialise(self, value: Value, inner: int | None = None) -> Buffer:
+        """The tile in scratch memory, computed now unless it is there already.
+
+        It is row-major where `inner` is None. Otherwise neighbours along that axis lie side by side, unless it was
+        computed for a reader along another.
+        """
+        made = self.buffers.get(value)
+        if made is not None and (made.inner is None or inner is not None):
+            return made
+        assert isinstance(value.type, TensorType)
+        shape = value.type.shape
+        if made is None:
+            nest = self.nest([value], shape, None, self._reading_axis(value), inner)
             if value in self.buffers:  # kept by the nest
                 nest.run()
-            else:  # cheap by now, so not kept of itself
-                buffer = self.new_buffer(value, register=False)
-                nest.run(lambda index: buffer.write(nest.b, index, nest.exact(value, index), nest.width))
-                self.buffers[value] = buffer
-        return self.buffers[value]
+                return self.buffers[value]
+        # Cheap by now, so not kept of itself; or in memory, but not row-major.
+        buffer = self.new_buffer(value, register=False)
+        self._write(value, buffer)
+        self.buffers[value] = buffer
+        return buffer
 
     def copy(self, value: Value, buffer: Buffer) -> None:
         """Compute the tile into `buffer`, whatever becomes of the tile otherwise."""
@@ -373,6 +446,7 @@ class Program:
                 c.store_scalar(self.b, self.scalars[value], address, element_type(value.type))
             return
         in_place = self._steps_through_memory(pointer)
+        self._prepare(op.operands, self._store_axis(op))
         hazards = [
             v
             for v in self._closure(op.operands)
@@ -390,7 +464,7 @@ class Program:
     def _store_tile(self, op: Operation) -> None:
         pointer = op.operands[0]
         assert isinstance(pointer.type, TensorType)
-        nest = self.nest(op.operands, pointer.type.shape, op)
+        nest = self.nest(op.operands, pointer.type.shape, op, self._store_axis(op))
         nest.run(lambda index: memory.store(nest, op, index))
 
     def _apart(self, pointer: Value, hazards: Sequence[Value]) -> Any | None:
@@ -422,9 +496,9 @@ class Program:
         self._terse = True
         with self.scope():
             # What is needed afterwards has to be found in the same place whichever way was taken.
-            self.targets.update({value: buffer.pointer for value, buffer in kept.items()})
+            self.targets.update(kept)
             for value in (*hazards, *kept):
-                self.materialise(value)
+                self.materialise(value, kept[value].inner if value in kept else None)
             self._store_tile(op)
         self._terse = False
         self.b.branch(join)
@@ -433,31 +507,17 @@ class Program:
         for value in visited:
             self._pending.pop(value, None)
 
+    def _store_axis(self, op: Operation) -> int | None:
+        pointer = op.operands[0]
+        assert isinstance(pointer.type, TensorType)
+        along = contiguous_axis(self, pointer)
+        return along if along is not None and pointer.type.shape[along] >= _WORTH_TURNING else None
+
     def _steps_through_memory(self, pointer: Value) -> bool:
         """Whether a tile of pointers is one row of addresses, no two of them equal, in order."""
         assert isinstance(pointer.type, TensorType)
-        return sum(extent > 1 for extent in pointer.type.shape) <= 1 and self._step(pointer) not in (0, None)
-
-    def _step(self, value: Value) -> int | None:
-        """The constant difference between neighbours in a tile of one axis, None where it is not known to have one."""
-        op = value.defining_op
-        if value in self.shifted:
-            return self._step(self.shifted[value][0])
-        if op is None or value in self.buffers:
-            return None
-        match op.name:
-            case "tt.make_range":
-                return 1
-            case "tt.splat":
-                return 0
-            case "arith.constant":
-                return 0 if op.attributes["value"].splat else None
-            case "tt.expand_dims" | "arith.extsi" | "tt.trans":
-                return self._step(op.operands[0])
-            case "tt.addptr" | "arith.addi":
-                first, second = (self._step(operand) for operand in op.operands)
-                return None if first is None or second is None else first + second
-        return None
+        axes = [axis for axis, extent in enumerate(pointer.type.shape) if extent > 1]
+        return not axes or (len(axes) == 1 and steps(self, pointer)[axes[0]] not in (0, None))
 
     # ------------------------------------------------------------------------------------------------------ reshaping
 
