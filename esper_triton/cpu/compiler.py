@@ -7,6 +7,7 @@ torch nor llvmlite, and whatever is missing is reported when a kernel is first c
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -31,6 +32,9 @@ class CPUOptions:
         debug: keep `tl.device_assert`. sanitize_overflow: with `debug`, check 32-bit integer arithmetic.
         opt_level: 0 for none of LLVM's optimisations, 1 for the few that pay after this lowering, 2 and 3 for LLVM's
             own pipelines of that level. slp_vectorize: with those, join scalar operations into vectors.
+        sanitize: `"bounds"` or True to check every access against the storages of the launch's tensors, `"race"` to
+            look for two programs that store to one element as well, on one thread. The default is what the environment
+            variable `ESPER_TRITON_SANITIZE` (1, race, or nothing) says when the kernel is compiled.
     """
 
     num_warps: int = 1
@@ -58,8 +62,13 @@ class CPUOptions:
     instrumentation_mode: str = ""
     opt_level: int = 1
     slp_vectorize: bool = False
+    sanitize: str | bool = ""
 
     def __post_init__(self) -> None:
+        names = {"": "", "0": "", "False": "", "1": "bounds", "True": "bounds", "bounds": "bounds", "race": "race"}
+        if str(self.sanitize) not in names:
+            raise ValueError(f"sanitize is {self.sanitize!r}, expected False, True, 'bounds' or 'race'")
+        object.__setattr__(self, "sanitize", names[str(self.sanitize)])
         if not 0 <= self.opt_level <= 3:
             raise ValueError(f"opt_level is {self.opt_level}, expected 0 to 3")
         if isinstance(self.extern_libs, dict):  # a frozen dataclass must be hashable
@@ -102,6 +111,7 @@ class CPUBackend(BaseBackend):  # type: ignore[misc]  # triton carries no types
             from triton import knobs
 
             chosen["enable_fp_fusion"] = knobs.language.default_fp_fusion
+        chosen.setdefault("sanitize", os.environ.get("ESPER_TRITON_SANITIZE", ""))
         return CPUOptions(**{**chosen, "arch": cpu_name()})
 
     def pack_metadata(self, metadata: Any) -> tuple[int, int, int]:
@@ -131,7 +141,7 @@ class CPUBackend(BaseBackend):  # type: ignore[misc]  # triton carries no types
         if language and getattr(language[0], "name", "") == "GLUON":
             raise UnsupportedOperation("Gluon", reason="its layouts are those of a GPU; write the kernel in Triton")
         stages["ttir"] = _make_ttir
-        stages["llir"] = _make_llir
+        stages["llir"] = lambda module, metadata: _make_llir(module, metadata, options)
         stages["o"] = lambda source, metadata: _make_object(source, metadata, options)
 
 
@@ -171,11 +181,12 @@ def _make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
     return module
 
 
-def _make_llir(module: Any, metadata: dict[str, Any]) -> str:
+def _make_llir(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     """LLVM IR as text. The last use of `module`: `mlir.generic_text` leaves it unfit for MLIR."""
     from esper_triton.cpu import mlir
 
-    metadata["name"], metadata["slots"], source = _lower(mlir.generic_text(module, module.context))
+    text = mlir.generic_text(module, module.context)
+    metadata["name"], metadata["slots"], source = _lower(text, str(options.sanitize))
     metadata["shared"] = 0
     return source
 
@@ -183,7 +194,7 @@ def _make_llir(module: Any, metadata: dict[str, Any]) -> str:
 # Remembered, like `_object`: autotuning compiles a kernel again for each number of warps and stages, and here these are
 # one and the same kernel.
 @lru_cache(maxsize=8)
-def _lower(text: str) -> tuple[str, int, str]:
+def _lower(text: str, sanitize: str) -> tuple[str, int, str]:
     """(symbol, number of run-time arguments, LLVM IR) of a module in MLIR's generic form."""
     from esper_triton.cpu import mlir
     from esper_triton.cpu.lowering import lower
@@ -196,7 +207,7 @@ def _lower(text: str) -> tuple[str, int, str]:
     # A kernel called `exp` must not be what the machine code of another, or its own, calls for libm's.
     symbol = f"{public[0]}.kernel" if public[0] in ALLOWED_SYMBOLS else public[0]
     slots = len(parsed.functions[public[0]].attributes["function_type"].inputs)
-    return symbol, slots, str(lower(parsed, public[0], symbol=symbol))
+    return symbol, slots, str(lower(parsed, public[0], symbol=symbol, sanitize=sanitize))
 
 
 def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> bytes:

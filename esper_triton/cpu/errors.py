@@ -17,7 +17,9 @@ __all__ = [
     "LaunchError",
     "MLIRSyntaxError",
     "ObjectRefused",
+    "OutOfBounds",
     "UnsupportedOperation",
+    "WriteRace",
 ]
 
 
@@ -101,7 +103,7 @@ class KernelTrap(CPUBackendError):
     _summary = "a check failed"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _trap, (type(self), self.message, self.kernel, self.program, self.file, self.line)
+        return _trap, (type(self), self.message, self.kernel, self.program, self.file, self.line), self.__dict__
 
 
 def _trap(kind: type[KernelTrap], message: str, kernel: str, program: Any, file: Any, line: Any) -> KernelTrap:
@@ -124,3 +126,60 @@ class IntegerDivisionByZero(KernelTrap, ZeroDivisionError):
     """An integer was divided by zero, or the remainder of that was taken, and the result was used."""
 
     _summary = "integer division by zero"
+
+
+class OutOfBounds(KernelTrap, IndexError):
+    """The sanitizer: an access that is not masked off lies outside of the storages passed to the launch.
+
+    Attributes:
+        access: `"load"`, `"store"` or `"atomic"`. width: bytes that it takes.
+        argument: name of the pointer argument, None where it is not known which one the address was computed from.
+        offset: bytes from the start of the argument's storage, negative before it; None without an argument.
+        size: bytes that the storage has; None without an argument.
+    """
+
+    access: str
+    argument: str | None
+    offset: int | None
+    width: int
+    size: int | None
+
+    _summary = "out of bounds"
+
+
+class WriteRace(KernelTrap):
+    """The sanitizer: two programs of a launch store to the same element, and neither does so by an atomic.
+
+    Attributes:
+        argument, offset, width: as in `OutOfBounds`. other: id (x, y, z) of the program that wrote there before.
+    """
+
+    argument: str | None
+    offset: int
+    width: int
+    other: tuple[int, int, int]
+
+    _summary = "write race"
+
+
+def out_of_bounds(access: str, argument: str | None, offset: int, width: int, size: int, **at: Any) -> OutOfBounds:
+    """`offset` is the address where there is no argument. `at`: what `KernelTrap` takes."""
+    if argument is None:
+        message = f"{access} of {width} bytes at address {offset:#x}, which is in no storage of the launch"
+        error = OutOfBounds(message, **at)
+        error.offset = error.size = None
+    else:
+        offset -= 2**64 if offset >= 2**63 else 0
+        message = f"{access} of {width} bytes at offset {offset} of {argument!r}, whose storage has {size} bytes"
+        error = OutOfBounds(message, **at)
+        error.offset, error.size = offset, size
+    error.access, error.argument, error.width = access, argument, width
+    return error
+
+
+def write_race(argument: str | None, offset: int, width: int, other: tuple[int, int, int], **at: Any) -> WriteRace:
+    """`at`: what `KernelTrap` takes."""
+    where = f"of {argument!r}" if argument else "of a storage"
+    error = WriteRace(f"{width} bytes at offset {offset} {where} were written by program {other} as well", **at)
+    error.argument, error.offset, error.width, error.other = argument, offset, width, other
+    return error

@@ -12,6 +12,7 @@ The entry point has the C signature `void symbol(Frame *)`. A frame is sixteen 8
 | 7, 8, 9 | `int64` | report of the first program that trapped: its id x, y, z |
 | 10 | `char *` | where in the source it trapped: line, file, message |
 | 11 to 14 | `int64` | numbers that belong to the status |
+| 15 | `int64 *` | for code that checks its accesses: the storages it may reach, see `storages`; null: everything |
 
 With more than one thread, `GOMP_parallel` of the libgomp that torch brought along calls the entry point once on each
 thread of torch's own pool, and each thread takes its share of the programs.
@@ -34,7 +35,8 @@ from esper_triton.cpu import elf, launcher
 from esper_triton.cpu.errors import LaunchError, ObjectRefused
 from esper_triton.cpu.launcher import KernelTable, Launch
 from esper_triton.cpu.place import GLOBAL_OFFSET_TABLE, Placed, address_in_process, place
-from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS, failure
+from esper_triton.cpu.storages import StorageTable
+from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS, FRAME_STORAGES, failure
 from esper_triton.cpu.watchdog import WATCHED, limit_s, watch
 
 __all__ = ["ALLOWED_SYMBOLS", "LoadedCode", "NativeKernel", "share_threads"]
@@ -116,8 +118,10 @@ class NativeKernel:
         signature: Triton's type strings of the run-time arguments.
     """
 
-    def __init__(self, code: LoadedCode, signature: Sequence[str]) -> None:
-        self._code = code
+    def __init__(self, code: LoadedCode, signature: Sequence[str], sanitize: str = "") -> None:
+        """`sanitize`: the option (see `CPUOptions`) with which the code was compiled; without it, code that checks its
+        accesses lets all of them pass."""
+        self._code, self._sanitize = code, sanitize
         self.symbol, self.address, self.code_bytes = code.symbol, code.address, code.code_bytes
         self.signature = tuple(signature)
         try:
@@ -192,10 +196,16 @@ class NativeKernel:
         x, y, z = _extents(grid, name)
         _check_threads(num_threads, name)
         programs = x * y * z
-        # The frame points to the words, so the function keeps both.
+        # The frame points to the words and storages, so the function keeps them.
         frame = (ctypes.c_int64 * FRAME_SLOTS)(ctypes.addressof(words), x, y, z)
+        storages = None
+        if self._sanitize:
+            storages = StorageTable(zip(self.signature, args, strict=True), race=self._sanitize == "race")
+            frame[FRAME_STORAGES] = storages.address
+            if self._sanitize == "race":
+                num_threads = 1  # who wrote where is noted without atomics
 
-        def run(words: Any = words) -> None:
+        def run(words: Any = words, storages: Any = storages) -> None:
             if programs:
                 self._run(frame, programs, num_threads)
 

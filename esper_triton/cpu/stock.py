@@ -59,7 +59,7 @@ def prepare(kernel: Any, num_threads: int | None = None) -> Launch:
             raise LaunchError(f"kernel {kernel.name!r} was given {len(args)} arguments, expected a grid x, y, z first")
         slow.launch(code, args[:3], args[3:], None, None, None)
 
-    return slow.table.direct_launch(launch, slow.failed)
+    return launch if slow.sanitize else slow.table.direct_launch(launch, slow.failed)
 
 
 class _Launcher:
@@ -67,10 +67,13 @@ class _Launcher:
 
     Attributes:
         table: what machine code has to know to do the same for plain arguments.
+        sanitize: the option with which the kernel was compiled. Machine code knows no storages: it launches only those
+            kernels that were compiled without.
     """
 
     def __init__(self, src: Any, metadata: Any, num_threads: int | None = None) -> None:
         self._name = metadata.name
+        self.sanitize: str = getattr(metadata, "sanitize", "")
         self._names = tuple(map(str, src.signature))
         self._types = tuple(src.signature.values())
         self._num_threads = num_threads
@@ -122,9 +125,10 @@ class _Launcher:
         """The kernel of this code, kept until there is another."""
         known = self._native
         if known is None or known[0] is not code:
-            known = self._native = code, NativeKernel(code, self._signature)
+            known = self._native = code, NativeKernel(code, self._signature, self.sanitize)
             share_threads()
-            self.table.bind(code, code.address)
+            if not self.sanitize:
+                self.table.bind(code, code.address)
         return known[1]
 
     def failed(self, frame: bytes) -> None:

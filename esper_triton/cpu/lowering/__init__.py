@@ -37,6 +37,7 @@ from esper_triton.cpu.lowering.rearrange import (
     lower_split,
 )
 from esper_triton.cpu.lowering.reduction import lower_reduce, lower_scan
+from esper_triton.cpu.lowering.sanitize import ACCESS, add_access_checks, emit_default_table, lower_access
 from esper_triton.cpu.lowering.traps import is_running, lower_assert, lower_division_trap, report
 from esper_triton.cpu.mlir import Module, Operation
 from esper_triton.cpu.trap import Status
@@ -47,7 +48,9 @@ _ARGUMENTS, _GRID, _THREAD_NUM, _NUM_THREADS = 0, 1, 4, 5
 _SCRATCH_ALIGNMENT = 64
 
 
-def lower(module: Module, name: str, *, symbol: str | None = None, vector_bits: int | None = None) -> str:
+def lower(
+    module: Module, name: str, *, symbol: str | None = None, vector_bits: int | None = None, sanitize: str = ""
+) -> str:
     """LLVM IR, as text, of a module that exports `void symbol(Frame *)`.
 
     Args:
@@ -55,6 +58,7 @@ def lower(module: Module, name: str, *, symbol: str | None = None, vector_bits: 
         name: the kernel's function.
         symbol: name of the entry point in the object code; the function's where it is None.
         vector_bits: width of the target's vector registers; this machine's where it is None.
+        sanitize: `"bounds"` to check every access, `"race"` to look for write races as well, or nothing.
 
     Raises:
         UnsupportedOperation: the kernel uses something that has no lowering yet.
@@ -64,18 +68,21 @@ def lower(module: Module, name: str, *, symbol: str | None = None, vector_bits: 
 
         vector_bits = detect()
     division.check_divisions(module)
+    if sanitize:
+        add_access_checks(module, name, sanitize == "race")
     function = module.functions[name]
     llvm = ir.Module(name)
     try:
         body = Functions(llvm, module, name, 2 * vector_bits // 32, _OPERATIONS).get(name)
     except Unlowered as error:  # of the function itself, such as a parameter of an unknown type
         raise UnsupportedOperation("tt.func", kernel=name, reason=str(error)) from None
-    _emit_entry(llvm, function, symbol or name, body)
+    _emit_entry(llvm, function, symbol or name, body, bool(sanitize))
     return str(llvm)
 
 
 _OPERATIONS = {
     division.TRAP: lower_division_trap,
+    ACCESS: lower_access,
     "scf.for": lower_for,
     "scf.if": lower_if,
     "scf.while": lower_while,
@@ -95,7 +102,7 @@ _OPERATIONS = {
 }
 
 
-def _emit_entry(llvm: Any, function: Operation, name: str, body: LoweredFunction) -> None:
+def _emit_entry(llvm: Any, function: Operation, name: str, body: LoweredFunction, sanitize: bool) -> None:
     """`void name(Frame *)`: every thread of a team calls it and runs its contiguous share of the programs."""
     entry = ir.Function(llvm, ir.FunctionType(ir.VoidType(), [_POINTER]), name)
     b = ir.IRBuilder(entry.append_basic_block("entry"))
@@ -108,6 +115,8 @@ def _emit_entry(llvm: Any, function: Operation, name: str, body: LoweredFunction
     arguments = [
         _unpack(b, packed, k, argument.type) for k, argument in enumerate(function.regions[0].blocks[0].arguments)
     ]
+    if sanitize:
+        emit_default_table(b, frame, len(arguments))
     nx, ny, nz = (b.load(slot(_GRID + k), typ=I64) for k in range(3))
     total = b.mul(b.mul(nx, ny), nz)
 
