@@ -7,6 +7,7 @@ torch nor llvmlite, and whatever is missing is reported when a kernel is first c
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -223,7 +224,7 @@ def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> 
 def _object(source: str, name: str, opt_level: int, slp_vectorize: bool) -> bytes:
     import llvmlite.binding as llvm
 
-    from esper_triton.cpu.host import cpu_name, feature_string
+    from esper_triton.cpu.host import cpu_features, cpu_name, feature_string
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -236,7 +237,7 @@ def _object(source: str, name: str, opt_level: int, slp_vectorize: bool) -> byte
     # A context of its own, so that kernels compiled in different threads do not meet, and types are freed.
     context = llvm.create_context()
     try:
-        module = llvm.parse_assembly(source, context)
+        module = llvm.parse_assembly(source + _note(cpu_name(), cpu_features()), context)
         module.triple = target.triple
         module.data_layout = str(machine.target_data)
         module.verify()
@@ -262,3 +263,12 @@ def _object(source: str, name: str, opt_level: int, slp_vectorize: bool) -> byte
             if not function.is_declaration:
                 manager.run(function, builder)
     return bytes(machine.emit_object(module))
+
+
+def _note(cpu: str, features: tuple[str, ...]) -> str:
+    """LLVM IR that puts what code was compiled for into its object file, in a section that is not loaded."""
+    from esper_triton.cpu.native import NOTE_SECTION
+
+    text = json.dumps({"cpu": cpu, "features": features}).encode()
+    escaped = "".join(f"\\{byte:02x}" for byte in text)
+    return f'\n@esper.note = constant [{len(text)} x i8] c"{escaped}", section "{NOTE_SECTION}", !exclude !{{}}\n'

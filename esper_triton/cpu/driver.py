@@ -1,6 +1,7 @@
 """The driver half of the Triton plugin: the CPU as Triton's device.
 
-Triton imports this module while it is itself being imported: it imports neither torch nor llvmlite.
+Triton imports this module while it is itself being imported, in every process of every user: it imports next to
+nothing, and what it needs is imported when a kernel is first launched.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-# Imported here, not on first use, because it notes a fork of the process.
-from esper_triton.cpu.native import LoadedCode
-from esper_triton.cpu.stock import stock_launcher
+import esper_triton.cpu.forking  # noqa: F401  # from now on it takes note
 
 __all__ = ["CPUDriver"]
 
@@ -52,7 +51,7 @@ class CPUDriver(DriverBase):  # type: ignore[misc]  # triton carries no types
     def __init__(self) -> None:
         super().__init__()
         self.utils = _Utils()
-        self.launcher_cls = stock_launcher
+        self.launcher_cls = _launcher
 
     @staticmethod
     def is_active() -> bool:
@@ -117,6 +116,12 @@ class CPUDriver(DriverBase):  # type: ignore[misc]  # triton carries no types
         cache.zero_()
 
 
+def _launcher(src: Any, metadata: Any) -> Callable[..., None]:
+    from esper_triton.cpu.stock import stock_launcher
+
+    return stock_launcher(src, metadata)
+
+
 class _Utils:
     """What `triton.compiler.CompiledKernel` asks of a driver."""
 
@@ -126,8 +131,10 @@ class _Utils:
         kernel: bytes,
         shared: int,
         device: Any,
-    ) -> tuple[LoadedCode, LoadedCode, int, int, int]:
+    ) -> tuple[Any, Any, int, int, int]:
         """(module, function, registers, spills, most threads); module and function are the same object here."""
+        from esper_triton.cpu.native import LoadedCode
+
         code = LoadedCode.load(kernel, symbol=name)
         return code, code, 0, 0, 2**31 - 1
 

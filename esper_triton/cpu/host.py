@@ -2,25 +2,64 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
+from contextlib import suppress
 from functools import lru_cache
 
 __all__ = ["cpu_features", "cpu_name", "feature_string", "vector_bits"]
 
+_FILE = "processor.json"
 
-@lru_cache(maxsize=1)
+
 def cpu_name() -> str:
     """LLVM's name of the host's processor, such as `znver3`."""
-    import llvmlite.binding as llvm
+    return _processor()[0]
 
-    return str(llvm.get_host_cpu_name())
+
+def _features() -> dict[str, bool]:
+    return _processor()[1]
 
 
 @lru_cache(maxsize=1)
-def _features() -> dict[str, bool]:
+def _processor() -> tuple[str, dict[str, bool]]:
+    """LLVM's answer, which is kept in Triton's cache folder for as long as this machine is up: loading LLVM to ask it
+    takes longer than everything else that this backend does to launch a kernel that is compiled already."""
+    boot = _boot()
+    if boot is None:
+        return _ask_llvm()
+    import llvmlite
+    from triton.runtime.cache import get_cache_manager
+
+    try:
+        cache = get_cache_manager(hashlib.sha256(f"{boot} {llvmlite.__version__}".encode()).hexdigest())
+        if path := cache.get_file(_FILE):
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # not whole: asked for again
+                with open(path, encoding="utf-8") as file:
+                    kept = json.load(file)
+                return str(kept["name"]), {str(name): bool(enabled) for name, enabled in kept["features"].items()}
+    except (OSError, RuntimeError):  # a folder that cannot be used
+        return _ask_llvm()
+    name, features = _ask_llvm()
+    with suppress(OSError):
+        cache.put(json.dumps({"name": name, "features": features}), _FILE, binary=False)
+    return name, features
+
+
+def _ask_llvm() -> tuple[str, dict[str, bool]]:
     import llvmlite.binding as llvm
 
-    return dict(llvm.get_host_cpu_features())
+    return str(llvm.get_host_cpu_name()), dict(llvm.get_host_cpu_features())
+
+
+def _boot() -> str | None:
+    """What no other machine has, nor this one after its next start; None where the system does not tell."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return None
 
 
 @lru_cache(maxsize=1)

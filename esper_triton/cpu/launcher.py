@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 import struct
 import sys
@@ -29,7 +30,7 @@ from esper_triton.cpu.place import Placed, place
 from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS
 from esper_triton.cpu.watchdog import WATCHED
 
-__all__ = ["KernelTable", "Launch", "forget_threads", "unavailable", "use_threads"]
+__all__ = ["KernelTable", "Launch", "unavailable", "use_threads"]
 
 Launch = Callable[..., None]
 
@@ -599,9 +600,12 @@ def use_threads(functions: tuple[int, int, int], get_num_threads: Callable[[], i
         machine.use_threads(functions, get_num_threads)
 
 
-def forget_threads() -> None:
-    """In a forked child: launches run on their own thread alone, and no lock of the parent's is waited for."""
+def _forget_threads() -> None:
+    """In a forked child launches run on their own thread alone, and no lock of the parent's is waited for."""
     global _lock
     _lock = threading.Lock()
     if _machine is not None:
         _machine.forget_threads()
+
+
+os.register_at_fork(after_in_child=_forget_threads)

@@ -21,8 +21,8 @@ thread of torch's own pool, and each thread takes its share of the programs.
 from __future__ import annotations
 
 import ctypes
+import json
 import operator
-import os
 import platform
 import struct
 import sys
@@ -31,15 +31,16 @@ from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from esper_triton.cpu import elf, launcher
+from esper_triton.cpu import elf, host, launcher
 from esper_triton.cpu.errors import LaunchError, ObjectRefused
+from esper_triton.cpu.forking import forked
 from esper_triton.cpu.launcher import KernelTable, Launch
 from esper_triton.cpu.place import GLOBAL_OFFSET_TABLE, Placed, address_in_process, place
 from esper_triton.cpu.storages import StorageTable
 from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS, FRAME_STORAGES, failure
 from esper_triton.cpu.watchdog import WATCHED, limit_s, watch
 
-__all__ = ["ALLOWED_SYMBOLS", "LoadedCode", "NativeKernel", "share_threads"]
+__all__ = ["ALLOWED_SYMBOLS", "NOTE_SECTION", "LoadedCode", "NativeKernel", "share_threads"]
 
 _MATH = (
     "acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp10 exp2 expm1 fabs fdim "
@@ -59,19 +60,11 @@ ALLOWED_SYMBOLS = frozenset(
 _MACHINES = {"x86_64": elf.EM_X86_64, "AMD64": elf.EM_X86_64, "aarch64": elf.EM_AARCH64, "arm64": elf.EM_AARCH64}
 _MACHINE_NAMES = {elf.EM_X86_64: "x86-64", elf.EM_AARCH64: "aarch64", elf.EM_CUDA: "CUDA"}
 _MAX_EXTENT = 2**31
+# Where an object file says, in JSON, which processor it was compiled for (`cpu`), and which features of it, under
+# LLVM's names, the code may use (`features`).
+NOTE_SECTION = ".esper.note"
 
 _Entry: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-# libgomp's threads do not survive a fork, and its pool in the child waits for them for ever.
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-    launcher.forget_threads()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 class LoadedCode:
@@ -92,8 +85,8 @@ class LoadedCode:
         """Check and place an object file. Safe to call from several threads.
 
         Raises:
-            ObjectRefused: not an ELF relocatable of this machine, no function `symbol`, or a reference to a symbol that
-                object code may not use.
+            ObjectRefused: not an ELF relocatable of this machine, no function `symbol`, a reference to a symbol that
+                object code may not use, or compiled for features that this processor lacks.
         """
         for name in _check_object(object_code, symbol):
             if name not in ALLOWED_SYMBOLS:
@@ -163,7 +156,7 @@ class NativeKernel:
                 )
             self.launch((args[0], args[1], args[2]), args[3:], num_threads)
 
-        return table.direct_launch(slow, self.failed)
+        return slow if self._sanitize else table.direct_launch(slow, self.failed)
 
     def launch(self, grid: tuple[int, int, int], args: Sequence[Any], num_threads: int | None = None) -> None:
         """Run every program of `grid` and return when all are done. The global interpreter lock is released meanwhile.
@@ -213,7 +206,7 @@ class NativeKernel:
 
     def _run(self, frame: Any, programs: int, num_threads: int | None) -> None:
         openmp = None
-        if programs > 1 and num_threads != 1 and not _forked and "torch" in sys.modules:
+        if programs > 1 and num_threads != 1 and not forked() and "torch" in sys.modules:
             num_threads = min(num_threads or sys.modules["torch"].get_num_threads(), programs)
             openmp = _openmp() if num_threads > 1 else None
         with watch(frame, limit) if (limit := WATCHED.value and limit_s()) else nullcontext():
@@ -336,7 +329,7 @@ def _openmp() -> tuple[Any, int, int] | None:
 def share_threads() -> None:
     """Let fast launches run on torch's threads, if torch is in this process by now."""
     torch = sys.modules.get("torch")
-    if torch is not None and not _forked and (openmp := _openmp()):
+    if torch is not None and not forked() and (openmp := _openmp()):
         parallel, thread_num, num_threads = openmp
         launcher.use_threads((_address_of(parallel), thread_num, num_threads), torch.get_num_threads)
 
@@ -362,4 +355,24 @@ def _check_object(object_code: bytes, symbol: str) -> list[str]:
     functions = [s.name for s in table if s.defined and s.is_function]
     if symbol not in functions:
         raise ObjectRefused(f"object code has no function {symbol!r}; it has: {', '.join(functions) or 'none'}")
+    _check_features(object_code, symbol)
     return [s.name for s in table if not s.defined and s.name != GLOBAL_OFFSET_TABLE]
+
+
+def _check_features(object_code: bytes, symbol: str) -> None:
+    """Other compilers' objects carry no note, and are whoever made them's responsibility."""
+    try:
+        note = elf.section(object_code, NOTE_SECTION)
+    except ValueError:
+        return
+    try:
+        content = json.loads(note)
+        cpu, features = str(content["cpu"]), {str(name) for name in content["features"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ObjectRefused(f"object code of {symbol!r} has a note that is malformed: {error}") from error
+    missing = sorted(features - set(host.cpu_features()))
+    if missing:
+        raise ObjectRefused(
+            f"object code of {symbol!r} was compiled for {cpu} and uses CPU features that this machine "
+            f"({host.cpu_name()}) does not have: {', '.join(missing)}; compile it on this machine"
+        )

@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget, Language
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from esper_triton.cpu import compiler, driver, elf, host
-from esper_triton.cpu.errors import CPUBackendError, LaunchError, UnsupportedOperation
+from esper_triton.cpu import compiler, driver, elf, host, native
+from esper_triton.cpu.errors import CPUBackendError, LaunchError, ObjectRefused, UnsupportedOperation
 
 SIGNATURE = {"x": "*fp32", "y": "*fp32", "n": "i32", "factor": "fp32", "BLOCK": "constexpr"}
 CONSTANTS = {(4,): 64}
@@ -120,6 +120,32 @@ def test_code_reaches_constants_and_libraries_at_any_distance(triton_cache):
     kinds = {info & 0xFFFFFFFF for _, info, _ in struct.iter_unpack("<QQq", relocations)}
     r_x86_64_64 = 1  # an absolute 64-bit address
     assert kinds == {r_x86_64_64}
+
+
+def test_object_code_names_the_features_it_may_use_and_is_refused_where_one_is_missing(triton_cache, monkeypatch):
+    code = compiled().asm["o"]
+    note = json.loads(elf.section(code, native.NOTE_SECTION))
+    assert note["cpu"] == host.cpu_name()
+    assert tuple(note["features"]) == host.cpu_features()
+    native.LoadedCode.load(code, symbol="axpy")
+    fewer = host.cpu_features()[2:]
+    missing = ", ".join(host.cpu_features()[:2])
+    monkeypatch.setattr(host, "cpu_features", lambda: fewer)
+    monkeypatch.setattr(host, "cpu_name", lambda: "pentium")
+    with pytest.raises(
+        ObjectRefused,
+        match=rf"of 'axpy' was compiled for {note['cpu']} and uses CPU features that this machine \(pentium\) "
+        f"does not have: {missing}; compile it on this machine",
+    ):
+        native.LoadedCode.load(code, symbol="axpy")
+
+
+@pytest.mark.parametrize("damage", [b"[", b"1", b"{}"])
+def test_a_note_that_cannot_be_read_is_refused(triton_cache, damage):
+    code = compiled().asm["o"]
+    note = elf.section(code, native.NOTE_SECTION)
+    with pytest.raises(ObjectRefused, match="'axpy' has a note that is malformed"):
+        native.LoadedCode.load(code.replace(note, damage.ljust(len(note))), symbol="axpy")
 
 
 def test_the_same_kernel_still_compiles_for_cuda(triton_cache):

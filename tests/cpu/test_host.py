@@ -6,6 +6,7 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 import pytest
+import triton
 
 from esper_triton.cpu import host
 
@@ -45,3 +46,48 @@ def test_vectors_are_as_wide_as_the_widest_feature_allows():
     features = host.cpu_features()
     expected = 512 if "avx512f" in features else 256 if "avx" in features else 128
     assert host.vector_bits() == expected
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        host._processor.cache_clear()
+        yield tmp_path
+    host._processor.cache_clear()
+
+
+def test_llvm_is_asked_once_in_the_life_of_a_machine(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(host, "_ask_llvm", lambda: asked.append(1) or ("pentium", {"mmx": True, "sse": False}))
+    for _ in range(2):
+        assert (host.cpu_name(), host._features()) == ("pentium", {"mmx": True, "sse": False})
+        host._processor.cache_clear()
+    assert asked == [1]
+    monkeypatch.setattr(host, "_boot", lambda: "another machine, or this one started again")
+    host.cpu_name()
+    assert asked == [1, 1]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"name": "pentium"}', '{"name": "pentium", "features": 3}'])
+def test_an_answer_that_is_damaged_on_disk_is_asked_for_again(folder, monkeypatch, damage):
+    monkeypatch.setattr(host, "_ask_llvm", lambda: ("pentium", {"mmx": True}))
+    host.cpu_name()
+    (kept,) = folder.rglob("processor.json")
+    kept.write_text(damage)
+    host._processor.cache_clear()
+    assert host._features() == {"mmx": True}
+    host._processor.cache_clear()
+    monkeypatch.setattr(host, "_ask_llvm", None)
+    assert host._features() == {"mmx": True}
+
+
+def test_without_a_folder_or_a_name_of_the_boot_llvm_is_asked_each_time(folder, monkeypatch):
+    monkeypatch.setattr(host, "_ask_llvm", lambda: ("pentium", {}))
+    (folder / "file").write_text("")
+    triton.knobs.cache.dir = str(folder / "file" / "x")
+    assert host.cpu_name() == "pentium"
+    host._processor.cache_clear()
+    monkeypatch.setattr(host, "_boot", lambda: None)
+    assert host.cpu_name() == "pentium"
+    assert [path.name for path in folder.iterdir()] == ["file"]
