@@ -211,3 +211,67 @@ def test_tiles_are_turned(way, dtype, m, n, padding):
     padded = torch.ones(m, 32 * programs[1])
     padded[:, :n] = x
     assert torch.equal(sums, padded.reshape(m, -1, 32).sum(2).T)
+
+
+@triton.jit(do_not_specialize=["n", "stride"])
+def _stride(x_ptr, y_ptr, n, stride, EVERY: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    for k in tl.static_range(6):
+        at = i * (k - 2)
+        if k == 2:
+            at = i * stride
+        if EVERY:
+            tl.store(y_ptr + k * 1024 + at, tl.load(x_ptr + at) + k)
+        else:
+            tl.store(y_ptr + k * 1024 + at, tl.load(x_ptr + at, mask=i < n) + k, mask=i < n)
+
+
+@given(n=st.integers(0, 64), stride=st.sampled_from([-5, -1, 1, 4, 7]), every=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_elements_a_constant_step_apart_are_read_and_written(n, stride, every):
+    x, y = torch.randn(1024), torch.full((6, 1024), float("nan"))
+    expected = y.numpy().copy()
+    _stride[(1,)](x[500:], y[:, 500:], n, stride, EVERY=every, BLOCK=64)
+    for k, step in enumerate((-2, -1, stride, 1, 2, 3)):
+        at = 500 + np.arange(64 if every else n) * step
+        expected[k, at] = x.numpy()[at] + np.float32(k)
+    assert np.array_equal(y.numpy(), expected, equal_nan=True)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _indirect(from_ptr, to_ptr, on_ptr, x_ptr, y_ptr, n, MASKS: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    if MASKS == 0:
+        tl.store(y_ptr + tl.load(to_ptr + i), tl.load(x_ptr + tl.load(from_ptr + i)))
+    elif MASKS == 1:
+        x = tl.load(x_ptr + tl.load(from_ptr + i, mask=i < n), mask=i < n)
+        tl.store(y_ptr + tl.load(to_ptr + i, mask=i < n), x, mask=i < n)
+    else:
+        on = tl.load(on_ptr + i, mask=i < n, other=0) != 0
+        x = tl.load(x_ptr + tl.load(from_ptr + i, mask=on), mask=on)
+        tl.store(y_ptr + tl.load(to_ptr + i, mask=on), x, mask=on)
+        tl.store(y_ptr + 500 + i, tl.load(x_ptr + i, mask=on), mask=on)
+
+
+@given(
+    n=st.integers(0, 64), masks=st.integers(0, 2), runs=st.booleans(), density=st.sampled_from([0.1, 0.5, 0.95, 1.0])
+)
+@settings(max_examples=40, deadline=None)
+def test_elements_at_any_addresses_are_read_and_written(n, masks, runs, density):
+    x, y = torch.randn(500), torch.full((600,), float("nan"))
+    # Lanes that are off point far outside.
+    source, target = (torch.full((64,), 2**40) for _ in range(2))
+    count = 64 if masks == 0 else n
+    on = torch.rand(count) < density if masks == 2 else torch.ones(count, dtype=torch.bool)
+    for tile in (source, target):
+        order = torch.arange(7, 7 + count) if runs else torch.randperm(500)[:count]
+        tile[:count] = torch.where(on, order, 2**40)
+    expected = y.numpy().copy()
+    chosen = np.flatnonzero(on.numpy())
+    expected[target[chosen].numpy()] = x.numpy()[source[chosen].numpy()]
+    if masks == 2:
+        expected[500 + chosen] = x.numpy()[chosen]
+    flags = torch.full((64,), 77, dtype=torch.int8)
+    flags[:count] = on
+    _indirect[(1,)](source, target, flags, x, y, n, MASKS=masks, BLOCK=64)
+    assert np.array_equal(y.numpy(), expected, equal_nan=True)

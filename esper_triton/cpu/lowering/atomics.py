@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
+from esper_triton.cpu.lowering import lanewise
 from esper_triton.cpu.lowering.elementwise import (
     I1,
     I16,
@@ -144,7 +145,7 @@ def _each(program: Program, op: Operation, count: int, emit: Any) -> None:
             if output is not None:
                 b.store(old, b.gep(kept, [lane], source_etype=memory), align=align)
 
-        c.for_each_lane(b, bits, one)
+        lanewise.for_each_lane(b, bits, one)
         if output is not None:
             output.write(b, index, c.Lanes(b.load(kept, typ=given[0].type, align=align)), nest.width)
 

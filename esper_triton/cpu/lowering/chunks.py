@@ -18,7 +18,6 @@ from esper_triton.cpu.lowering.vmath import Value, first_lane, splat_constant, s
 from esper_triton.cpu.mlir import Type
 
 POINTER = ir.PointerType()
-_PAGE = 4096  # bytes, or a multiple of it
 
 
 @dataclass(frozen=True)
@@ -119,13 +118,15 @@ def splat(b: ir.IRBuilder, scalar: Value, width: int) -> Value:
     return b.shuffle_vector(first, undefined(type_), first_lane(width))
 
 
-def _to_register(b: ir.IRBuilder, value: Value, element: Type) -> Value:
+def to_register(b: ir.IRBuilder, value: Value, element: Type) -> Value:
+    """An element, or a vector of them, as it is held in registers, from what it is in memory."""
     if register_type(element) != I1:
         return value
     return b.icmp_unsigned("!=", value, splat_constant(value.type, 0))
 
 
-def _to_memory(b: ir.IRBuilder, value: Value, element: Type) -> Value:
+def to_memory(b: ir.IRBuilder, value: Value, element: Type) -> Value:
+    """An element, or a vector of them, as it is held in memory, from what it is in registers."""
     if register_type(element) != I1:
         return value
     wide = ir.VectorType(I8, value.type.count) if isinstance(value.type, ir.VectorType) else I8
@@ -134,186 +135,23 @@ def _to_memory(b: ir.IRBuilder, value: Value, element: Type) -> Value:
 
 def load_scalar(b: ir.IRBuilder, pointer: Value, element: Type) -> Value:
     """One element from memory at an LLVM pointer."""
-    return _to_register(b, b.load(pointer, typ=memory_type(element), align=size_of(element)), element)
+    return to_register(b, b.load(pointer, typ=memory_type(element), align=size_of(element)), element)
 
 
 def store_scalar(b: ir.IRBuilder, value: Value, pointer: Value, element: Type) -> None:
     """One element to memory at an LLVM pointer."""
-    b.store(_to_memory(b, value, element), pointer, align=size_of(element))
+    b.store(to_memory(b, value, element), pointer, align=size_of(element))
 
 
 def load_vector(b: ir.IRBuilder, pointer: Value, element: Type, width: int) -> Value:
     """`width` neighbouring elements."""
     vector = b.load(pointer, typ=ir.VectorType(memory_type(element), width), align=size_of(element))
-    return _to_register(b, vector, element)
+    return to_register(b, vector, element)
 
 
 def store_vector(b: ir.IRBuilder, value: Value, pointer: Value, element: Type) -> None:
     """Writes neighbouring elements."""
-    b.store(_to_memory(b, value, element), pointer, align=size_of(element))
-
-
-# Masked and indirect accesses go lane by lane through a small array in scratch memory. LLVM has intrinsics for them
-# (`llvm.masked.load` and so on); LLVM 22 was seen to read past a mask whose upper half is known to be off, and to abort
-# while selecting instructions for a gather. Whole chunks never come here: they are ordinary vector accesses.
-
-
-def masked_load(b: ir.IRBuilder, slot: Value, pointer: Value, mask: Value, other: Value, element: Type) -> Value:
-    """Neighbouring elements where `mask`, `other` elsewhere; masked-off addresses are not touched.
-
-    `slot` is scratch memory for one vector of elements, here and below.
-    """
-    other = _to_memory(b, other, element)
-    memory, align = memory_type(element), size_of(element)
-    b.store(other, slot, align=align)
-
-    def copy(lane: Value) -> None:
-        value = b.load(b.gep(pointer, [lane], source_etype=memory), typ=memory, align=align)
-        b.store(value, b.gep(slot, [lane], source_etype=memory), align=align)
-
-    for_each_lane(b, mask, copy)
-    return _to_register(b, b.load(slot, typ=other.type, align=align), element)
-
-
-def masked_store(b: ir.IRBuilder, slot: Value, value: Value, pointer: Value, mask: Value, element: Type) -> None:
-    """Writes neighbouring elements where `mask`."""
-    memory, align = memory_type(element), size_of(element)
-    b.store(_to_memory(b, value, element), slot, align=align)
-
-    def copy(lane: Value) -> None:
-        one = b.load(b.gep(slot, [lane], source_etype=memory), typ=memory, align=align)
-        b.store(one, b.gep(pointer, [lane], source_etype=memory), align=align)
-
-    for_each_lane(b, mask, copy)
-
-
-def lies_in_one_page(b: ir.IRBuilder, pointer: Value, element: Type, width: int) -> Value:
-    """i1: whether `width` elements from `pointer` on lie in one page of the smallest size there is."""
-    offset = b.and_(b.ptrtoint(pointer, I64), ir.Constant(I64, _PAGE - 1))
-    return b.icmp_unsigned("<=", offset, ir.Constant(I64, _PAGE - width * size_of(element)))
-
-
-def first_lanes(b: ir.IRBuilder, count: Value, element: Type, width: int) -> Value:
-    """<width x i1>: whether a lane is one of the first `count` (0 to `width`)."""
-    integer = ir.IntType(8 * size_of(element))  # as wide as what is selected by it
-    ramp = ir.Constant(ir.VectorType(integer, width), [ir.Constant(integer, lane) for lane in range(width)])
-    bound = count if integer == I64 else b.trunc(count, integer)
-    return b.icmp_unsigned("<", ramp, splat(b, bound, width))
-
-
-def prefix_load(b: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other: Value, element: Type) -> Value:
-    """The first `count` (less than there are lanes) of neighbouring elements, and `other`'s lanes after them."""
-    other = _to_memory(b, other, element)
-    align = size_of(element)
-    b.store(other, slot, align=align)
-    _copy_elements(b, slot, pointer, count, align, other.type.count)
-    return _to_register(b, b.load(slot, typ=other.type, align=align), element)
-
-
-def prefix_store(b: ir.IRBuilder, slot: Value, value: Value, pointer: Value, count: Value, element: Type) -> None:
-    """Writes the first `count` (less than there are lanes) of neighbouring elements."""
-    align = size_of(element)
-    b.store(_to_memory(b, value, element), slot, align=align)
-    _copy_elements(b, pointer, slot, count, align, value.type.count)
-
-
-def _copy_elements(b: ir.IRBuilder, target: Value, source: Value, count: Value, size: int, lanes: int) -> None:
-    """Copies `count` < `lanes` elements of `size` bytes, none where it is negative, in as few pieces as it has bits."""
-    module = b.function.module
-    name = f"copy.{lanes}x{size}"
-    function = module.globals.get(name)
-    if function is None:
-        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER, POINTER, I64]), name)
-        function.linkage = "internal"
-        function.attributes.add("noinline")
-        _emit_copy(function, size, lanes)
-    b.call(function, [target, source, count])
-
-
-def _emit_copy(function: Value, size: int, lanes: int) -> None:
-    b = ir.IRBuilder(function.append_basic_block("entry"))
-    target, source, count = function.args
-    done = function.append_basic_block("done")
-    some = function.append_basic_block("some")
-    b.cbranch(b.icmp_signed(">", count, ir.Constant(I64, 0)), some, done)
-    b.position_at_end(some)
-    offset: Value = ir.Constant(I64, 0)
-    piece = lanes // 2
-    while piece:
-        here, copy, after = b.block, function.append_basic_block("copy"), function.append_basic_block("after")
-        bit = b.and_(count, ir.Constant(I64, piece))
-        b.cbranch(b.icmp_unsigned("!=", bit, ir.Constant(I64, 0)), copy, after)
-        b.position_at_end(copy)
-        type_ = ir.IntType(8 * size * piece) if size * piece <= 8 else ir.VectorType(I8, size * piece)
-        b.store(
-            b.load(b.gep(source, [offset], source_etype=I8), typ=type_, align=size),
-            b.gep(target, [offset], source_etype=I8),
-            align=size,
-        )
-        further = b.add(offset, ir.Constant(I64, size * piece))
-        b.branch(after)
-        b.position_at_end(after)
-        merged = b.phi(I64)
-        merged.add_incoming(offset, here)
-        merged.add_incoming(further, copy)
-        offset = merged
-        piece //= 2
-    b.branch(done)
-    b.position_at_end(done)
-    b.ret_void()
-
-
-def gather(
-    b: ir.IRBuilder, slots: tuple[Value, Value], addresses: Value, mask: Value, other: Value, element: Type
-) -> Value:
-    """Elements at a vector of addresses (i64) where `mask`, `other` elsewhere. `slots`: for elements, for addresses."""
-    slot, address_slot = slots
-    other = _to_memory(b, other, element)
-    memory, align = memory_type(element), size_of(element)
-    b.store(other, slot, align=align)
-    b.store(addresses, address_slot, align=8)
-
-    def copy(lane: Value) -> None:
-        address = b.load(b.gep(address_slot, [lane], source_etype=I64), typ=I64, align=8)
-        value = b.load(b.inttoptr(address, POINTER), typ=memory, align=align)
-        b.store(value, b.gep(slot, [lane], source_etype=memory), align=align)
-
-    for_each_lane(b, mask, copy)
-    return _to_register(b, b.load(slot, typ=other.type, align=align), element)
-
-
-def scatter(
-    b: ir.IRBuilder, slots: tuple[Value, Value], value: Value, addresses: Value, mask: Value, element: Type
-) -> None:
-    """Writes elements at a vector of addresses (i64) where `mask`, lower lanes first."""
-    slot, address_slot = slots
-    memory, align = memory_type(element), size_of(element)
-    b.store(_to_memory(b, value, element), slot, align=align)
-    b.store(addresses, address_slot, align=8)
-
-    def copy(lane: Value) -> None:
-        address = b.load(b.gep(address_slot, [lane], source_etype=I64), typ=I64, align=8)
-        one = b.load(b.gep(slot, [lane], source_etype=memory), typ=memory, align=align)
-        b.store(one, b.inttoptr(address, POINTER), align=align)
-
-    for_each_lane(b, mask, copy)
-
-
-def for_each_lane(b: ir.IRBuilder, mask: Value, body: Callable[[Value], None]) -> None:
-    """A loop over the set lanes of a vector of i1, in ascending order; `body` gets the lane as an i64."""
-    bits = b.zext(b.bitcast(mask, ir.IntType(mask.type.count)), I64)
-    before = b.block
-    test, inside, after = (b.append_basic_block(name) for name in ("lanes", "lane", "lanes.done"))
-    b.branch(test)
-    b.position_at_end(test)
-    left = b.phi(I64)
-    left.add_incoming(bits, before)
-    b.cbranch(b.icmp_unsigned("!=", left, ir.Constant(I64, 0)), inside, after)
-    b.position_at_end(inside)
-    body(b.cttz(left, ir.Constant(I1, 1)))
-    left.add_incoming(b.and_(left, b.sub(left, ir.Constant(I64, 1))), b.block)
-    b.branch(test)
-    b.position_at_end(after)
+    b.store(to_memory(b, value, element), pointer, align=size_of(element))
 
 
 class Cases:
@@ -367,12 +205,6 @@ def guarded(b: ir.IRBuilder, condition: Value, then: Callable[[], Value], otherw
     result.add_incoming(otherwise, before)
     result.add_incoming(value, taken)
     return result
-
-
-def all_true(b: ir.IRBuilder, mask: Value) -> Value:
-    """Whether every lane of a vector of i1 is set, as an i1."""
-    width = mask.type.count
-    return b.icmp_unsigned("==", b.bitcast(mask, ir.IntType(width)), ir.Constant(ir.IntType(width), (1 << width) - 1))
 
 
 def turned(b: ir.IRBuilder, rows: list[Value]) -> list[Value]:

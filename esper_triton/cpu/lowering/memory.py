@@ -6,8 +6,10 @@ An access goes one of these ways, by what is known of its addresses and its mask
 - neighbouring addresses, the first lanes on (`Prefix`): a vector access where all of them turn out to be on; else a
   load reads the whole vector if it lies in one page, which exists as one lane of it does, and a store, like a load
   that crosses pages, goes by the pieces that make up the number of lanes;
-- neighbouring addresses, any other mask: a vector access where all lanes are on, else lane by lane;
-- any other addresses: lane by lane.
+- neighbouring addresses, any other mask: a vector access where all lanes are on; else a load as before, and a store
+  lane by lane;
+- addresses a constant step apart: element by element without further ado where all lanes are on, else lane by lane;
+- any other addresses: the same, but a load sees first whether they happen to be neighbours.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from typing import TYPE_CHECKING
 from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
+from esper_triton.cpu.lowering import lanewise
 from esper_triton.cpu.lowering.chunks import Affine, Chunk, Index, Lanes, Prefix, Uniform
-from esper_triton.cpu.lowering.elementwise import I1, I64, constant, element_type, size_of
+from esper_triton.cpu.lowering.elementwise import I32, I64, constant, element_type, size_of
 from esper_triton.cpu.lowering.vmath import Value as LLVMValue
 from esper_triton.cpu.mlir import Operation, Value
 
@@ -57,33 +60,66 @@ def load(nest: Nest, op: Operation, index: tuple[Index, ...]) -> Chunk:
             return Uniform(c.load_scalar(b, pointer, element))
         if isinstance(condition, Uniform) and isinstance(fallback, Uniform):
             return Uniform(c.guarded(b, condition.value, lambda: c.load_scalar(b, pointer, element), fallback.value))
-    if not (isinstance(address, Affine) and address.step == size_of(element)):
-        addresses = nest.vector(pointers, index)
-        bits = c.splat(b, ir.Constant(I1, 1), width) if mask is None else nest.vector(mask, index)
-        return Lanes(c.gather(b, _slots(nest), addresses, bits, c.as_vector(b, fallback, width), element))
-    pointer = b.inttoptr(address.base, c.POINTER)
-    if condition is None:
-        return Lanes(c.load_vector(b, pointer, element, width))
     otherwise = c.as_vector(b, fallback, width)
+    slots = _slots(nest)
+    if not (isinstance(address, Affine) and address.step == size_of(element)):
+        return Lanes(_load_apart(nest, op, index, condition, otherwise))
+    pointer = b.inttoptr(address.base, c.POINTER)
+
+    def whole() -> LLVMValue:
+        return c.load_vector(b, pointer, element, width)
+
+    if condition is None:
+        return Lanes(whole())
     if isinstance(condition, Uniform):
-        return Lanes(c.guarded(b, condition.value, lambda: c.load_vector(b, pointer, element, width), otherwise))
+        return Lanes(c.guarded(b, condition.value, whole, otherwise))
     cases = c.Cases(b)
     if isinstance(condition, Prefix):
         count = condition.count
-        cases.when(
-            b.icmp_signed(">=", count, ir.Constant(I64, width)), lambda: c.load_vector(b, pointer, element, width)
-        )
+        cases.when(b.icmp_signed(">=", count, ir.Constant(I64, width)), whole)
         cases.when(b.icmp_signed("<=", count, ir.Constant(I64, 0)), lambda: otherwise)
         cases.when(
-            c.lies_in_one_page(b, pointer, element, width),
-            lambda: b.select(
-                c.first_lanes(b, count, element, width), c.load_vector(b, pointer, element, width), otherwise
-            ),
+            lanewise.lies_in_one_page(b, pointer, element, width),
+            lambda: b.select(lanewise.first_lanes(b, count, element, width), whole(), otherwise),
         )
-        return Lanes(cases.otherwise(c.prefix_load(b, _slots(nest)[0], pointer, count, otherwise, element)))
+        return Lanes(cases.otherwise(lanewise.prefix_load(b, slots[0], pointer, count, otherwise, element)))
     bits = c.as_vector(b, condition, width)
-    cases.when(c.all_true(b, bits), lambda: c.load_vector(b, pointer, element, width))
-    return Lanes(cases.otherwise(c.masked_load(b, _slots(nest)[0], pointer, bits, otherwise, element)))
+    cases.when(lanewise.all_true(b, bits), whole)
+    one_page = b.and_(lanewise.any_true(b, bits), lanewise.lies_in_one_page(b, pointer, element, width))
+    cases.when(one_page, lambda: b.select(bits, whole(), otherwise))
+    return Lanes(cases.otherwise(lanewise.masked_load(b, slots[0], pointer, bits, otherwise, element)))
+
+
+def _load_apart(
+    nest: Nest, op: Operation, index: tuple[Index, ...], condition: Chunk | None, otherwise: LLVMValue
+) -> LLVMValue:
+    """The chunk of a load whose addresses are not known to be neighbours."""
+    pointers, mask, _ = load_operands(op)
+    element = element_type(op.result.type)
+    address = nest.chunk(pointers, index)
+    addresses = nest.vector(pointers, index)
+    on = nest.vector(mask, index) if mask is not None else None
+    b, width = nest.builder(index), nest.width
+
+    def everywhere() -> LLVMValue:
+        if isinstance(address, Affine):
+            return lanewise.strided_load(b, address.base, address.step, element, width)
+        first = b.inttoptr(b.extract_element(addresses, ir.Constant(I32, 0)), c.POINTER)
+        cases = c.Cases(b)
+        neighbours = lanewise.are_neighbours(b, addresses, element)
+        cases.when(neighbours, lambda: c.load_vector(b, first, element, width))
+        return cases.otherwise(lanewise.gather_all(b, addresses, element))
+
+    if condition is None:
+        return everywhere()
+    if isinstance(condition, Uniform):
+        return c.guarded(b, condition.value, everywhere, otherwise)
+    assert on is not None
+    if nest.is_split:  # and what is on everywhere has been dealt with
+        return lanewise.gather(b, _slots(nest), addresses, on, otherwise, element)
+    cases = c.Cases(b)
+    cases.when(lanewise.all_true(b, on), everywhere)
+    return cases.otherwise(lanewise.gather(b, _slots(nest), addresses, on, otherwise, element))
 
 
 def store(nest: Nest, op: Operation, index: tuple[Index, ...]) -> None:
@@ -104,9 +140,7 @@ def store(nest: Nest, op: Operation, index: tuple[Index, ...]) -> None:
         return
     vector = c.as_vector(b, stored, width)
     if not (isinstance(address, Affine) and address.step == size_of(element)):
-        addresses = nest.vector(pointers, index)
-        bits = c.splat(b, ir.Constant(I1, 1), width) if mask is None else nest.vector(mask, index)
-        c.scatter(b, _slots(nest), vector, addresses, bits, element)
+        _store_apart(nest, op, index, condition, vector)
         return
     pointer = b.inttoptr(address.base, c.POINTER)
     if condition is None or isinstance(condition, Uniform):
@@ -118,14 +152,46 @@ def store(nest: Nest, op: Operation, index: tuple[Index, ...]) -> None:
             with full:
                 c.store_vector(b, vector, pointer, element)
             with partial:
-                c.prefix_store(b, _slots(nest)[0], vector, pointer, condition.count, element)
+                lanewise.prefix_store(b, _slots(nest)[0], vector, pointer, condition.count, element)
         return
     bits = c.as_vector(b, condition, width)
-    with b.if_else(c.all_true(b, bits)) as (full, partial):
+    with b.if_else(lanewise.all_true(b, bits)) as (full, partial):
         with full:
             c.store_vector(b, vector, pointer, element)
         with partial:
-            c.masked_store(b, _slots(nest)[0], vector, pointer, bits, element)
+            lanewise.masked_store(b, _slots(nest)[0], vector, pointer, bits, element)
+
+
+def _store_apart(
+    nest: Nest, op: Operation, index: tuple[Index, ...], condition: Chunk | None, vector: LLVMValue
+) -> None:
+    """The chunk of a store whose addresses are not known to be neighbours."""
+    pointers, mask = op.operands[0], mask_of(op)
+    element = element_type(op.operands[1].type)
+    address = nest.chunk(pointers, index)
+    addresses = nest.vector(pointers, index)
+    on = nest.vector(mask, index) if mask is not None else None
+    b = nest.b
+
+    def everywhere() -> None:
+        if isinstance(address, Affine):
+            lanewise.strided_store(b, vector, address.base, address.step, element)
+        else:
+            lanewise.scatter_all(b, vector, addresses, element)
+
+    if condition is None or isinstance(condition, Uniform):
+        with c.only_if(b, condition and condition.value):
+            everywhere()
+        return
+    assert on is not None
+    if nest.is_split:  # and what is on everywhere has been dealt with
+        lanewise.scatter(b, _slots(nest), vector, addresses, on, element)
+        return
+    with b.if_else(lanewise.all_true(b, on)) as (full, partial):
+        with full:
+            everywhere()
+        with partial:
+            lanewise.scatter(b, _slots(nest), vector, addresses, on, element)
 
 
 def _unless_on(condition: Chunk) -> Chunk | None:

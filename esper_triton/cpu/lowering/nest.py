@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
-from esper_triton.cpu.lowering import memory
+from esper_triton.cpu.lowering import lanewise, memory
 from esper_triton.cpu.lowering.chunks import ZERO, Affine, Buffer, Chunk, Index, Lanes, Prefix, Uniform
 from esper_triton.cpu.lowering.elementwise import (
     I1,
@@ -132,6 +132,7 @@ class Nest:
         self._exact: dict[tuple[Any, ...], LLVMValue] = {}
         self._chunks: dict[tuple[Any, ...], tuple[Chunk, tuple[Index, ...]]] = {}
         self.width = 1 if self.axis is None else min(self.shape[self.axis], program.lanes)
+        self.is_split = False  # whether chunks that masks leave on altogether have code of their own
         # Kept with their neighbours along another axis than the lanes: computed and turned in square blocks.
         self._turned = [value for value, buffer in self._kept.items() if self._is_turned(buffer)]
         if self._turned:
@@ -227,6 +228,7 @@ class Nest:
             self._leave_on(masks, _moved(index, axis, at))
             visit(at)
             self.close()
+            self.is_split = True
             visit(self.open_between(full, end, self.width, lanes=True))
             self.close()
         for _ in range(opened):
@@ -275,6 +277,7 @@ class Nest:
             self._visit(here, (value for value in self._kept if value not in turned))
         self.close()
         if masks:
+            self.is_split = True
             at = self.open_between(fast, whole, 1)
             place = Index(self.b.add(corner.value, at.value), level=len(self.builders) - 1)
             self.visit(_moved(_moved(index, axis, first), inner, place))
@@ -290,7 +293,7 @@ class Nest:
                 return b.icmp_signed(">=", count, ir.Constant(I64, self.width))
             case Uniform(value):
                 return value
-        return c.all_true(b, self.vector(mask, index))
+        return lanewise.all_true(b, self.vector(mask, index))
 
     def _split(self, index: tuple[Index, ...], axis: int) -> tuple[LLVMValue, LLVMValue, list[Value]] | None:
         """Where chunks that are on altogether end, where the loop ends, and the masks; None where one loop will do."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
+from esper_triton.cpu.lowering import lanewise
 from esper_triton.cpu.lowering.chunks import Buffer, Index
 from esper_triton.cpu.lowering.elementwise import I32, I64, constant, memory_type, register_type, size_of
 from esper_triton.cpu.lowering.nest import Nest
@@ -116,7 +117,7 @@ def lower_gather(program: Program, op: Operation) -> None:
         if lanes:
             address = b.add(address, c.splat(b, base, width))
             slots = (program.lane_slot(0), program.lane_slot(1))
-            value = c.gather(b, slots, address, inside, c.splat(b, zero, width), source.element)
+            value = lanewise.gather(b, slots, address, inside, c.splat(b, zero, width), source.element)
         else:
             pointer = b.inttoptr(b.add(address, base), c.POINTER)
             value = c.guarded(b, inside, lambda: c.load_scalar(b, pointer, source.element), zero)
@@ -162,6 +163,6 @@ def lower_histogram(program: Program, op: Operation) -> None:
         def one(lane: Any) -> None:
             count(b, b.load(b.gep(slot, [lane], source_etype=I64), typ=I64, align=8))
 
-        c.for_each_lane(b, counted, one)
+        lanewise.for_each_lane(b, counted, one)
 
     nest.run(chunk)

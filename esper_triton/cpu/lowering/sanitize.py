@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
+from esper_triton.cpu.lowering import lanewise
 from esper_triton.cpu.lowering.chunks import Affine
 from esper_triton.cpu.lowering.elementwise import I1, I32, I64, element_type, size_of
 from esper_triton.cpu.lowering.memory import load_operands
@@ -160,7 +161,7 @@ def lower_access(program: Program, op: Operation) -> None:
             addresses = c.as_vector(b, at, nest.width)
             if check.marks:
                 on = bits(index)
-                check.neighbours(nest.b, at.base, addresses, on, nest.b.and_(inside, c.all_true(nest.b, on)))
+                check.neighbours(nest.b, at.base, addresses, on, nest.b.and_(inside, lanewise.all_true(nest.b, on)))
                 return
             # Between two addresses within a storage there is none outside of it, whatever the mask says.
             with b.if_then(b.not_(inside)):
@@ -219,7 +220,7 @@ class _Access:
             on = b.and_(on, b.not_(self.is_inside(b, addresses)))  # lanes that will not pass, for the report
         slot = self._program.lane_slot(0)
         b.store(addresses, slot, align=8)
-        c.for_each_lane(
+        lanewise.for_each_lane(
             b, on, lambda lane: self.one(b, b.load(b.gep(slot, [lane], source_etype=I64), typ=I64, align=8))
         )
 
@@ -253,7 +254,7 @@ class _Access:
         writers = b.load(place, typ=ir.VectorType(I32, width), align=4)
         own = c.splat(b, self._own(b), width)
         free = b.icmp_unsigned("==", writers, splat_constant(writers.type, 0))
-        b.cbranch(c.all_true(b, b.or_(free, b.icmp_unsigned("==", writers, own))), alone, one_by_one)
+        b.cbranch(lanewise.all_true(b, b.or_(free, b.icmp_unsigned("==", writers, own))), alone, one_by_one)
         b.position_at_end(alone)
         b.store(own, place, align=4)
         b.branch(done)

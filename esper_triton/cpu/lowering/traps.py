@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
+from esper_triton.cpu.lowering import lanewise
 from esper_triton.cpu.lowering.elementwise import I8, I32, I64
 from esper_triton.cpu.mlir import Operation, TensorType
 from esper_triton.cpu.trap import FRAME_REPORT, FRAME_STATUS, Status
@@ -38,7 +39,7 @@ def _trap_where(program: Program, op: Operation, bad: int, status: Status, messa
     def check(value: Any, b: ir.IRBuilder) -> None:
         holds = b.not_(value) if bad else value
         if isinstance(value.type, ir.VectorType):
-            holds = c.all_true(b, holds)
+            holds = lanewise.all_true(b, holds)
         trap_unless(program, b, holds, status, op, message)
 
     if nest is None:
