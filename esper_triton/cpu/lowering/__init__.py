@@ -36,8 +36,9 @@ from esper_triton.cpu.lowering.rearrange import (
     lower_join,
     lower_split,
 )
-from esper_triton.cpu.lowering.reduction import lower_reduce, lower_scan
+from esper_triton.cpu.lowering.reduction import lower_reduce
 from esper_triton.cpu.lowering.sanitize import ACCESS, add_access_checks, emit_default_table, lower_access
+from esper_triton.cpu.lowering.scan import lower_scan
 from esper_triton.cpu.lowering.traps import is_running, lower_assert, lower_division_trap, report
 from esper_triton.cpu.mlir import Module, Operation
 from esper_triton.cpu.trap import Status

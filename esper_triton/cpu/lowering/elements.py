@@ -8,8 +8,8 @@ that is called lane by lane.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import prod
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -24,6 +24,15 @@ from esper_triton.cpu.lowering.program import Program
 from esper_triton.cpu.lowering.traps import leave_if_stopped
 from esper_triton.cpu.lowering.vmath import undefined
 from esper_triton.cpu.mlir import Block, Operation, Region, TensorType, Value
+
+# What leaves the other operand as it is, signs of zero and NaNs included; for some a function of the width in bits.
+_IDENTITIES: dict[str, float | Callable[[int], int]] = {
+    "arith.addf": -0.0, "arith.mulf": 1.0, "arith.maximumf": -math.inf, "arith.minimumf": math.inf,
+    "arith.maxnumf": math.nan, "arith.minnumf": math.nan,
+    "arith.addi": 0, "arith.muli": 1, "arith.ori": 0, "arith.xori": 0, "arith.andi": -1,
+    "arith.maxsi": lambda bits: -1 << (bits - 1), "arith.minsi": lambda bits: (1 << (bits - 1)) - 1,
+    "arith.maxui": 0, "arith.minui": -1,
+}  # fmt: skip
 
 
 class ElementFunction:
@@ -57,6 +66,18 @@ class ElementFunction:
             results = results or [undefined(ir.VectorType(one.type, vector.count)) for one in ones]
             results = [b.insert_element(all_, one, lane) for all_, one in zip(results, ones, strict=True)]
         return results
+
+    def identity(self) -> list[Any] | None:
+        """Constants e for which a combine function of one operand gives f(e, x) = x; None where none is known."""
+        operations = self._region.blocks[0].operations
+        if len(self._region.blocks) != 1 or len(operations) != 2 or operations[0].name not in _IDENTITIES:
+            return None
+        op, returned = operations
+        if set(op.operands) != set(self._region.block.arguments) or list(returned.operands) != [op.result]:
+            return None
+        value = _IDENTITIES[op.name]
+        register = register_type(op.result.type)
+        return [constant(op.result.type, value(register.width) if callable(value) else value)]
 
     def finish(self) -> None:
         """To be called where the program goes on after the last call, which may have been stopped."""
@@ -159,7 +180,7 @@ def _map_packs(program: Program, op: Operation, function: ElementFunction, pack:
     """One call after the other, each for `pack` neighbours; arguments and results are grouped by tile."""
     inputs = [program.materialise(operand) for operand in op.operands]
     outputs = [program.new_buffer(result) for result in op.results]
-    size = prod(inputs[0].shape)
+    size = math.prod(inputs[0].shape)
     if size % pack:
         raise Unlowered(f"{size} elements in packs of {pack}")
     packs = (size // pack, pack)

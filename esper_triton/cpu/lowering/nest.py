@@ -142,6 +142,11 @@ class Nest:
         return self.axis is not None and buffer.inner_axis != self.axis
 
     @property
+    def is_masked(self) -> bool:
+        """Whether there are loads or stores with masks in the body."""
+        return bool(self._accesses)
+
+    @property
     def b(self) -> ir.IRBuilder:
         """The builder of the innermost open loop."""
         return self.builders[-1]
@@ -169,6 +174,39 @@ class Nest:
         self._open.append(_Loop(header, position, start, stop, step, may_be_empty))
         self.builders.append(inner)
         return Index(position, lanes, len(self.builders) - 1)
+
+    def fold(
+        self, first: Sequence[LLVMValue], step: Callable[[list[LLVMValue]], Sequence[LLVMValue]]
+    ) -> Sequence[LLVMValue]:
+        """Close the innermost loop, whose every step makes of the values so far (`first` to begin with) those after it;
+        the values after the last one."""
+        loop = self._open[-1]
+        if loop is None:
+            values = step(list(first))
+            self.close()
+            return values
+        partial = [self.b.phi(value.type) for value in first]
+        following = step(list(partial))
+        self.close(list(zip(partial, first, following, strict=True)))
+        if not loop.may_be_empty:
+            return following  # of the last step, which dominates the exit
+        results = [self.b.phi(value.type) for value in first]
+        (_, entry), (_, latch) = loop.position.incomings
+        for phi, initial, last in zip(results, first, following, strict=True):
+            phi.add_incoming(initial, entry)
+            phi.add_incoming(last, latch)
+        return results
+
+    def further(self, position: Index, distance: int) -> Index:
+        """The index `distance` elements on."""
+        if distance == 0:
+            return position
+        value, step = position.value, ir.Constant(I64, distance)
+        if isinstance(value, ir.Constant):
+            value = ir.Constant(I64, value.constant + distance)
+        else:
+            value = self.builders[position.level].add(value, step)
+        return Index(value, position.lanes, position.level)
 
     def close(self, carried: Sequence[tuple[LLVMValue, LLVMValue, LLVMValue]] = ()) -> None:
         """End the innermost loop. `carried` lists (phi, value on entry, value for the next step)."""
@@ -216,7 +254,7 @@ class Nest:
             if body is not None:
                 body(here)
 
-        split = self._split(tuple(index), axis) if axis is not None else None
+        split = self.split(tuple(index), axis) if axis is not None else None
         if axis is None:
             visit(None)
         elif split is None:
@@ -225,7 +263,7 @@ class Nest:
         else:
             full, end, masks = split
             at = self.open_between(ZERO.value, full, self.width, lanes=True)
-            self._leave_on(masks, _moved(index, axis, at))
+            self.leave_on(masks, _moved(index, axis, at))
             visit(at)
             self.close()
             self.is_split = True
@@ -234,7 +272,7 @@ class Nest:
         for _ in range(opened):
             self.close()
 
-    def _leave_on(self, masks: Iterable[Value], index: tuple[Index, ...]) -> None:
+    def leave_on(self, masks: Iterable[Value], index: tuple[Index, ...]) -> None:
         """Take it from here that masks are on in every lane at `index`."""
         for mask in masks:
             self._chunks[_key(mask, index)] = (Uniform(ir.Constant(I1, 1)), index)
@@ -266,7 +304,7 @@ class Nest:
         index[axis] = Index(self.b.add(first.value, at.value), True, len(self.builders) - 1)
         lines = [_moved(index, inner, place) for place in places]
         for here in lines:
-            self._leave_on(masks, here)
+            self.leave_on(masks, here)
         for value in turned:
             rows = [self.vector(value, here) for here in lines]
             for k, column in enumerate(c.turned(self.b, rows)):
@@ -295,7 +333,7 @@ class Nest:
                 return value
         return lanewise.all_true(b, self.vector(mask, index))
 
-    def _split(self, index: tuple[Index, ...], axis: int) -> tuple[LLVMValue, LLVMValue, list[Value]] | None:
+    def split(self, index: tuple[Index, ...], axis: int) -> tuple[LLVMValue, LLVMValue, list[Value]] | None:
         """Where chunks that are on altogether end, where the loop ends, and the masks; None where one loop will do."""
         extent = self.shape[axis]
         if extent == self.width or not self._accesses:

@@ -54,6 +54,7 @@ from esper_triton.cpu.mlir import Block, Dense, Operation, PointerType, TensorTy
 
 _ALIGNMENT = 64  # of buffers: a cache line
 _WORTH_TURNING = 4  # extent from which a tile that lies across the lanes is turned rather than read lane by lane
+_FUNCTIONS, _HEAVY = ("math.", "tt.extern_elementwise"), 16  # operations that take many instructions, and how many
 _DEEPEST = 64  # operations that a lazy tile may be deep: chunks are computed by recursion
 
 # Index arithmetic: computed again wherever it is used rather than stored.
@@ -269,6 +270,11 @@ class Program:
         own = [v for v, visit in visits.items() if not visit.elsewhere]
         axes = (self._contiguous_load(v) for v in own)
         return next((axis for axis in axes if axis is not None), None)
+
+    def weight(self, roots: Sequence[Value]) -> int:
+        """About how many instructions a chunk of `roots` takes, index arithmetic left out."""
+        values = [v for v in self._closure(roots) if v not in self.shifted and not self.is_cheap(v)]
+        return sum(_HEAVY if definition(v).name.startswith(_FUNCTIONS) else 1 for v in values)
 
     def nest(
         self,
