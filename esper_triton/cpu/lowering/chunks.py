@@ -231,12 +231,20 @@ class Buffer:
     """A tensor in scratch memory, dense. `pointer` is an LLVM pointer to its first element.
 
     Row-major, or where `inner` is given, with neighbours along that axis side by side and the other axes row-major.
+    With `panel`, each matrix of the last two axes is cut into panels of that many columns that follow one another, each
+    of them row-major: a column of vectors lies in one piece, whatever the width of the matrix.
     """
 
     pointer: Value
     shape: tuple[int, ...]
     element: Type
     inner: int | None = None
+    panel: int | None = None
+
+    @property
+    def row_major(self) -> bool:
+        """Whether the elements lie in the order of their indices."""
+        return self.inner is None and self.panel is None
 
     @property
     def inner_axis(self) -> int:
@@ -244,26 +252,41 @@ class Buffer:
         long = [axis for axis, extent in enumerate(self.shape) if extent > 1]
         return self.inner if self.inner is not None else long[-1] if long else 0
 
-    def _address(self, b: ir.IRBuilder, index: tuple[Index, ...]) -> tuple[Value, int]:
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Distance of neighbours along each axis, in elements; within one panel where there are panels."""
+        axes = sorted(range(len(self.shape)), key=lambda axis: axis == self.inner)
+        strides, stride = [0] * len(axes), 1
+        for axis in reversed(axes):
+            strides[axis] = stride
+            stride *= self.shape[axis]
+        if self.panel is not None:
+            strides[-2] = self.panel
+        return tuple(strides)
+
+    def address(self, b: ir.IRBuilder, index: tuple[Index, ...]) -> tuple[Value, int]:
         """Pointer to the (first) element, and the lanes' stride in elements (0 where no axis has lanes)."""
         offset: Any = ir.Constant(I64, 0)
-        lane_stride, stride = 0, 1
-        axes = [axis for axis in range(len(self.shape)) if axis != self.inner]
-        if self.inner is not None:
-            axes.append(self.inner)
-        for axis in reversed(axes):
-            position = index[axis]
+        lane_stride = 0
+
+        def advance(value: Value, stride: int) -> None:
+            nonlocal offset
+            if not (isinstance(value, ir.Constant) and value.constant == 0):
+                offset = b.add(offset, value if stride == 1 else b.mul(value, ir.Constant(I64, stride)))
+
+        for position, stride in zip(index, self.strides, strict=True):
             if position.lanes:
                 lane_stride = stride
-            if not (isinstance(position.value, ir.Constant) and position.value.constant == 0):
-                term = position.value if stride == 1 else b.mul(position.value, ir.Constant(I64, stride))
-                offset = b.add(offset, term)
-            stride *= self.shape[axis]
+            advance(position.value, stride)
+        if self.panel is not None:
+            # Columns of earlier panels count for all of their rows.
+            before = b.and_(index[-1].value, ir.Constant(I64, -self.panel))
+            advance(before, self.shape[-2] - 1)
         return b.gep(self.pointer, [offset], source_etype=memory_type(self.element)), lane_stride
 
     def read(self, b: ir.IRBuilder, index: tuple[Index, ...], width: int) -> Chunk:
         """The chunk at `index`."""
-        pointer, stride = self._address(b, index)
+        pointer, stride = self.address(b, index)
         if stride == 0:
             return Uniform(load_scalar(b, pointer, self.element))
         if stride == 1:
@@ -276,7 +299,7 @@ class Buffer:
 
     def write(self, b: ir.IRBuilder, index: tuple[Index, ...], chunk: Chunk, width: int) -> None:
         """Stores a chunk at `index`."""
-        pointer, stride = self._address(b, index)
+        pointer, stride = self.address(b, index)
         if stride == 0:
             assert isinstance(chunk, Uniform)
             store_scalar(b, chunk.value, pointer, self.element)

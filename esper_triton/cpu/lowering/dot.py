@@ -1,130 +1,240 @@
 """`tt.dot`: `c + a @ b` over tiles in scratch memory, with a block of the result held in registers.
 
-f16 and bf16 operands are widened to float32 first: their products are exact there, so this is at least as accurate as
-the hardware that Triton was made for. `inputPrecision` asks for no less than float32 and gets it.
+Operands narrower than float32 are widened to it first: products of them are exact there, so this is at least as
+accurate as the hardware that Triton was made for. `inputPrecision` and `maxNumImpreciseAcc` ask for no
+more than that. Integers are multiplied and added in 32 bits, and wrap.
+
+A block of the result is a few rows of two vector registers: each step of the loop over K loads one line of the right
+operand and adds to every row its product with one element of the left one. Lines of the right operand follow one
+another in scratch memory (a panel), so that they stay in the first-level cache while all rows pass by.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
-from esper_triton.cpu.lowering.chunks import Buffer, Index, Lanes, Uniform
-from esper_triton.cpu.lowering.elementwise import F32, F64, I64, Unlowered, float_to_float
+from esper_triton.cpu.lowering.chunks import ZERO, Buffer, Index
+from esper_triton.cpu.lowering.elementwise import I64, Unlowered, float_to_float, memory_type, size_of
 from esper_triton.cpu.lowering.nest import Nest
 from esper_triton.cpu.lowering.vmath import Value as LLVMValue
-from esper_triton.cpu.lowering.vmath import fma, splat_constant
-from esper_triton.cpu.mlir import Dense, Operation, ScalarType, TensorType, Value
+from esper_triton.cpu.lowering.vmath import fma
+from esper_triton.cpu.mlir import Operation, ScalarType, TensorType, Type, Value
 
 if TYPE_CHECKING:
     from esper_triton.cpu.lowering.program import Program
 
-# Rows of the register block. With two vectors a row: 8 accumulators, enough to hide an FMA's latency on two units, and
-# room in 16 registers for the operands.
-_ROWS = 4
+_FLOATS = {"f8E4M3FN", "f8E5M2", "f16", "bf16", "f32", "f64"}
+_UNROLL = 2  # steps of K in one turn of the loop
 
 
 def lower_dot(program: Program, op: Operation) -> None:
     """Batches (leading axes) are looped over; M, N and K may be any extents."""
-    a, b, accumulator = op.operands
     names = [str(v.type.element) for v in op.operands if isinstance(v.type, TensorType)]
-    single = ("f16", "bf16", "f32")
-    if names[0] in single and names[1] in single and names[2] in single:
-        compute = ScalarType("f32")
-    elif set(names) == {"f64"}:
-        compute = ScalarType("f64")
+    if names == ["i8", "i8", "i32"]:
+        compute = ScalarType("i32")
+    elif _FLOATS.issuperset(names):
+        compute = ScalarType("f64" if "f64" in names else "f32")
     else:
         raise Unlowered(f"operands {names[0]} and {names[1]} with accumulator {names[2]}")
-    # The left operand is read one element at a time, so its transposition is a matter of the index.
-    turned = _turned(a)
-    left, right = (_in_type(program, op, v, compute) for v in (turned or a, b))
-    initial = None if _is_zero(accumulator) else program.materialise(accumulator)
+    turned = [_look_through_transposition(program, op, k, compute) for k in (0, 1)]
+    for k in (0, 1):
+        _widen(op, k, compute)
+    accumulator = op.operands[2]
+    assert isinstance(accumulator.type, TensorType)
+    shape = accumulator.type.shape
+    width = min(shape[-1], program.lanes * 4 // size_of(compute))
+    left = _Operand(program.materialise(op.operands[0]), turned[0])
+    right = _right_operand(program, op.operands[1], turned[1], width)
+    if not program.is_light(accumulator):
+        program.materialise(accumulator)
+
+    nest = program.nest([accumulator], shape, op)
     output = program.new_buffer(op.result)
+    _emit(nest, op, left, right, output, compute, width)
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """A matrix, or a batch of them, in scratch memory: the buffer, and whether it shows the matrix transposed."""
+
+    buffer: Buffer
+    turned: bool
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Distance of rows and of columns in elements."""
+        rows, columns = self.buffer.strides[-2:]
+        return (columns, rows) if self.turned else (rows, columns)
+
+    @property
+    def rows(self) -> int:
+        return self.buffer.shape[-1 if self.turned else -2]
+
+    def address(self, b: ir.IRBuilder, leading: tuple[Index, ...], row: Index, column: Index) -> LLVMValue:
+        """Pointer to an element."""
+        place = (column, row) if self.turned else (row, column)
+        return self.buffer.address(b, (*leading, *place))[0]
+
+
+def _emit(
+    nest: Nest, op: Operation, left: _Operand, right: _Operand, output: Buffer, compute: ScalarType, width: int
+) -> None:
+    """The loops over batches, columns and rows, and in the innermost one a block of the result."""
     *batch, rows, columns = output.shape
-    depth = left.shape[-2 if turned else -1]
-
-    nest = Nest(program, (*batch, rows, columns))
-    leading = [nest.open(extent) for extent in batch]
-    width = min(columns, program.lanes)
-    height = next(n for n in range(min(_ROWS, rows), 0, -1) if rows % n == 0)
-    column = nest.open(columns, width)
-    row = nest.open(rows, height)
-    lanes = Index(column.value, columns > 1, column.level)
-    register = F32 if compute.name == "f32" else F64
-    vector = ir.VectorType(register, width) if columns > 1 else register
-
-    def position(k: int) -> tuple[Index, ...]:
-        return (*leading, Index(nest.b.add(row.value, ir.Constant(I64, k))), lanes)
-
-    sums: list[LLVMValue] = []
-    for k in range(height):
-        if initial is None:
-            sums.append(splat_constant(vector, 0.0))
-        else:
-            value = initial.read(nest.b, position(k), width)
-            assert isinstance(value, Lanes | Uniform)
-            sums.append(float_to_float(nest.b, value.value, names[2], compute.name))
-
-    def step(at: Any, partial: list[LLVMValue]) -> list[LLVMValue]:
-        line = right.read(nest.b, (*leading, Index(at), lanes), width)
-        assert isinstance(line, Lanes | Uniform)
-        result = []
-        for k, total in enumerate(partial):
-            here = (Index(at), position(k)[-2]) if turned else (position(k)[-2], Index(at))
-            factor = left.read(nest.b, (*leading, *here), 1)
-            assert isinstance(factor, Uniform)
-            spread = c.splat(nest.b, factor.value, width) if columns > 1 else factor.value
-            result.append(fma(nest.b, spread, line.value, total))
-        return result
-
-    if depth == 1:
-        sums = step(ir.Constant(I64, 0), sums)
-    else:
-        at = nest.open(depth)
-        partial = [nest.b.phi(vector) for _ in sums]
-        following = step(at.value, partial)
-        nest.close(list(zip(partial, sums, following, strict=True)))
-        sums = following
-    for k, value in enumerate(sums):
-        value = float_to_float(nest.b, value, compute.name, names[2])
-        output.write(nest.b, position(k), c.as_chunk(value), width)
-    for _ in range(len(leading) + 2):
+    leading = tuple(nest.open(extent) for extent in batch)
+    nest.width = width
+    column = nest.open(columns, width, lanes=columns > 1)
+    line = right.address(nest.b, leading, ZERO, column)
+    for start, stop, height in _heights(nest.program, rows, width * size_of(compute)):
+        row = nest.open(stop, height, start)
+        places = [(*leading, _shifted(nest, row, k), column) for k in range(height)]
+        sums = [_converted(nest.b, nest.vector(op.operands[2], at), _element(op.operands[2]), compute) for at in places]
+        for at in places:
+            nest.visit(at)
+        first = left.address(nest.b, leading, row, ZERO)
+        for at, value in zip(places, _block(nest, left, right, first, line, sums), strict=True):
+            output.write(nest.b, at, c.as_chunk(_converted(nest.b, value, compute, output.element)), width)
+        nest.close()
+    for _ in range(len(leading) + 1):
         nest.close()
 
 
-def _turned(value: Value) -> Value | None:
-    """What `value` is the transposition of, where that exchanges the last two axes; None otherwise."""
-    op = value.defining_op
-    if op is None or op.name != "tt.trans":
-        return None
-    axes = list(range(len(op.attributes["order"])))
-    axes[-2:] = reversed(axes[-2:])
-    return op.operands[0] if list(op.attributes["order"]) == axes else None
+def _block(
+    nest: Nest, left: _Operand, right: _Operand, first: LLVMValue, line: LLVMValue, sums: list[LLVMValue]
+) -> list[LLVMValue]:
+    """`sums`, one row each, plus the product of the left rows from `first` on and the right columns at `line`."""
+    depth = right.rows
+    left_row, left_step = left.strides
+    right_step = right.strides[0]
+    element = left.buffer.element
+    vector = sums[0].type
+
+    def element_at(pointer: LLVMValue, offset: int) -> LLVMValue:
+        return nest.b.gep(pointer, [ir.Constant(I64, offset)], source_etype=memory_type(element))
+
+    def moved(pointer: LLVMValue, steps: LLVMValue, stride: int) -> LLVMValue:
+        distance = nest.b.mul(steps, ir.Constant(I64, stride))
+        return nest.b.gep(pointer, [distance], source_etype=memory_type(element))
+
+    unroll = min(_UNROLL, depth)
+    at = nest.open(depth, unroll)
+    carried = depth > unroll
+    totals: list[LLVMValue] = [nest.b.phi(vector) for _ in sums] if carried else list(sums)
+    phis = totals
+    here, there = moved(first, at.value, left_step), moved(line, at.value, right_step)
+    for step in range(unroll):
+        values = nest.b.load(element_at(there, step * right_step), typ=vector, align=size_of(element))
+        following = []
+        for k, total in enumerate(totals):
+            factor = c.load_scalar(nest.b, element_at(here, step * left_step + k * left_row), element)
+            following.append(_multiply_add(nest.b, factor, values, total))
+        totals = following
+    nest.close(list(zip(phis, sums, totals, strict=True)) if carried else ())
+    return totals
 
 
-def _is_zero(value: Value) -> bool:
-    op = value.defining_op
-    if op is None or op.name != "arith.constant":
-        return False
-    dense = op.attributes["value"]
-    return isinstance(dense, Dense) and dense.splat and dense.value == 0
+def _multiply_add(b: ir.IRBuilder, factor: LLVMValue, values: LLVMValue, total: LLVMValue) -> LLVMValue:
+    if isinstance(values.type, ir.VectorType):
+        factor = c.splat(b, factor, values.type.count)
+    if isinstance(factor.type, ir.IntType) or isinstance(getattr(factor.type, "element", None), ir.IntType):
+        return b.add(total, b.mul(factor, values))
+    return fma(b, factor, values, total)
 
 
-def _in_type(program: Program, user: Operation, value: Value, element: ScalarType) -> Buffer:
-    """The tile in scratch memory with its elements widened to `element`."""
+def _heights(program: Program, rows: int, line_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, rows at a time): as high as registers allow, and what is left in blocks that are not too flat.
+
+    Of 16 registers 12 hold sums, which hides the latency of two FMA units; 32 registers (AVX-512) hold 24.
+    """
+    register = program.lanes * 2  # bytes: `lanes` are two registers of 32-bit elements
+    registers = 24 if register >= 64 else 12
+    highest = registers // max(1, -(-line_bytes // register))
+    whole, rest = divmod(rows, highest)
+    if not whole:
+        yield 0, rows, rows
+        return
+    if 0 < rest < highest // 2:  # share the rest with one of the whole blocks
+        whole, rest = whole - 1, rest + highest
+    end = whole * highest
+    if whole:
+        yield 0, end, highest
+    if rest:
+        yield end, rows, rest // 2 if rest > highest else rest
+
+
+def _shifted(nest: Nest, index: Index, offset: int) -> Index:
+    if isinstance(index.value, ir.Constant):
+        return Index(ir.Constant(I64, index.value.constant + offset))
+    return Index(nest.b.add(index.value, ir.Constant(I64, offset)), level=index.level)
+
+
+def _element(value: Value) -> Type:
     assert isinstance(value.type, TensorType)
-    source = str(value.type.element)
-    if source == element.name:
-        return program.materialise(value)
-    wide = Value(value.name, TensorType(value.type.shape, element))
-    buffer = program.new_buffer(wide, register=False)
-    nest = program.nest([value], value.type.shape, user)
+    return value.type.element
 
-    def convert(index: tuple[Index, ...]) -> None:
-        chunk = float_to_float(nest.b, nest.vector(value, index), source, element.name)
-        buffer.write(nest.b, index, c.as_chunk(chunk), nest.width)
 
-    nest.run(convert)
-    return buffer
+def _converted(b: ir.IRBuilder, value: LLVMValue, source: Type, target: Type) -> LLVMValue:
+    return value if source == target else float_to_float(b, value, str(source), str(target))
+
+
+# ------------------------------------------------------------------------------------------------------------- operands
+
+
+def _right_operand(program: Program, value: Value, turned: bool, width: int) -> _Operand:
+    """The right operand with the elements of a row side by side."""
+    assert isinstance(value.type, TensorType)
+    if turned:
+        return _Operand(program.materialise(value, inner=len(value.type.shape) - 2), turned)
+    panel = max(width, program.lanes)
+    return _Operand(program.materialise(value, panel=panel if value.type.shape[-1] > panel else None), turned)
+
+
+def _look_through_transposition(program: Program, op: Operation, k: int, compute: ScalarType) -> bool:
+    """Replaces operand `k`, where it is a transposition of the last two axes, by what is transposed.
+
+    Not a right operand whose rows would not be in one piece.
+    """
+    value = op.operands[k]
+    turn = value.defining_op
+    if turn is None or turn.name != "tt.trans" or value in program.buffers:
+        return False
+    order = list(turn.attributes["order"])
+    if order != [*range(len(order) - 2), len(order) - 1, len(order) - 2]:
+        return False
+    source = turn.operands[0]
+    made = program.buffers.get(source)
+    if k == 1 and made is not None and made.element == compute and made.strides[-2] != 1:
+        return False
+    _replace(op, k, source)
+    if not value.users:
+        source.users.remove(turn)
+    return True
+
+
+def _widen(op: Operation, k: int, compute: ScalarType) -> None:
+    """Puts a conversion in front of operand `k` if it is not of type `compute`."""
+    value = op.operands[k]
+    element = _element(value)
+    if element == compute:
+        return
+    assert isinstance(value.type, TensorType)
+    name = "arith.extsi" if compute.is_integer else "tt.fp_to_fp" if str(element).startswith("f8") else "arith.extf"
+    wide = Value(f"{value.name}.wide", TensorType(value.type.shape, compute))
+    conversion = Operation(name, [value], [wide], {}, [], [], [], op.location, op.block)
+    wide.defining_op = conversion
+    value.users.append(conversion)
+    _replace(op, k, wide)
+
+
+def _replace(op: Operation, k: int, value: Value) -> None:
+    old = op.operands[k]
+    op.operands[k] = value
+    if op not in value.users:
+        value.users.append(op)
+    if old not in op.operands:
+        old.users.remove(op)

@@ -65,6 +65,11 @@ _CHEAP = {
 }  # fmt: skip
 
 
+# Of one instruction or two.
+_ARITHMETIC = {"arith.addf", "arith.subf", "arith.mulf", "arith.negf", "arith.extf", "arith.truncf"}
+_LIGHT = 8  # lazy tiles that a chunk may be made of where it is computed inside of unrolled code
+
+
 def unsupported(kernel: str, op: Operation, reason: str | None = None) -> UnsupportedOperation:
     """The error that names an operation of a kernel and the line it stands on."""
     place = op.location
@@ -151,10 +156,13 @@ class Program:
             self._reserved[name] = self._allocate(size)
         return self._reserved[name]
 
-    def new_buffer(self, value: Value, register: bool = True, inner: int | None = None) -> Buffer:
+    def new_buffer(
+        self, value: Value, register: bool = True, inner: int | None = None, panel: int | None = None
+    ) -> Buffer:
         """Scratch memory for a tile; `register`ed as the place where the tile is found from now on.
 
-        Neighbours along axis `inner` (the last where it is None) lie side by side, unless the tile's place is given.
+        Neighbours along axis `inner` (the last where it is None) lie side by side, in panels of `panel` columns if that
+        is given, unless the tile's place is given.
         """
         assert isinstance(value.type, TensorType)
         element = value.type.element
@@ -165,7 +173,8 @@ class Program:
             buffer = Buffer(place, value.type.shape, element)
         else:
             pointer = self._allocate(value.type.size * size_of(element))
-            buffer = Buffer(pointer, value.type.shape, element, None if inner == lane_axis(value.type.shape) else inner)
+            inner = None if inner == lane_axis(value.type.shape) else inner
+            buffer = Buffer(pointer, value.type.shape, element, inner, panel)
         if register:
             self.buffers[value] = buffer
         return buffer
@@ -206,6 +215,13 @@ class Program:
                 assert op is not None
                 known[value] = op.name in _CHEAP and all(self.is_cheap(operand, known) for operand in op.operands)
         return known[value]
+
+    def is_light(self, value: Value) -> bool:
+        """Whether a chunk of a lazy tile takes no more than a little arithmetic on what is in scratch memory."""
+        known = self._closure([value])
+        return len(known) <= _LIGHT and all(
+            visit.elsewhere or self.is_cheap(v) or definition(v).name in _ARITHMETIC for v, visit in known.items()
+        )
 
     def _is_worth_storing(self, value: Value) -> bool:
         # A shape operation is read through to what it shows.
@@ -283,11 +299,13 @@ class Program:
         user: Operation | None,
         axis: int | None = None,
         inner: int | None = None,
+        panel: int | None = None,
     ) -> Nest:
         """A loop nest over `shape` in which `roots` can be computed, each at the nest's own index, for `user`.
 
         What has to be in memory before is put there first; what is needed afterwards is kept by the nest. Lanes run
-        along `axis`, the last one where it is None; without a user, the roots' own neighbours lie along `inner`.
+        along `axis`, the last one where it is None; without a user, the roots' own neighbours lie along `inner`, or in
+        panels of `panel` columns.
         """
         axis = lane_axis(shape) if axis is None else axis
         visits = self._prepare(roots, axis)
@@ -298,28 +316,29 @@ class Program:
             needed_later = any(u not in operations and u is not user for u in value.users)
             wanted = user is None and value in roots
             if (wanted or needed_later) and not self.is_cheap(value):
-                keep[value] = self.new_buffer(value, inner=inner if wanted else axis)
+                keep[value] = self.new_buffer(value, inner=inner if wanted else axis, panel=panel if wanted else None)
         accesses = [op for op in (*operations, user) if op is not None and op.name in ("tt.load", "tt.store")]
         return Nest(self, shape, keep, [] if self._terse else accesses, axis)
 
-    def materialise(self, value: Value, inner: int | None = None) -> Buffer:
+    def materialise(self, value: Value, inner: int | None = None, panel: int | None = None) -> Buffer:
         """The tile in scratch memory, computed now unless it is there already.
 
-        It is row-major where `inner` is None. Otherwise neighbours along that axis lie side by side, unless it was
-        computed for a reader along another.
+        It is row-major where `inner` and `panel` are None. Otherwise neighbours along that axis lie side by side,
+        unless it was computed for a reader along another; or it is in panels of that many columns, unless it was
+        computed row-major.
         """
         made = self.buffers.get(value)
-        if made is not None and (made.inner is None or inner is not None):
+        if made is not None and (made.row_major or inner is not None or (panel is not None and made.inner is None)):
             return made
         assert isinstance(value.type, TensorType)
         shape = value.type.shape
         if made is None:
-            nest = self.nest([value], shape, None, self._reading_axis(value), inner)
+            nest = self.nest([value], shape, None, self._reading_axis(value), inner, panel)
             if value in self.buffers:  # kept by the nest
                 nest.run()
                 return self.buffers[value]
         # Cheap by now, so not kept of itself; or in memory, but not row-major.
-        buffer = self.new_buffer(value, register=False)
+        buffer = self.new_buffer(value, register=False, inner=inner, panel=panel)
         self._write(value, buffer)
         self.buffers[value] = buffer
         return buffer

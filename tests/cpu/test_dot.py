@@ -1,0 +1,196 @@
+"""Products of tiles against float64 and int64: every type, any extents, transposed operands, accumulators."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@triton.jit
+def _product(
+    a_ptr, b_ptr, c_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    TURN_A: tl.constexpr, TURN_B: tl.constexpr, ADD: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    if TURN_A:
+        a = tl.trans(tl.load(a_ptr + k[:, None] * M + m[None, :]))
+    else:
+        a = tl.load(a_ptr + m[:, None] * K + k[None, :])
+    if TURN_B:
+        b = tl.trans(tl.load(b_ptr + n[:, None] * K + k[None, :]))
+    else:
+        b = tl.load(b_ptr + k[:, None] * N + n[None, :])
+    place = m[:, None] * N + n[None, :]
+    if ADD:
+        c = tl.load(c_ptr + place)
+        product = tl.dot(a, b, c, input_precision=PRECISION, out_dtype=OUT)
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION, out_dtype=OUT)
+    tl.store(out_ptr + place, product)
+
+
+EXTENTS = st.sampled_from([1, 2, 4, 8, 16, 32, 64])
+# Operands, result.
+TYPES = [
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.int8, torch.int32),
+]
+TRITON = {torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64, torch.int32: tl.int32}
+
+
+def _drawn(shape, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    info = torch.iinfo(dtype)
+    return torch.randint(info.min, info.max + 1, shape, generator=generator, dtype=dtype)
+
+
+def _exact(x):
+    return x.double() if x.dtype.is_floating_point else x.long()
+
+
+def _check(result, a, b, c):
+    """Integers exactly; floats within K roundings of the sum of magnitudes, and one of the result."""
+    expected = _exact(a) @ _exact(b) + _exact(c)
+    if not result.dtype.is_floating_point:
+        assert torch.equal(result.long(), expected)
+        return
+    work = torch.finfo(torch.float64 if result.dtype == torch.float64 else torch.float32).eps / 2
+    magnitudes = _exact(a).abs() @ _exact(b).abs() + _exact(c).abs()
+    bound = magnitudes * (a.shape[-1] + 2) * work + expected.abs() * torch.finfo(result.dtype).eps / 2
+    assert ((result.double() - expected).abs() <= bound + torch.finfo(result.dtype).tiny).all()
+
+
+@pytest.mark.parametrize("types", TYPES, ids=str)
+@given(
+    m=EXTENTS, n=EXTENTS, k=EXTENTS, turned=st.tuples(st.booleans(), st.booleans()), add=st.booleans(),
+    precision=st.sampled_from(["ieee", "tf32", "tf32x3"]), seed=st.integers(0, 2**32),
+)  # fmt: skip
+@settings(max_examples=6, deadline=None)
+def test_a_product_is_within_the_roundings_of_its_sum(types, m, n, k, turned, add, precision, seed):
+    operand, result = types
+    a, b = _drawn((m, k), operand, seed), _drawn((k, n), operand, seed + 1)
+    c = _drawn((m, n), result, seed + 2) if add else torch.zeros((m, n), dtype=result)
+    if result == torch.int32:
+        c //= 2  # no sum overflows
+    out = torch.full_like(c, 77)
+    inputs = [a.T.contiguous() if turned[0] else a, b.T.contiguous() if turned[1] else b, c]
+    copies = [x.clone() for x in inputs]
+    _product[(1,)](*inputs, out, m, n, k, *turned, add, TRITON[result], precision)
+    _check(out, a, b, c)
+    assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
+
+
+def test_integer_products_wrap_in_32_bits():
+    a, b = torch.full((2, 16), -128, dtype=torch.int8), torch.full((16, 4), -128, dtype=torch.int8)
+    c, out = torch.full((2, 4), 2**31 - 1, dtype=torch.int32), torch.zeros((2, 4), dtype=torch.int32)
+    _product[(1,)](a, b, c, out, 2, 4, 16, False, False, True, tl.int32, "ieee")
+    assert (out == 2**31 - 1 + 16 * 2**14 - 2**32).all()
+
+
+@pytest.mark.parametrize("shape", [(128, 8, 8), (16, 128, 8), (8, 64, 256)], ids=str)
+def test_tiles_larger_than_any_block_of_registers(shape):
+    m, n, k = shape
+    a, b = _drawn((m, k), torch.float32, 1), _drawn((k, n), torch.float32, 2)
+    out = torch.full((m, n), float("nan"))
+    _product[(1,)](a, b, out, out, m, n, k, False, False, False, tl.float32, "ieee")
+    _check(out, a, b, torch.zeros(m, n))
+
+
+@triton.jit
+def _batched(a_ptr, b_ptr, out_ptr, B: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    i, m, n, k = tl.arange(0, B)[:, None, None], tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    a = tl.load(a_ptr + i * M * K + m[None, :, None] * K + k[None, None, :])
+    b = tl.trans(tl.load(b_ptr + i * K * N + n[None, :, None] * K + k[None, None, :]), 0, 2, 1)
+    tl.store(out_ptr + i * M * N + m[None, :, None] * N + n[None, None, :], tl.dot(a, b, out_dtype=tl.float32))
+
+
+@given(b=st.sampled_from([1, 2, 4]), m=EXTENTS, n=EXTENTS, k=EXTENTS)
+@settings(max_examples=6, deadline=None)
+def test_batches_of_products_with_transposed_right_operands(b, m, n, k):
+    x, y = _drawn((b, m, k), torch.float16, b), _drawn((b, n, k), torch.float16, b + 1)
+    out = torch.full((b, m, n), float("nan"))
+    _batched[(1,)](x, y, out, b, m, n, k)
+    _check(out, x, y.mT, torch.zeros(b, m, n))
+
+
+@triton.jit
+def _operands_with_other_uses(a_ptr, b_ptr, out_ptr, sums_ptr, N: tl.constexpr, TURN: tl.constexpr):
+    i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    a, b = tl.load(a_ptr + i * N + j), tl.load(b_ptr + i * N + j)
+    product = tl.dot(a, tl.trans(b) if TURN else b)
+    product = tl.dot(product, b, product)
+    tl.store(out_ptr + i * N + j, product + a)
+    tl.store(sums_ptr + tl.arange(0, N), tl.sum(b, 1) + tl.sum(tl.reshape(b * 2, (N, N)), 0))
+
+
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize("n", [4, 32, 64])
+def test_operands_of_products_have_other_uses(n, turn):
+    a, b = _drawn((n, n), torch.float32, 1), _drawn((n, n), torch.float32, 2)
+    out, sums = torch.full((n, n), float("nan")), torch.full((n,), float("nan"))
+    _operands_with_other_uses[(1,)](a, b, out, sums, n, turn)
+    x, y = a.double(), b.double()
+    product = x @ (y.T if turn else y)
+    torch.testing.assert_close(out.double(), product @ y + product + x, rtol=1e-5, atol=n * n * 1e-6)
+    torch.testing.assert_close(sums.double(), y.sum(1) + 2 * y.sum(0), rtol=1e-5, atol=n * 1e-5)
+
+
+@triton.jit
+def _rescaled(
+    a_ptr, b_ptr, s_ptr, out_ptr, steps, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WAY: tl.constexpr
+):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    b = tl.load(b_ptr + k[:, None] * N + n[None, :])
+    acc = tl.full((M, N), 1.0, tl.float32)
+    before = tl.zeros((M, N), tl.float32)
+    for step in range(steps):
+        a = tl.load(a_ptr + step * M * K + m[:, None] * K + k[None, :])
+        scale = tl.load(s_ptr + step * M + m)
+        if WAY == "plain":
+            acc = tl.dot(a, b, acc)
+        elif WAY == "scaled":
+            acc = tl.dot(a, b, acc * scale[:, None])
+        elif WAY == "both":
+            before = acc
+            acc = tl.dot(a, b, acc)
+        elif WAY == "twice":
+            acc = tl.dot(a, b, acc)
+            acc = tl.dot(a, b, acc * scale[:, None])
+        elif WAY == "square":
+            acc = tl.dot(acc, b, acc)
+        elif WAY == "after":
+            acc = tl.dot(a, b, acc) + acc
+    tl.store(out_ptr + m[:, None] * N + n[None, :], acc + before)
+
+
+@pytest.mark.parametrize("way", ["plain", "scaled", "both", "twice", "square", "after"])
+def test_accumulators_are_carried_around_loops(way):
+    m, n, k, steps = 16, 32, 32 if way == "square" else 8, 3
+    a, s = _drawn((steps, m, k), torch.float32, 1), _drawn((steps, m), torch.float32, 3)
+    b = _drawn((k, n), torch.float32, 2) / 4
+    out = torch.full((m, n), float("nan"))
+    _rescaled[(1,)](a, b, s, out, steps, m, n, k, way)
+    acc, before, y = torch.ones(m, n, dtype=torch.float64), torch.zeros(m, n, dtype=torch.float64), b.double()
+    for x, scale in zip(a.double(), s.double()[:, :, None], strict=True):
+        match way:
+            case "plain":
+                acc = acc + x @ y
+            case "scaled":
+                acc = acc * scale + x @ y
+            case "both":
+                before, acc = acc, acc + x @ y
+            case "twice":
+                acc = (acc + x @ y) * scale + x @ y
+            case "square":
+                acc = acc + acc @ y
+            case "after":
+                acc = acc + x @ y + acc
+    torch.testing.assert_close(out.double(), acc + before, rtol=1e-5, atol=1e-4)
