@@ -27,7 +27,7 @@ import platform
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -193,14 +193,16 @@ class NativeKernel:
         frame = (ctypes.c_int64 * FRAME_SLOTS)(ctypes.addressof(words), x, y, z)
         storages = None
         if self._sanitize:
-            storages = StorageTable(zip(self.signature, args, strict=True), race=self._sanitize == "race")
+            race = self._sanitize == "race"
+            storages = StorageTable(zip(self.signature, args, strict=True), programs=programs, race=race)
             frame[FRAME_STORAGES] = storages.address
-            if self._sanitize == "race":
+            if race:
                 num_threads = 1  # who wrote where is noted without atomics
 
-        def run(words: Any = words, storages: Any = storages) -> None:
-            if programs:
-                self._run(frame, programs, num_threads)
+        def run(words: Any = words) -> None:
+            with nullcontext() if storages is None else closing(storages):
+                if programs:
+                    self._run(frame, programs, num_threads)
 
         return run
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from esper_triton.cpu import prepare
+from esper_triton.cpu import prepare, storages
 from esper_triton.cpu.errors import KernelTrap, OutOfBounds, WriteRace
 
 
@@ -161,7 +161,7 @@ def test_what_is_within_is_computed_as_ever(threads):
     assert (caught.value.argument, caught.value.offset) == ("out_ptr", 4000)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)  # the first call compiles
 @given(data=st.data())
 def test_a_gather_is_refused_exactly_where_an_index_in_use_is_outside(data):
     size = 16
@@ -302,10 +302,58 @@ def test_a_race_is_seen_across_rows_of_the_grid():
     assert (caught.value.program, caught.value.other) == ((0, 1, 0), (0, 0, 0))
 
 
+def test_a_launch_does_not_race_with_those_before_it():
+    out, x = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int8)
+    for number in range(6):
+        overlapping_rows[6 - number,](out, 8, LENGTH=8, sanitize="race")
+        overlapping_rows[6,](x, 8, LENGTH=8, sanitize="race")
+        with pytest.raises(WriteRace):
+            overlapping_rows[6,](x, 7, LENGTH=8, sanitize="race")
+
+
+def test_marks_that_are_used_up_begin_again(monkeypatch):
+    monkeypatch.setattr(storages, "_shadows", storages._Shadows())
+    out = torch.zeros(64, dtype=torch.int32)
+    for left in (12, 6, 5, 0):
+        overlapping_rows[6,](out, 8, LENGTH=8, sanitize="race")
+        storages._shadows._next_mark = 2**32 - left
+        overlapping_rows[6,](out, 8, LENGTH=8, sanitize="race")
+        with pytest.raises(WriteRace) as caught:
+            overlapping_rows[6,](out, 7, LENGTH=8, sanitize="race")
+        assert caught.value.other == (0, 0, 0)
+
+
 def test_atomics_and_a_programs_own_writes_do_not_race():
     out = torch.zeros(9, dtype=torch.int32)
     counts[8,](out, sanitize="race")
     assert out.tolist() == [8] + [2] * 8
+
+
+@triton.jit(noinline=True)
+def acquire(lock_ptr):
+    while tl.atomic_cas(lock_ptr, 0, 1) == 1:
+        pass
+
+
+@triton.jit
+def adds_up(lock_ptr, out_ptr, CALL: tl.constexpr, LOCK: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    if CALL:
+        acquire(lock_ptr)
+    elif LOCK:
+        while tl.atomic_cas(lock_ptr, 0, 1) == 1:
+            pass
+    tl.store(out_ptr + lanes, tl.load(out_ptr + lanes) + 1)
+    tl.atomic_xchg(lock_ptr, 0)
+
+
+def test_what_a_lock_protects_does_not_race():
+    lock, out = torch.zeros(1, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
+    adds_up[4,](lock, out, CALL=False, LOCK=True, BLOCK=16, sanitize="race")
+    adds_up[4,](lock, out, CALL=True, LOCK=True, BLOCK=16, sanitize="race")
+    assert out.eq(8).all()
+    with pytest.raises(WriteRace):
+        adds_up[4,](lock, out, CALL=False, LOCK=False, BLOCK=16, sanitize="race")
 
 
 def test_a_race_is_seen_through_two_views_of_one_storage():

@@ -6,7 +6,8 @@ a pointer argument must lie within that argument's storage; where it is not know
 chosen between, or passed to a function that is not inlined), within any.
 
 With `race`, every element that a store writes is also marked as written by its program, in memory beside the storages,
-and the program ends where another one has written it. Such launches run on one thread.
+and the program ends where another one has written it. Such launches run on one thread. A store that comes after a
+compare-and-swap or an atomic exchange, as in a lock, is taken to be protected by it: it marks, but does not ask.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from esper_triton.cpu.lowering.nest import is_tile
 from esper_triton.cpu.lowering.traps import trap_unless
 from esper_triton.cpu.lowering.vmath import splat_constant
 from esper_triton.cpu.mlir import Block, Module, Operation, PointerType, Region, TensorType, Value
-from esper_triton.cpu.storages import BASE, ENTRY_WORDS, HEADER_WORDS, SHADOW, SHIFT, SIZE, UNLIMITED
+from esper_triton.cpu.storages import BASE, ENTRY_WORDS, FIRST_MARK, HEADER_WORDS, SHADOW, SHIFT, SIZE, UNLIMITED
 from esper_triton.cpu.trap import FRAME_STORAGES, Status
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 ACCESS = "esper.access"
 
 _ACCESSES = {"tt.load": "load", "tt.store": "store", "tt.atomic_rmw": "atomic", "tt.atomic_cas": "atomic"}
+_EXCHANGE = 10  # Triton's RMWOp
 # The result points where the first operand does.
 _SAME_STORAGE = {"tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape", "tt.bitcast"}
 
@@ -44,22 +46,41 @@ def add_access_checks(module: Module, kernel: str, race: bool) -> None:
     for function in module.functions.values():
         if not any(op.name == ACCESS for op in function.walk()):
             for region in function.regions:
-                _add_checks(region, arguments, race)
+                _Insertion(module, arguments, race).into(region, locked=False)
 
 
-def _add_checks(region: Region, arguments: Sequence[Value], race: bool) -> None:
-    for block in region.blocks:
-        output: list[Operation] = []
-        for op in block.operations:
-            for nested in op.regions:
-                _add_checks(nested, arguments, race)
-            if op.name in _ACCESSES:
-                output.append(_check(op, block, arguments, race and op.name == "tt.store"))
-            output.append(op)
-        block.operations[:] = output
+class _Insertion:
+    """Walks a function in order. `race`: stores are to mark what they write."""
+
+    def __init__(self, module: Module, arguments: Sequence[Value], race: bool) -> None:
+        self._module, self._arguments, self._race = module, arguments, race
+
+    def into(self, region: Region, locked: bool) -> None:
+        """`locked`: an operation that could take a lock came before."""
+        for block in region.blocks:
+            output: list[Operation] = []
+            for op in block.operations:
+                for nested in op.regions:
+                    self.into(nested, locked)
+                if op.name in _ACCESSES:
+                    marks = ("after a lock" if locked else "alone") if self._race and op.name == "tt.store" else ""
+                    output.append(_check(op, block, self._arguments, marks))
+                output.append(op)
+                locked = locked or (self._race and self._takes_a_lock(op, set()))
+            block.operations[:] = output
+
+    def _takes_a_lock(self, op: Operation, seen: set[str]) -> bool:
+        for nested in op.walk():
+            if nested.name == "tt.atomic_cas" or nested.attributes.get("atomic_rmw_op") == _EXCHANGE:
+                return True
+            if nested.name == "tt.call":
+                callee: str = nested.attributes["callee"]
+                if callee not in seen and self._takes_a_lock(self._module.functions[callee], seen | {callee}):
+                    return True
+        return False
 
 
-def _check(op: Operation, block: Block, arguments: Sequence[Value], mark: bool) -> Operation:
+def _check(op: Operation, block: Block, arguments: Sequence[Value], marks: str) -> Operation:
     if op.name == "tt.load":
         pointers, mask, _ = load_operands(op)
     else:
@@ -72,7 +93,7 @@ def _check(op: Operation, block: Block, arguments: Sequence[Value], mark: bool) 
         "access": _ACCESSES[op.name],
         "argument": arguments.index(argument) if known and argument is not None else None,
         "name": argument.name.lstrip("%") if known and argument is not None else "",
-        "mark": mark,
+        "marks": marks,
     }
     operands = [pointers] if mask is None else [pointers, mask]
     check = Operation(ACCESS, operands, [], attributes, [], [], [], op.location, block)
@@ -179,7 +200,7 @@ class _Access:
     def __init__(self, program: Program, op: Operation, width: int) -> None:
         """`width`: bytes that each element takes."""
         self._program, self._op, self.width = program, op, width
-        self.marks = bool(op.attributes["mark"])
+        self.marks, self._asks = bool(op.attributes["marks"]), op.attributes["marks"] == "alone"
         self.is_known = op.attributes["argument"] is not None
         self._message = f"{op.attributes['access']}\n{op.attributes['name']}"
         b = program.b
@@ -253,7 +274,7 @@ class _Access:
         width = addresses.type.count
         writers = b.load(place, typ=ir.VectorType(I32, width), align=4)
         own = c.splat(b, self._own(b), width)
-        free = b.icmp_unsigned("==", writers, splat_constant(writers.type, 0))
+        free = b.icmp_unsigned("<", writers, c.splat(b, self._first_mark(b), width))
         b.cbranch(lanewise.all_true(b, b.or_(free, b.icmp_unsigned("==", writers, own))), alone, one_by_one)
         b.position_at_end(alone)
         b.store(own, place, align=4)
@@ -266,12 +287,16 @@ class _Access:
     def _own_shift(self) -> Any:
         return ir.Constant(I64, self.width.bit_length() - 1)
 
+    def _first_mark(self, b: ir.IRBuilder) -> Any:
+        slot = b.gep(self._table, [ir.Constant(I64, FIRST_MARK)], source_etype=I64)
+        return b.trunc(b.load(slot, typ=I64), I32)
+
     def _own(self, b: ir.IRBuilder) -> Any:
-        """What this program marks elements with: its number in the grid, from 1."""
+        """What this program marks elements with: its number in the grid on top of the first mark."""
         grid = self._program.grid
-        x, y, z, nx, ny = (b.zext(grid[name], I64) for name in ("id0", "id1", "id2", "size0", "size1"))
+        x, y, z, nx, ny = (grid[name] for name in ("id0", "id1", "id2", "size0", "size1"))
         linear = b.add(b.mul(b.add(b.mul(z, ny), y), nx), x)
-        return b.trunc(b.add(linear, ir.Constant(I64, 1)), I32)
+        return b.add(self._first_mark(b), linear)
 
     @staticmethod
     def _place(b: ir.IRBuilder, shadow: Any, shift: Any, offset: Any) -> Any:
@@ -279,11 +304,13 @@ class _Access:
 
     def _mark(self, b: ir.IRBuilder, shadow: Any, shift: Any, offset: Any) -> None:
         own, place = self._own(b), self._place(b, shadow, shift, offset)
-        writer = b.load(place, typ=I32)
-        alone = b.or_(b.icmp_unsigned("==", writer, ir.Constant(I32, 0)), b.icmp_unsigned("==", writer, own))
-        other = b.sub(b.zext(writer, I64), ir.Constant(I64, 1))
-        report = self._program, b, alone, Status.RACE, self._op, self._message
-        trap_unless(*report, offset, ir.Constant(I64, self.width), other)
+        if self._asks:
+            writer = b.load(place, typ=I32)
+            first = self._first_mark(b)
+            alone = b.or_(b.icmp_unsigned("<", writer, first), b.icmp_unsigned("==", writer, own))
+            other = b.zext(b.sub(writer, first), I64)
+            report = self._program, b, alone, Status.RACE, self._op, self._message
+            trap_unless(*report, offset, ir.Constant(I64, self.width), other)
         b.store(own, place)
 
 
