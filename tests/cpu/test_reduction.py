@@ -120,6 +120,50 @@ def test_without_an_axis_all_elements_are_reduced_to_one(op, shape):
 
 
 @triton.jit
+def _reduce_masked(
+    x_ptr, along_ptr, all_ptr, kept_ptr, m, n, M: tl.constexpr, N: tl.constexpr, AXIS: tl.constexpr, OP: tl.constexpr,
+    ALL: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    r, c = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    if COLUMNS:
+        at = r + c * m
+    else:
+        at = r * n + c
+    mask = (r < m) & (c < n)
+    x = tl.load(x_ptr + at, mask=mask, other=-1)
+    tl.store(along_ptr + tl.arange(0, SIZE), _fold(x, AXIS, OP, False))
+    tl.store(all_ptr, _fold(tl.load(x_ptr + at, mask=mask, other=-1) * 2, None, ALL, False))
+    tl.store(kept_ptr + at, tl.cumsum(x, AXIS), mask=mask)
+
+
+@given(
+    st.sampled_from([(1, 16), (4, 256), (32, 8), (8, 8), (64, 64), (2, 1024)]),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.sampled_from([0, 1]),
+    st.sampled_from(["farther", "sum", "max", "argmin"]),
+    st.booleans(),
+)
+@settings(max_examples=20, deadline=None)
+def test_masked_tiles_of_rows_or_columns_are_reduced_with_what_stands_for_the_rest(shape, a, b, axis, op, columns):
+    m, n = int(a * shape[0]), int(b * shape[1])
+    x = torch.randint(-9, 10, (m, n), dtype=torch.int32)
+    source = x.T.contiguous() if columns else x.contiguous()
+    padded = np.full(shape, -1)
+    padded[:m, :n] = x
+    expected = EXPECTED[op](padded, axis=axis)
+    along, total = torch.full(expected.shape, -99, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    kept = torch.full_like(source, -99)
+    of_all = "sum" if op == "argmin" else op  # which Triton has along an axis only
+    _reduce_masked[(1,)](
+        source, along, total, kept, m, n, *shape, AXIS=axis, OP=op, ALL=of_all, SIZE=expected.size, COLUMNS=columns
+    )
+    assert np.array_equal(along.numpy(), expected)
+    assert total.item() == EXPECTED[of_all](2 * padded.reshape(-1), axis=0)
+    assert torch.equal(kept.T if columns else kept, x.cumsum(axis, dtype=torch.int32))
+
+
+@triton.jit
 def _welford(mean_a, m2_a, count_a, mean_b, m2_b, count_b):
     count = count_a + count_b
     if count == 0:

@@ -39,6 +39,7 @@ from esper_triton.cpu.lowering.rearrange import (
 from esper_triton.cpu.lowering.reduction import lower_reduce
 from esper_triton.cpu.lowering.sanitize import ACCESS, add_access_checks, emit_default_table, lower_access
 from esper_triton.cpu.lowering.scan import lower_scan
+from esper_triton.cpu.lowering.simplify import drop_reshapes
 from esper_triton.cpu.lowering.traps import is_running, lower_assert, lower_division_trap, report
 from esper_triton.cpu.mlir import Module, Operation
 from esper_triton.cpu.trap import Status
@@ -55,7 +56,7 @@ def lower(
     """LLVM IR, as text, of a module that exports `void symbol(Frame *)`.
 
     Args:
-        module: the parsed TTIR; checks are added to it.
+        module: the parsed TTIR; it is changed, checks are added to it.
         name: the kernel's function.
         symbol: name of the entry point in the object code; the function's where it is None.
         vector_bits: width of the target's vector registers; this machine's where it is None.
@@ -68,6 +69,7 @@ def lower(
         from esper_triton.cpu.host import vector_bits as detect
 
         vector_bits = detect()
+    drop_reshapes(module)
     division.check_divisions(module)
     if sanitize:
         add_access_checks(module, name, sanitize == "race")

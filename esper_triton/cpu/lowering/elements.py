@@ -69,15 +69,11 @@ class ElementFunction:
 
     def identity(self) -> list[Any] | None:
         """Constants e for which a combine function of one operand gives f(e, x) = x; None where none is known."""
-        operations = self._region.blocks[0].operations
-        if len(self._region.blocks) != 1 or len(operations) != 2 or operations[0].name not in _IDENTITIES:
+        if not has_identity(self._op):
             return None
-        op, returned = operations
-        if set(op.operands) != set(self._region.block.arguments) or list(returned.operands) != [op.result]:
-            return None
+        op = self._region.block.operations[0]
         value = _IDENTITIES[op.name]
-        register = register_type(op.result.type)
-        return [constant(op.result.type, value(register.width) if callable(value) else value)]
+        return [constant(op.result.type, value(register_type(op.result.type).width) if callable(value) else value)]
 
     def finish(self) -> None:
         """To be called where the program goes on after the last call, which may have been stopped."""
@@ -136,6 +132,19 @@ class ElementFunction:
             reserved,
             program.frame,
         ]
+
+
+def has_identity(op: Operation) -> bool:
+    """Whether the combine function of a reduction or scan is one operation for which an identity is known."""
+    blocks = op.regions[0].blocks
+    if len(blocks) != 1 or len(blocks[0].operations) != 2 or len(op.operands) != 1:
+        return False
+    combine, returned = blocks[0].operations
+    return (
+        combine.name in _IDENTITIES
+        and set(combine.operands) == set(blocks[0].arguments)
+        and list(returned.operands) == [combine.result]
+    )
 
 
 def _inside(region: Region) -> list[Operation]:

@@ -280,9 +280,9 @@ class Program:
         op = value.defining_op
         return contiguous_axis(self, load_operands(op)[0]) if op is not None and op.name == "tt.load" else None
 
-    def _reading_axis(self, value: Value) -> int | None:
-        """The axis along which most of what a lazy tile is made of lies side by side; None where none is better."""
-        visits = self._closure([value])
+    def reading_axis(self, roots: Sequence[Value]) -> int | None:
+        """The axis along which most of what lazy tiles are made of lies side by side; None where none is better."""
+        visits = self._closure(roots)
         own = [v for v, visit in visits.items() if not visit.elsewhere]
         axes = (self._contiguous_load(v) for v in own)
         return next((axis for axis in axes if axis is not None), None)
@@ -333,7 +333,7 @@ class Program:
         assert isinstance(value.type, TensorType)
         shape = value.type.shape
         if made is None:
-            nest = self.nest([value], shape, None, self._reading_axis(value), inner, panel)
+            nest = self.nest([value], shape, None, self.reading_axis([value]), inner, panel)
             if value in self.buffers:  # kept by the nest
                 nest.run()
                 return self.buffers[value]

@@ -16,9 +16,8 @@ from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering.chunks import ZERO, Index
 from esper_triton.cpu.lowering.elements import ElementFunction
 from esper_triton.cpu.lowering.elementwise import I32, I64, size_of
-from esper_triton.cpu.lowering.nest import lane_axis
 from esper_triton.cpu.lowering.vmath import undefined
-from esper_triton.cpu.mlir import Operation, TensorType
+from esper_triton.cpu.mlir import Operation, TensorType, Value
 
 if TYPE_CHECKING:
     from esper_triton.cpu.lowering.program import Program
@@ -40,50 +39,56 @@ class _Reduction:
     def __init__(self, program: Program, op: Operation) -> None:
         self._program, self._op = program, op
         self.combine = ElementFunction(program, op)
-        self._axis: int = op.attributes["axis"]
+        axis = op.attributes["axis"]
+        self._axes: tuple[int, ...] = axis if isinstance(axis, tuple) else (axis,)  # several: all there are
         source = op.operands[0].type
         assert isinstance(source, TensorType)
         self._shape = source.shape
         light = self.combine.in_lanes and program.weight(op.operands) <= _LIGHT
-        self._nest = program.nest(op.operands, self._shape, op)
-        self._outputs = [program.new_buffer(r) if isinstance(r.type, TensorType) else None for r in op.results]
-        self._lanes = lane_axis(self._shape)
+        self._nest = program.nest(op.operands, self._shape, op, program.reading_axis(op.operands))
+        lanes = self._nest.axis
+        inner = None if lanes is None or lanes in self._axes else lanes - (lanes > self._axes[0])
+        self._outputs = [
+            program.new_buffer(r, inner=inner) if isinstance(r.type, TensorType) else None for r in op.results
+        ]
         self._index: list[Index] = [ZERO] * len(self._shape)
         width = self._nest.width
         sizes = [size_of(value.type) * width for value in op.operands]
         registers = sum(-(-size // (2 * program.lanes)) for size in sizes)
-        chunks = 1 if self._lanes is None else self._shape[self._lanes] // width
+        chunks = 1 if lanes is None else self._shape[lanes] // width
         self._most = min(chunks, max(1, _REGISTERS // registers)) if light else 1
         identity = self.combine.identity()
         self._identity = None if identity is None else [c.splat(program.b, v, width) for v in identity]
 
     def lower(self) -> None:
-        nest, axis, lanes = self._nest, self._axis, self._lanes
+        nest, lanes = self._nest, self._nest.axis
         # Neighbouring chunks of a row are reduced side by side; each has masks of its own, and those cost code.
-        group = 1 if axis == lanes else min(self._most, 2) if nest.is_masked else self._most
-        others = [k for k, extent in enumerate(self._shape) if extent > 1 and k != axis]
+        group = 1 if lanes in self._axes else min(self._most, 2) if nest.is_masked else self._most
+        others = [k for k, extent in enumerate(self._shape) if extent > 1 and k not in self._axes]
         for k in others:
             self._index[k] = nest.open(self._shape[k], nest.width * group if k == lanes else 1, lanes=k == lanes)
-        if axis == lanes:
-            self._write(self._index, self._across(self._along_lanes()))
+        if lanes is None:
+            self._write(self._index, self._at(self._index))
+        elif lanes in self._axes:
+            self._write(self._index, self._across(self._along_lanes(lanes)))
         else:
-            beside = [list(self._index) for _ in range(group)]
-            for k in range(group if lanes is not None else 0):
-                assert lanes is not None
-                beside[k][lanes] = nest.further(self._index[lanes], k * nest.width)
+            beside = [self._with(lanes, nest.further(self._index[lanes], k * nest.width)) for k in range(group)]
             for index, values in zip(beside, self._along_rows(beside), strict=True):
                 self._write(index, values)
         for _ in others:
             nest.close()
 
-    def _at(self, position: Index, beside: Sequence[Index]) -> _Chunks:
-        here = (*beside[: self._axis], position, *beside[self._axis + 1 :])
+    def _with(self, axis: int, position: Index) -> list[Index]:
+        return [*self._index[:axis], position, *self._index[axis + 1 :]]
+
+    def _at(self, index: Sequence[Index]) -> _Chunks:
+        here = tuple(index)
         self._nest.visit(here)
         return [self._nest.vector(operand, here) for operand in self._op.operands]
 
     def _write(self, index: Sequence[Index], values: _Chunks) -> None:
         nest = self._nest
-        target = tuple(at for k, at in enumerate(index) if k != self._axis)
+        target = tuple(at for k, at in enumerate(index) if k not in self._axes)
         for output, result, value in zip(self._outputs, self._op.results, values, strict=True):
             if output is None:
                 self._program.scalars[result] = value
@@ -92,10 +97,11 @@ class _Reduction:
 
     def _along_rows(self, beside: Sequence[Sequence[Index]]) -> list[_Chunks]:
         """Elements at the same place in every slice, for several places."""
-        nest, extent = self._nest, self._shape[self._axis]
+        nest, (axis,) = self._nest, self._axes
+        extent = self._shape[axis]
 
         def rows(position: Index) -> list[_Chunks]:
-            return [self._at(position, index) for index in beside]
+            return [self._at([*index[:axis], position, *index[axis + 1 :]]) for index in beside]
 
         if extent == 1:
             return rows(ZERO)
@@ -106,48 +112,64 @@ class _Reduction:
         position = nest.open(extent, 1, start=start)
         return self._accumulate(first, lambda: rows(position))
 
-    def _along_lanes(self) -> _Chunks:
-        """The chunks of a row, to one chunk."""
-        nest, width, extent = self._nest, self._nest.width, self._shape[self._axis]
-        split = None
-        if self._most > 1 and nest.is_masked and self._identity is not None:
-            split = nest.split(tuple(self._index), self._axis)
-        count = 1 if nest.is_masked and split is None else self._most
-        step = count * width
+    def _along_lanes(self, lanes: int) -> _Chunks:
+        """The chunks of a row, or of all rows, to one chunk."""
+        nest, width, extent = self._nest, self._nest.width, self._shape[lanes]
+        if self._identity is not None:
+            rows = [k for k in self._axes if k != lanes and self._shape[k] > 1]
+            return self._joined(self._all_rows(rows, lanes, [self._identity] * self._most))
+        count = 1 if nest.is_masked else self._most
+        first = self._abreast(Index(ZERO.value, lanes=True, level=len(nest.builders) - 1), lanes, count)
+        if extent > width * count:
+            position = nest.open(extent, width * count, start=width * count, lanes=True)
+            first = self._accumulate(first, lambda: self._abreast(position, lanes, count))
+        return self._joined(first)
 
-        def abreast(position: Index) -> list[_Chunks]:
-            places = [nest.further(position, k * width) for k in range(count)]
-            if split is not None:
-                for place in places:
-                    nest.leave_on(split[2], (*self._index[: self._axis], place, *self._index[self._axis + 1 :]))
-            return [self._at(place, self._index) for place in places]
+    def _all_rows(self, axes: Sequence[int], lanes: int, parts: list[_Chunks]) -> list[_Chunks]:
+        """The elements along `axes` and in the lanes, joined to `parts`."""
+        if not axes:
+            return self._row(lanes, parts)
+        self._index[axes[0]] = self._nest.open(self._shape[axes[0]])
+        return self._fold(parts, lambda so_far: self._all_rows(axes[1:], lanes, so_far))
 
+    def _row(self, lanes: int, parts: list[_Chunks]) -> list[_Chunks]:
+        nest, width, extent = self._nest, self._nest.width, self._shape[lanes]
+        step = width * len(parts)
+        if not nest.is_masked:
+            position = nest.open(extent, step, lanes=True)
+            return self._accumulate(parts, lambda: self._abreast(position, lanes, len(parts)))
+        split = nest.split(tuple(self._index), lanes) if len(parts) > 1 else None
         if split is None:
-            if self._identity is None:
-                first = abreast(Index(ZERO.value, lanes=True, level=len(nest.builders) - 1))
-                if extent == step:
-                    return self._joined(first)
-                position = nest.open(extent, step, start=step, lanes=True)
-            else:
-                first = [self._identity] * count
-                position = nest.open(extent, step, lanes=True)
-            return self._joined(self._accumulate(first, lambda: abreast(position)))
-        assert self._identity is not None
-        whole = nest.b.and_(split[0], ir.Constant(I64, -step))
-        position = nest.open_between(ZERO.value, whole, step, lanes=True)
-        total = self._joined(self._accumulate([self._identity] * count, lambda: abreast(position)))
-        # What is left is less than a step, or has masks.
-        rest = nest.open_between(whole, ir.Constant(I64, extent), width, lanes=True)
-        return self._accumulate([total], lambda: [self._at(rest, self._index)])[0]
+            rest = nest.open(extent, width, lanes=True)
+        else:
+            whole = nest.b.and_(split[0], ir.Constant(I64, -step))
+            unmasked = nest.open_between(ZERO.value, whole, step, lanes=True)
+            parts = self._accumulate(parts, lambda: self._abreast(unmasked, lanes, len(parts), split[2]))
+            # What is left is less than a step, or has masks.
+            rest = nest.open_between(whole, ir.Constant(I64, extent), width, lanes=True)
+        return [*self._accumulate(parts[:1], lambda: self._abreast(rest, lanes, 1)), *parts[1:]]
 
-    def _accumulate(self, first: Sequence[_Chunks], more: Callable[[], Sequence[_Chunks]]) -> list[_Chunks]:
+    def _abreast(self, position: Index, lanes: int, count: int, masks: Sequence[Value] = ()) -> list[_Chunks]:
+        """Neighbouring chunks, in which `masks` are on."""
+        places = [self._with(lanes, self._nest.further(position, k * self._nest.width)) for k in range(count)]
+        for place in places:
+            self._nest.leave_on(masks, tuple(place))
+        return [self._at(place) for place in places]
+
+    def _accumulate(self, first: list[_Chunks], more: Callable[[], list[_Chunks]]) -> list[_Chunks]:
         """Close the loop that has just been opened, in every step of which `more()` comes to what there is."""
-        operands = len(self._op.operands)
+        return self._fold(first, lambda parts: [self._both(x, y) for x, y in zip(parts, more(), strict=True)])
 
-        def step(flat: list[Any]) -> list[Any]:
-            return [v for x, y in zip(_grouped(flat, operands), more(), strict=True) for v in self._both(x, y)]
+    def _fold(self, first: list[_Chunks], step: Callable[[list[_Chunks]], list[_Chunks]]) -> list[_Chunks]:
+        size = len(self._op.operands)
 
-        return _grouped(self._nest.fold([value for values in first for value in values], step), operands)
+        def grouped(flat: Sequence[Any]) -> list[_Chunks]:
+            return [list(flat[k : k + size]) for k in range(0, len(flat), size)]
+
+        def flat(parts: list[_Chunks]) -> list[Any]:
+            return [value for part in parts for value in part]
+
+        return grouped(self._nest.fold(flat(first), lambda values: flat(step(grouped(values)))))
 
     def _both(self, x: _Chunks, y: _Chunks) -> _Chunks:
         return self.combine(self._nest.b, [*x, *y])
@@ -170,7 +192,3 @@ class _Reduction:
                 halves.append([b.shuffle_vector(v, undefined(v.type), lanes) for v in vectors])
             vectors = self._both(*halves)
         return [b.extract_element(v, ir.Constant(I32, 0)) for v in vectors]
-
-
-def _grouped(flat: Sequence[Any], size: int) -> list[_Chunks]:
-    return [list(flat[k : k + size]) for k in range(0, len(flat), size)]

@@ -29,11 +29,13 @@ def lower_scan(program: Program, op: Operation) -> None:
     combine = ElementFunction(program, op)
     source = op.operands[0].type
     assert isinstance(source, TensorType)
+    lanes = program.reading_axis(op.operands)
+    lanes = lane_axis(source.shape) if lanes is None else lanes
     # Inside a chunk, a function that takes lanes one by one would be called log2(W) times for each of them.
-    if op.attributes["axis"] == lane_axis(source.shape) and combine.in_lanes:
+    if op.attributes["axis"] == lanes and combine.in_lanes:
         _scan_rows(program, op, combine)
     else:
-        _scan_one_by_one(program, op, combine)
+        _scan_one_by_one(program, op, combine, lanes)
     combine.finish()
 
 
@@ -42,11 +44,11 @@ def _scan_rows(program: Program, op: Operation, combine: ElementFunction) -> Non
     source = op.operands[0].type
     assert isinstance(source, TensorType)
     shape = source.shape
-    nest = program.nest(op.operands, shape, op)
-    outputs = [program.new_buffer(result) for result in op.results]
+    nest = program.nest(op.operands, shape, op, axis)
+    outputs = [program.new_buffer(result, inner=axis) for result in op.results]
     width, extent = nest.width, shape[axis]
     index = [ZERO] * len(shape)
-    others = [k for k, n in enumerate(shape[:axis]) if n > 1]
+    others = [k for k, n in enumerate(shape) if n > 1 and k != axis]
     for k in others:
         index[k] = nest.open(shape[k])
 
@@ -113,17 +115,16 @@ def _permuted(nest: Nest, vector: Any, lanes: Sequence[int]) -> Any:
     return nest.b.shuffle_vector(vector, undefined(vector.type), mask)
 
 
-def _scan_one_by_one(program: Program, op: Operation, combine: ElementFunction) -> None:
+def _scan_one_by_one(program: Program, op: Operation, combine: ElementFunction, lanes: int | None) -> None:
     axis, reverse = op.attributes["axis"], bool(op.attributes.get("reverse"))
     source = op.operands[0].type
     assert isinstance(source, TensorType)
     shape, extent = source.shape, source.shape[axis]
-    lanes = lane_axis(shape)
     if axis == lanes:
         for operand in op.operands:
-            program.materialise(operand)
-    nest = program.nest(op.operands, shape, op)
-    outputs = [program.new_buffer(result) for result in op.results]
+            program.materialise(operand, axis)
+    nest = program.nest(op.operands, shape, op, lanes)
+    outputs = [program.new_buffer(result, inner=lanes) for result in op.results]
     index: list[Index] = [ZERO] * len(shape)
     others = [k for k, n in enumerate(shape) if n > 1 and k != axis]
     for k in others:
