@@ -1,11 +1,17 @@
-"""Notes whether this process is a forked child, whose libgomp waits for threads that stayed behind in the parent.
+"""What a fork would break, kept whole.
 
-Its own module, so that it is imported, and takes note, as early as Triton is, and costs nothing.
+A forked child has one thread. Its libgomp waits for ever for threads that stayed behind in the parent, so it is noted
+that the process is a child. And llvmlite's lock would never be released if another thread held it at that moment, so
+the thread that forks holds it itself.
+
+A module of its own, so that it is imported as early as Triton is, and costs nothing.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from typing import Any
 
 __all__ = ["forked"]
 
@@ -17,10 +23,27 @@ def forked() -> bool:
     return _forked
 
 
-def _take_note() -> None:
+_held: Any = None
+
+
+def _before() -> None:
+    global _held
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    _held = getattr(getattr(ffi, "lib", None), "_lock", None)
+    if _held is not None:
+        _held.__enter__()  # waits for a call of LLVM in another thread to end
+
+
+def _after() -> None:
+    if _held is not None:
+        _held.__exit__(None, None, None)
+
+
+def _after_in_child() -> None:
     global _forked
     _forked = True
+    _after()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_take_note)
+    os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after_in_child)
