@@ -266,13 +266,14 @@ class Buffer:
 
     def address(self, b: ir.IRBuilder, index: tuple[Index, ...]) -> tuple[Value, int]:
         """Pointer to the (first) element, and the lanes' stride in elements (0 where no axis has lanes)."""
-        offset: Any = ir.Constant(I64, 0)
+        offset: Any = (nowhere := ir.Constant(I64, 0))
         lane_stride = 0
 
         def advance(value: Value, stride: int) -> None:
             nonlocal offset
             if not (isinstance(value, ir.Constant) and value.constant == 0):
-                offset = b.add(offset, value if stride == 1 else b.mul(value, ir.Constant(I64, stride)))
+                term = value if stride == 1 else b.mul(value, ir.Constant(I64, stride))
+                offset = term if offset is nowhere else b.add(offset, term)
 
         for position, stride in zip(index, self.strides, strict=True):
             if position.lanes:

@@ -27,8 +27,8 @@ def _enter(program: Program, op: Operation) -> None:
     """Compute what control flow uses from outside, and what it could change under a pending load."""
     for nested in op.walk():
         for value in nested.operands if nested is not op else ():
-            if program.is_lazy(value) and _defined_outside(value, op) and not program.is_cheap(value):
-                program.materialise(value)
+            if program.is_lazy(value) and _defined_outside(value, op):
+                program.make_cheap(value)
     if writes_memory(op):
         program.flush()
 
@@ -77,8 +77,7 @@ def lower_for(program: Program, op: Operation) -> None:
         if not is_tile(argument):
             entry_values.append(program.scalars[first])
         elif advance is not None:
-            if not program.is_cheap(first):
-                program.materialise(first)
+            program.make_cheap(first)
             entry_values.append(ir.Constant(advance, 0))
         else:
             here, there = (program.new_buffer(argument, register=False) for _ in range(2))

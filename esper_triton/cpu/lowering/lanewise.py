@@ -14,8 +14,10 @@ from llvmlite import ir
 
 from esper_triton.cpu.lowering.chunks import (
     POINTER,
+    Cases,
     load_scalar,
     load_vector,
+    minimum,
     splat,
     store_scalar,
     store_vector,
@@ -72,66 +74,75 @@ def first_lanes(b: ir.IRBuilder, count: Value, element: Type, width: int) -> Val
     return b.icmp_unsigned("<", ramp, splat(b, bound, width))
 
 
-def prefix_load(b: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other: Value, element: Type) -> Value:
-    """The first `count` (less than there are lanes) of neighbouring elements, and `other`'s lanes after them."""
-    other = to_memory(b, other, element)
+def load_few(b: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other: Value, element: Type) -> Value:
+    """The first `count` of neighbouring elements, and `other`'s lanes after them.
+
+    `count` (i64) is at most the number of lanes; where it is not positive no address is touched.
+    """
+    width, given = other.type.count, to_memory(b, other, element)
     align = size_of(element)
-    b.store(other, slot, align=align)
-    _copy_elements(b, slot, pointer, count, align, other.type.count)
-    return to_register(b, b.load(slot, typ=other.type, align=align), element)
+    cases = Cases(b)
+    cases.when(b.icmp_signed("<=", count, ir.Constant(I64, 0)), lambda: given)
+
+    def chosen() -> Value:
+        vector = b.load(pointer, typ=given.type, align=align)
+        return b.select(first_lanes(b, count, element, width), vector, given)
+
+    cases.when(lies_in_one_page(b, pointer, element, width), chosen)
+    b.store(given, slot, align=align)
+    _copy_elements(b, slot, pointer, count, align, width)
+    return to_register(b, cases.otherwise(b.load(slot, typ=given.type, align=align)), element)
 
 
-def prefix_store(b: ir.IRBuilder, slot: Value, value: Value, pointer: Value, count: Value, element: Type) -> None:
-    """Writes the first `count` (less than there are lanes) of neighbouring elements."""
+def load_first(b: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other: Value, element: Type) -> Value:
+    """`load_few` in a function of its own, for what is not often executed; `count` may be any number."""
+
+    def body(inner: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other: Value) -> Value:
+        few = minimum(inner, count, ir.Constant(I64, other.type.count))
+        return load_few(inner, slot, pointer, few, other, element)
+
+    name = f"load.{other.type.count}.{element}"
+    return _call(b, name, other.type, [slot, pointer, count, other], body)
+
+
+def store_few(b: ir.IRBuilder, slot: Value, value: Value, pointer: Value, count: Value, element: Type) -> None:
+    """Writes the first `count` (i64, at most the number of lanes, maybe negative) of neighbouring elements."""
     align = size_of(element)
     b.store(to_memory(b, value, element), slot, align=align)
     _copy_elements(b, pointer, slot, count, align, value.type.count)
 
 
+def store_first(b: ir.IRBuilder, slot: Value, value: Value, pointer: Value, count: Value, element: Type) -> None:
+    """`store_few` for what is not often executed; `count` may be any number."""
+    few = minimum(b, count, ir.Constant(I64, value.type.count))
+    align, width = size_of(element), value.type.count
+    b.store(to_memory(b, value, element), slot, align=align)
+
+    def body(inner: ir.IRBuilder, target: Value, source: Value, count: Value) -> None:
+        _copy_elements(inner, target, source, count, align, width)
+
+    _call(b, f"copy.{width}.{align}", ir.VoidType(), [pointer, slot, few], body)
+
+
 def _copy_elements(b: ir.IRBuilder, target: Value, source: Value, count: Value, size: int, lanes: int) -> None:
-    """Copies `count` < `lanes` elements of `size` bytes, none where it is negative, in as few pieces as it has bits."""
-    module = b.function.module
-    name = f"copy.{lanes}x{size}"
-    function = module.globals.get(name)
-    if function is None:
-        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER, POINTER, I64]), name)
-        function.linkage = "internal"
-        function.attributes.add("noinline")
-        _emit_copy(function, size, lanes)
-    b.call(function, [target, source, count])
-
-
-def _emit_copy(function: Value, size: int, lanes: int) -> None:
-    b = ir.IRBuilder(function.append_basic_block("entry"))
-    target, source, count = function.args
-    done = function.append_basic_block("done")
-    some = function.append_basic_block("some")
-    b.cbranch(b.icmp_signed(">", count, ir.Constant(I64, 0)), some, done)
-    b.position_at_end(some)
-    offset: Value = ir.Constant(I64, 0)
+    """Copies `count` of `lanes` elements of `size` bytes, none where it is negative: in two pieces, from either end."""
+    done = b.append_basic_block("done")
     piece = lanes // 2
     while piece:
-        here, copy, after = b.block, function.append_basic_block("copy"), function.append_basic_block("after")
-        bit = b.and_(count, ir.Constant(I64, piece))
-        b.cbranch(b.icmp_unsigned("!=", bit, ir.Constant(I64, 0)), copy, after)
+        copy, smaller = b.append_basic_block("copy"), b.append_basic_block("smaller")
+        b.cbranch(b.icmp_signed(">=", count, ir.Constant(I64, piece)), copy, smaller)
         b.position_at_end(copy)
         type_ = ir.IntType(8 * size * piece) if size * piece <= 8 else ir.VectorType(I8, size * piece)
-        b.store(
-            b.load(b.gep(source, [offset], source_etype=I8), typ=type_, align=size),
-            b.gep(target, [offset], source_etype=I8),
-            align=size,
-        )
-        further = b.add(offset, ir.Constant(I64, size * piece))
-        b.branch(after)
-        b.position_at_end(after)
-        merged = b.phi(I64)
-        merged.add_incoming(offset, here)
-        merged.add_incoming(further, copy)
-        offset = merged
+        last = b.mul(b.sub(count, ir.Constant(I64, piece)), ir.Constant(I64, size))
+        offsets = [ir.Constant(I64, 0), last]
+        values = [b.load(b.gep(source, [at], source_etype=I8), typ=type_, align=size) for at in offsets]
+        for at, value in zip(offsets, values, strict=True):
+            b.store(value, b.gep(target, [at], source_etype=I8), align=size)
+        b.branch(done)
+        b.position_at_end(smaller)
         piece //= 2
     b.branch(done)
     b.position_at_end(done)
-    b.ret_void()
 
 
 def strided_load(b: ir.IRBuilder, base: Value, step: int, element: Type, width: int) -> Value:
@@ -182,18 +193,50 @@ def are_neighbours(b: ir.IRBuilder, addresses: Value, element: Type) -> Value:
 def gather_all(b: ir.IRBuilder, addresses: Value, element: Type) -> Value:
     """Elements at a vector of addresses (i64)."""
     width = addresses.type.count
-    vector = undefined(ir.VectorType(register_type(element), width))
-    for lane in range(width):
-        pointer = b.inttoptr(b.extract_element(addresses, ir.Constant(I32, lane)), POINTER)
-        vector = b.insert_element(vector, load_scalar(b, pointer, element), ir.Constant(I32, lane))
-    return vector
+    result = ir.VectorType(memory_type(element), width)
+
+    def body(inner: ir.IRBuilder, at: Value) -> Value:
+        vector = undefined(result)
+        for lane in range(width):
+            pointer = inner.inttoptr(inner.extract_element(at, ir.Constant(I32, lane)), POINTER)
+            one = inner.load(pointer, typ=result.element, align=size_of(element))
+            vector = inner.insert_element(vector, one, ir.Constant(I32, lane))
+        return vector
+
+    name = f"gather.{width}.{result.element}"
+    return to_register(b, _call(b, name, result, [addresses], body), element)
 
 
 def scatter_all(b: ir.IRBuilder, vector: Value, addresses: Value, element: Type) -> None:
     """Writes elements at a vector of addresses (i64), lower lanes first."""
-    for lane in range(addresses.type.count):
-        pointer = b.inttoptr(b.extract_element(addresses, ir.Constant(I32, lane)), POINTER)
-        store_scalar(b, b.extract_element(vector, ir.Constant(I32, lane)), pointer, element)
+    given = to_memory(b, vector, element)
+
+    def body(inner: ir.IRBuilder, values: Value, at: Value) -> None:
+        for lane in range(given.type.count):
+            pointer = inner.inttoptr(inner.extract_element(at, ir.Constant(I32, lane)), POINTER)
+            inner.store(inner.extract_element(values, ir.Constant(I32, lane)), pointer, align=size_of(element))
+
+    name = f"scatter.{given.type.count}.{given.type.element}"
+    _call(b, name, ir.VoidType(), [given, addresses], body)
+
+
+def _call(
+    b: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[Value], body: Callable[..., Value | None]
+) -> Value:
+    """A call of a function of this module that `body` emits on first use: code that is too long to stand everywhere."""
+    module = b.function.module
+    function = module.globals.get(name)
+    if function is None:
+        function = ir.Function(module, ir.FunctionType(result, [arg.type for arg in args]), name)
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        inner = ir.IRBuilder(function.append_basic_block("entry"))
+        value = body(inner, *function.args)
+        if value is None:
+            inner.ret_void()
+        else:
+            inner.ret(value)
+    return b.call(function, args)
 
 
 def gather(

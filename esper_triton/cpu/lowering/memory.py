@@ -73,16 +73,14 @@ def load(nest: Nest, op: Operation, index: tuple[Index, ...]) -> Chunk:
         return Lanes(whole())
     if isinstance(condition, Uniform):
         return Lanes(c.guarded(b, condition.value, whole, otherwise))
-    cases = c.Cases(b)
     if isinstance(condition, Prefix):
-        count = condition.count
-        cases.when(b.icmp_signed(">=", count, ir.Constant(I64, width)), whole)
-        cases.when(b.icmp_signed("<=", count, ir.Constant(I64, 0)), lambda: otherwise)
-        cases.when(
-            lanewise.lies_in_one_page(b, pointer, element, width),
-            lambda: b.select(lanewise.first_lanes(b, count, element, width), whole(), otherwise),
-        )
-        return Lanes(cases.otherwise(lanewise.prefix_load(b, slots[0], pointer, count, otherwise, element)))
+        if nest.is_split:  # and whole chunks have been dealt with
+            return Lanes(lanewise.load_first(b, slots[0], pointer, condition.count, otherwise, element))
+        cases = c.Cases(b)
+        cases.when(b.icmp_signed(">=", condition.count, ir.Constant(I64, width)), whole)
+        few = lanewise.load_few(b, slots[0], pointer, condition.count, otherwise, element)
+        return Lanes(cases.otherwise(few))
+    cases = c.Cases(b)
     bits = c.as_vector(b, condition, width)
     cases.when(lanewise.all_true(b, bits), whole)
     one_page = b.and_(lanewise.any_true(b, bits), lanewise.lies_in_one_page(b, pointer, element, width))
@@ -148,11 +146,14 @@ def store(nest: Nest, op: Operation, index: tuple[Index, ...]) -> None:
             c.store_vector(b, vector, pointer, element)
         return
     if isinstance(condition, Prefix):
+        if nest.is_split:  # and whole chunks have been dealt with
+            lanewise.store_first(b, _slots(nest)[0], vector, pointer, condition.count, element)
+            return
         with b.if_else(b.icmp_signed(">=", condition.count, ir.Constant(I64, width))) as (full, partial):
             with full:
                 c.store_vector(b, vector, pointer, element)
             with partial:
-                lanewise.prefix_store(b, _slots(nest)[0], vector, pointer, condition.count, element)
+                lanewise.store_few(b, _slots(nest)[0], vector, pointer, condition.count, element)
         return
     bits = c.as_vector(b, condition, width)
     with b.if_else(lanewise.all_true(b, bits)) as (full, partial):

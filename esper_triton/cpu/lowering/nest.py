@@ -344,6 +344,7 @@ class Nest:
         full = everything
         end = nothing
         masks: list[Value] = []
+        counted = False
         for op in self._accesses:
             mask = memory.mask_of(op)
             assert mask is not None
@@ -351,6 +352,7 @@ class Nest:
             count = everything
             match on:
                 case Prefix(count, certain):
+                    counted = True
                     masks.append(mask)
                     reaches = c.minimum(b, count, everything)
                     full = c.minimum(b, full, reaches)
@@ -365,7 +367,7 @@ class Nest:
                     reaches = everything
             if op.name == "tt.store":
                 end = reaches if end is nothing else b.select(b.icmp_signed("<", end, reaches), reaches, end)
-        if not masks:
+        if not counted:  # all masks are the same along the row, which takes one test as it is
             return None
         if self._kept or end is nothing:
             end = everything
@@ -455,7 +457,11 @@ class Nest:
             case "tt.make_range":
                 (at,) = index
                 start = ir.Constant(register_type(value.type), op.attributes["start"])
-                base = b.add(b.trunc(at.value, start.type), start)
+                if isinstance(at.value, ir.Constant):
+                    base: LLVMValue = ir.Constant(start.type, at.value.constant + start.constant)
+                else:
+                    base = b.trunc(at.value, start.type)
+                    base = b.add(base, start) if start.constant else base
                 return Affine(base, 1, fits=True) if at.lanes else Uniform(base)
             case "tt.expand_dims" | "tt.broadcast" | "tt.trans":
                 return self.chunk(op.operands[0], operand_index(op, index))

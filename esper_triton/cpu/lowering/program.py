@@ -223,6 +223,18 @@ class Program:
             visit.elsewhere or self.is_cheap(v) or definition(v).name in _ARITHMETIC for v, visit in known.items()
         )
 
+    def make_cheap(self, value: Value) -> None:
+        """Compute now what would keep a tile from being computed again wherever it is used, and no more than that."""
+        if self.is_cheap(value):
+            return
+        if value in self.shifted:
+            self.make_cheap(self.shifted[value][0])
+        elif definition(value).name in _CHEAP and definition(value).name != "tt.trans":
+            for operand in definition(value).operands:
+                self.make_cheap(operand)
+        else:
+            self.materialise(value)
+
     def _is_worth_storing(self, value: Value) -> bool:
         # A shape operation is read through to what it shows.
         return not self.is_cheap(value) and definition(value).name not in SHAPE_OPS
