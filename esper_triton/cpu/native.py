@@ -45,8 +45,8 @@ __all__ = ["ALLOWED_SYMBOLS", "NOTE_SECTION", "LoadedCode", "NativeKernel", "sha
 _MATH = (
     "acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp10 exp2 expm1 fabs fdim "
     "floor fma fmax fmin fmod frexp hypot ilogb j0 j1 ldexp lgamma llrint llround log log10 log1p log2 logb lrint "
-    "lround modf nearbyint nextafter pow remainder remquo rint round roundeven scalbn sin sincos sinh sqrt tan tanh "
-    "tgamma trunc y0 y1"
+    "jn lround modf nearbyint nextafter pow remainder remquo rint round roundeven scalbn sin sincos sinh sqrt tan tanh "
+    "tgamma trunc y0 y1 yn"
 ).split()
 # What object code may call.
 ALLOWED_SYMBOLS = frozenset(
