@@ -121,6 +121,50 @@ def moved(y, out, TRANSPOSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.const
     tl.store(out + tl.arange(0, ROWS * COLUMNS), tile, mask=keep)
 
 
+@triton.jit
+def nested(x, y, out, outer, inner, divisor, parity, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    a, b = tl.load(x + lanes), tl.load(y + lanes)
+    total = tl.zeros((BLOCK,), tl.int32)
+    other = a // divisor
+    k = 0
+    while k < outer:
+        for j in range(inner):
+            if (j + k) % 2 == parity:
+                total = total + other
+            else:
+                total = tl.where(lanes < 4, total, other)
+                other = a // b + total * 3
+        before = total
+        total = other
+        other = before
+        k += 1
+    if outer == 1:
+        total = total * 2
+    tl.store(out + lanes, total, mask=lanes < 6)
+
+
+def nested_in_python(x, y, outer, inner, divisor, parity):
+    """Elements 0 to 5 that `nested` stores, None for those that are not defined."""
+
+    def each(function, *tiles):
+        return [None if None in elements else function(*elements) for elements in zip(*tiles, strict=True)]
+
+    def divide(p, q):
+        return None if q == 0 else p // q
+
+    total, other = [0] * len(x), each(divide, x, [divisor] * len(x))
+    for k in range(outer):
+        for j in range(inner):
+            if (j + k) % 2 == parity:
+                total = each(lambda p, q: p + q, total, other)
+            else:
+                total = total[:4] + other[4:]
+                other = each(lambda p, q: p + q * 3, each(divide, x, y), total)
+        total, other = other, total
+    return [None if p is None else p * (2 if outer == 1 else 1) for p in total[:6]]
+
+
 @triton.jit(noinline=True)
 def quotient_of(a, b):
     return a // b
@@ -216,6 +260,26 @@ def test_undefined_elements_are_followed_around_while_loops():
     assert out.tolist() == [1, 2, -1, -1]
     with pytest.raises(IntegerDivisionByZero):
         in_a_while_loop[1,](y, out, 3, BLOCK=4)
+
+
+@settings(max_examples=60, deadline=None)  # the first call compiles
+@given(
+    x=st.lists(st.integers(1, 50), min_size=8, max_size=8),
+    y=st.lists(st.integers(1, 4), min_size=8, max_size=8),
+    zeros=st.sets(st.integers(0, 7), max_size=2),
+    counts=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    divisor=st.integers(0, 3),
+    parity=st.integers(0, 1),
+)
+def test_nested_loops_and_branches_know_which_elements_are_undefined(x, y, zeros, counts, divisor, parity):
+    y = [0 if lane in zeros else value for lane, value in enumerate(y)]
+    expected, out = nested_in_python(x, y, *counts, divisor, parity), torch.full((8,), -7).int()
+    if None in expected:
+        with pytest.raises(IntegerDivisionByZero):
+            nested[1,](integers(*x), integers(*y), out, *counts, divisor, parity, BLOCK=8)
+    else:
+        nested[1,](integers(*x), integers(*y), out, *counts, divisor, parity, BLOCK=8)
+        assert out.tolist() == [*expected, -7, -7]
 
 
 def test_what_is_reduced_is_used_whole():

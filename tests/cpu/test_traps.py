@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esper_triton.cpu import deadline
+from esper_triton.cpu import deadline, prepare
 from esper_triton.cpu.errors import CPUBackendError, DeviceAssertionError, KernelTimeout
 
 
@@ -126,6 +126,14 @@ def test_without_debug_there_is_no_assertion():
     assert torch.equal(x, y)
 
 
+def test_tritons_own_switch_for_debugging_keeps_assertions():
+    x = torch.zeros(1, dtype=torch.int8)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.debug = True
+        with pytest.raises(DeviceAssertionError, match="one"):
+            scalar_check[1,](x)
+
+
 def test_no_program_is_begun_after_one_has_failed():
     x, y = torch.ones(64 * 9, dtype=torch.int32), torch.zeros(64 * 9, dtype=torch.int32)
     x[64 * 4] = -1
@@ -210,6 +218,17 @@ def test_what_is_done_in_time_is_not_stopped(threads):
         time.sleep(0.1)  # the time of a launch is meant, not that of the block
         counts[2,](memory, 1000)
     assert memory[0] == 6000
+
+
+def test_a_prepared_launch_is_stopped_at_the_deadline():
+    memory = torch.ones(8, dtype=torch.int32)
+    launch = prepare(spins[1,](memory, BLOCK=4))
+    memory.zero_()
+    with deadline(0.1), pytest.raises(KernelTimeout):
+        launch(1, 1, 1, memory)
+    memory.fill_(3)
+    launch(1, 1, 1, memory)
+    assert memory[1:5].eq(3).all()
 
 
 def test_a_deadline_is_its_own_threads_and_ends_with_its_block():
