@@ -162,12 +162,14 @@ class Cases:
         self._join: Any = None
         self._incoming: list[tuple[Value, Any]] = []
 
-    def when(self, condition: Value, value: Callable[[], Value]) -> None:
-        """`value()` where `condition` (i1) holds and no earlier one does."""
+    def when(self, condition: Value, value: Callable[[], Value], likely: bool = False) -> None:
+        """`value()` where `condition` (i1) holds and no earlier one does; `likely`: which it nearly always does."""
         b = self._b
         here, after = b.append_basic_block("case"), b.append_basic_block("else")
         self._join = self._join or b.append_basic_block("chosen")
-        b.cbranch(condition, here, after)
+        branch = b.cbranch(condition, here, after)
+        if likely:
+            branch.set_weights((99, 1))
         b.position_at_end(here)
         self._incoming.append((value(), b.block))
         b.branch(self._join)

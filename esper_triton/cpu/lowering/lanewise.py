@@ -74,10 +74,13 @@ def first_lanes(b: ir.IRBuilder, count: Value, element: Type, width: int) -> Val
     return b.icmp_unsigned("<", ramp, splat(b, bound, width))
 
 
-def load_few(b: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other: Value, element: Type) -> Value:
+def load_few(
+    b: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other: Value, element: Type, inline: bool = True
+) -> Value:
     """The first `count` of neighbouring elements, and `other`'s lanes after them.
 
-    `count` (i64) is at most the number of lanes; where it is not positive no address is touched.
+    `count` (i64) is at most the number of lanes; where it is not positive no address is touched. Not `inline`: with
+    less code for where the vector lies in two pages.
     """
     width, given = other.type.count, to_memory(b, other, element)
     align = size_of(element)
@@ -90,7 +93,7 @@ def load_few(b: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other: 
 
     cases.when(lies_in_one_page(b, pointer, element, width), chosen)
     b.store(given, slot, align=align)
-    _copy_elements(b, slot, pointer, count, align, width)
+    (_copy_elements if inline else _call_copy)(b, slot, pointer, count, align, width)
     return to_register(b, cases.otherwise(b.load(slot, typ=given.type, align=align)), element)
 
 
@@ -99,7 +102,7 @@ def load_first(b: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other
 
     def body(inner: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other: Value) -> Value:
         few = minimum(inner, count, ir.Constant(I64, other.type.count))
-        return load_few(inner, slot, pointer, few, other, element)
+        return load_few(inner, slot, pointer, few, other, element, inline=False)
 
     name = f"load.{other.type.count}.{element}"
     return _call(b, name, other.type, [slot, pointer, count, other], body)
@@ -117,11 +120,14 @@ def store_first(b: ir.IRBuilder, slot: Value, value: Value, pointer: Value, coun
     few = minimum(b, count, ir.Constant(I64, value.type.count))
     align, width = size_of(element), value.type.count
     b.store(to_memory(b, value, element), slot, align=align)
+    _call_copy(b, pointer, slot, few, align, width)
 
+
+def _call_copy(b: ir.IRBuilder, target: Value, source: Value, count: Value, size: int, lanes: int) -> None:
     def body(inner: ir.IRBuilder, target: Value, source: Value, count: Value) -> None:
-        _copy_elements(inner, target, source, count, align, width)
+        _copy_elements(inner, target, source, count, size, lanes)
 
-    _call(b, f"copy.{width}.{align}", ir.VoidType(), [pointer, slot, few], body)
+    _call(b, f"copy.{lanes}.{size}", ir.VoidType(), [target, source, count], body)
 
 
 def _copy_elements(b: ir.IRBuilder, target: Value, source: Value, count: Value, size: int, lanes: int) -> None:

@@ -77,9 +77,9 @@ def load(nest: Nest, op: Operation, index: tuple[Index, ...]) -> Chunk:
         if nest.is_split:  # and whole chunks have been dealt with
             return Lanes(lanewise.load_first(b, slots[0], pointer, condition.count, otherwise, element))
         cases = c.Cases(b)
-        cases.when(b.icmp_signed(">=", condition.count, ir.Constant(I64, width)), whole)
-        few = lanewise.load_few(b, slots[0], pointer, condition.count, otherwise, element)
-        return Lanes(cases.otherwise(few))
+        cases.when(b.icmp_signed(">=", condition.count, ir.Constant(I64, width)), whole, likely=not nest.is_narrow)
+        few = lanewise.load_few if nest.is_narrow else lanewise.load_first
+        return Lanes(cases.otherwise(few(b, slots[0], pointer, condition.count, otherwise, element)))
     cases = c.Cases(b)
     bits = c.as_vector(b, condition, width)
     cases.when(lanewise.all_true(b, bits), whole)
@@ -149,11 +149,13 @@ def store(nest: Nest, op: Operation, index: tuple[Index, ...]) -> None:
         if nest.is_split:  # and whole chunks have been dealt with
             lanewise.store_first(b, _slots(nest)[0], vector, pointer, condition.count, element)
             return
-        with b.if_else(b.icmp_signed(">=", condition.count, ir.Constant(I64, width))) as (full, partial):
+        few = lanewise.store_few if nest.is_narrow else lanewise.store_first
+        whole = b.icmp_signed(">=", condition.count, ir.Constant(I64, width))
+        with b.if_else(whole, likely=None if nest.is_narrow else True) as (full, partial):
             with full:
                 c.store_vector(b, vector, pointer, element)
             with partial:
-                lanewise.store_few(b, _slots(nest)[0], vector, pointer, condition.count, element)
+                few(b, _slots(nest)[0], vector, pointer, condition.count, element)
         return
     bits = c.as_vector(b, condition, width)
     with b.if_else(lanewise.all_true(b, bits)) as (full, partial):

@@ -133,6 +133,8 @@ class Nest:
         self._chunks: dict[tuple[Any, ...], tuple[Chunk, tuple[Index, ...]]] = {}
         self.width = 1 if self.axis is None else min(self.shape[self.axis], program.lanes)
         self.is_split = False  # whether chunks that masks leave on altogether have code of their own
+        # A row is one chunk, of which masks may well leave on a part only.
+        self.is_narrow = self.axis is not None and self.shape[self.axis] <= self.width
         # Kept with their neighbours along another axis than the lanes: computed and turned in square blocks.
         self._turned = [value for value, buffer in self._kept.items() if self._is_turned(buffer)]
         if self._turned:
@@ -343,30 +345,27 @@ class Nest:
         nothing, everything = ir.Constant(I64, 0), ir.Constant(I64, extent)
         full = everything
         end = nothing
-        masks: list[Value] = []
         counted = False
+        reach: dict[Value, LLVMValue] = {}  # of each mask: where it is off for good
         for op in self._accesses:
             mask = memory.mask_of(op)
             assert mask is not None
-            on = self.chunk(mask, first) if self.program.is_cheap(mask) else None
-            count = everything
-            match on:
-                case Prefix(count, certain):
-                    counted = True
-                    masks.append(mask)
-                    reaches = c.minimum(b, count, everything)
-                    full = c.minimum(b, full, reaches)
-                    if certain is not None:
-                        full = c.minimum(b, full, certain)
-                        reaches = b.select(b.icmp_signed("<", certain, everything), everything, reaches)
-                case Uniform(value):
-                    masks.append(mask)
-                    reaches = b.select(value, everything, nothing)
-                    full = b.select(value, full, nothing)
-                case _:
-                    reaches = everything
+            if mask not in reach:
+                match self.chunk(mask, first) if self.program.is_cheap(mask) else None:
+                    case Prefix(count, certain):
+                        counted = True
+                        reach[mask] = c.minimum(b, count, everything)
+                        full = reach[mask] if full is everything else c.minimum(b, full, reach[mask])
+                        if certain is not None:
+                            full = c.minimum(b, full, certain)
+                            wraps = b.icmp_signed("<", certain, everything)
+                            reach[mask] = b.select(wraps, everything, reach[mask])
+                    case Uniform(value):
+                        reach[mask] = b.select(value, everything, nothing)
+                        full = b.select(value, full, nothing)
             if op.name == "tt.store":
-                end = reaches if end is nothing else b.select(b.icmp_signed("<", end, reaches), reaches, end)
+                here = reach.get(mask, everything)
+                end = here if end is nothing else b.select(b.icmp_signed("<", end, here), here, end)
         if not counted:  # all masks are the same along the row, which takes one test as it is
             return None
         if self._kept or end is nothing:
@@ -374,7 +373,7 @@ class Nest:
         # Rounded down to whole chunks; what is negative stays so, and its loop has no step.
         full = b.and_(full, ir.Constant(I64, -self.width))
         full = b.select(b.icmp_signed("<", full, nothing), nothing, full)
-        return full, end, masks
+        return full, end, list(reach)
 
     def visit(self, index: tuple[Index, ...]) -> None:
         """Store the chunk of every kept value."""
