@@ -1,8 +1,8 @@
 """Control flow: `scf.if`, `scf.for` and `scf.while`, with scalars and tiles as results and carried values.
 
 Scalars become phis. A tile that a branch yields is written to one buffer by both branches. A tile carried around a loop
-alternates between two buffers, or, where each step adds one scalar to all of it (a pointer that advances), is its first
-value and a scalar that is carried instead.
+alternates between two buffers; or has one, where products are added to it and nothing else reads it; or, where each step
+adds one scalar to all of it (a pointer that advances), is its first value and a scalar that is carried instead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from esper_triton.cpu.lowering.chunks import Buffer
-from esper_triton.cpu.lowering.elementwise import I64, constant, element_type, register_type, size_of
+from esper_triton.cpu.lowering.elementwise import I64, TABLE, constant, element_type, register_type, size_of
 from esper_triton.cpu.lowering.nest import definition, is_tile
 from esper_triton.cpu.lowering.traps import end_of_step
 from esper_triton.cpu.mlir import Block, Operation, PointerType, TensorType, Value
@@ -72,7 +72,7 @@ def lower_for(program: Program, op: Operation) -> None:
     advances = [_advance(program, a, y) if is_tile(a) else None for a, y in zip(arguments, yields, strict=True)]
     entry_values: list[Any] = []
     spare: list[Any] = []
-    for argument, first, advance in zip(arguments, initial, advances, strict=True):
+    for argument, first, yielded, advance in zip(arguments, initial, yields, advances, strict=True):
         spare.append(None)
         if not is_tile(argument):
             entry_values.append(program.scalars[first])
@@ -80,9 +80,10 @@ def lower_for(program: Program, op: Operation) -> None:
             program.make_cheap(first)
             entry_values.append(ir.Constant(advance, 0))
         else:
-            here, there = (program.new_buffer(argument, register=False) for _ in range(2))
+            here = program.new_buffer(argument, register=False)
             program.copy(first, here)
             entry_values.append(here.pointer)
+            there = here if _is_summed_in_place(argument, yielded) else program.new_buffer(argument, register=False)
             spare[-1] = there.pointer
 
     entry = before.block
@@ -95,8 +96,10 @@ def lower_for(program: Program, op: Operation) -> None:
     for value, other in zip(entry_values, spare, strict=True):
         phis.append(program.b.phi(value.type))
         phis[-1].add_incoming(value, entry)
-        spare_phis.append(None if other is None else program.b.phi(other.type))
-        if other is not None:
+        if other is None or other is value:
+            spare_phis.append(other and phis[-1])
+        else:
+            spare_phis.append(program.b.phi(other.type))
             spare_phis[-1].add_incoming(other, entry)
     compare = program.b.icmp_unsigned if op.attributes.get("unsignedCmp") else program.b.icmp_signed
     program.b.cbranch(compare("<", index, upper), inside, after)
@@ -128,7 +131,7 @@ def lower_for(program: Program, op: Operation) -> None:
     program.b.branch(header)
     for value, phi, other in zip(following, phis, spare_phis, strict=True):
         phi.add_incoming(value, latch)
-        if other is not None:
+        if other is not None and other is not phi:
             other.add_incoming(phi, latch)
 
     program.b.position_at_end(after)
@@ -234,6 +237,23 @@ def _can_target(program: Program, yielded: Value, body: Block) -> bool:
     """Whether a yielded tile may be computed straight into the buffer of the next iteration."""
     op = yielded.defining_op
     return op is not None and op.block is body and op.name == "tt.dot" and body.terminator.operands.count(yielded) == 1
+
+
+def _is_summed_in_place(argument: Value, yielded: Value) -> bool:
+    """Whether a carried tile is read for the sum of the product alone that is yielded in its stead.
+
+    Its elements may go through element-wise operations and other products on the way. A product reads an element of its
+    accumulator before it writes the result's there.
+    """
+    value, product = argument, yielded.defining_op
+    while product is not None and product.name == "tt.dot" and len(value.users) == 1:
+        (user,) = value.users
+        if user is product:
+            return value is product.operands[2] and value not in product.operands[:2]
+        if user.block is not product.block or not (user.name in TABLE or user.name == "tt.dot"):
+            return False
+        value = user.result
+    return False
 
 
 def _other(op: Operation, value: Value) -> Value:
