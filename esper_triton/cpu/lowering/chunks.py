@@ -234,7 +234,8 @@ class Buffer:
 
     Row-major, or where `inner` is given, with neighbours along that axis side by side and the other axes row-major.
     With `panel`, each matrix of the last two axes is cut into panels of that many columns that follow one another, each
-    of them row-major: a column of vectors lies in one piece, whatever the width of the matrix.
+    of them row-major: a column of vectors lies in one piece, whatever the width of the matrix. After each panel there is
+    room for one more row, since panels a power of two apart would compete for the same few lines of the cache.
     """
 
     pointer: Value
@@ -261,7 +262,7 @@ class Buffer:
         strides, stride = [0] * len(axes), 1
         for axis in reversed(axes):
             strides[axis] = stride
-            stride *= self.shape[axis]
+            stride *= self.shape[axis] + (self.panel is not None and axis == len(axes) - 2)
         if self.panel is not None:
             strides[-2] = self.panel
         return tuple(strides)
@@ -284,7 +285,7 @@ class Buffer:
         if self.panel is not None:
             # Columns of earlier panels count for all of their rows.
             before = b.and_(index[-1].value, ir.Constant(I64, -self.panel))
-            advance(before, self.shape[-2] - 1)
+            advance(before, self.shape[-2])
         return b.gep(self.pointer, [offset], source_etype=memory_type(self.element)), lane_stride
 
     def read(self, b: ir.IRBuilder, index: tuple[Index, ...], width: int) -> Chunk:

@@ -172,7 +172,10 @@ class Program:
         elif place is not None:
             buffer = Buffer(place, value.type.shape, element)
         else:
-            pointer = self._allocate(value.type.size * size_of(element))
+            size = value.type.size
+            if panel is not None:
+                size += size // value.type.shape[-2]
+            pointer = self._allocate(size * size_of(element))
             inner = None if inner == lane_axis(value.type.shape) else inner
             buffer = Buffer(pointer, value.type.shape, element, inner, panel)
         if register:
