@@ -234,8 +234,8 @@ class Buffer:
 
     Row-major, or where `inner` is given, with neighbours along that axis side by side and the other axes row-major.
     With `panel`, each matrix of the last two axes is cut into panels of that many columns that follow one another, each
-    of them row-major: a column of vectors lies in one piece, whatever the width of the matrix. After each panel there is
-    room for one more row, since panels a power of two apart would compete for the same few lines of the cache.
+    of them row-major: a column of vectors lies in one piece, whatever the width of the matrix. After each panel there
+    is room for one more row, since panels a power of two apart would compete for the same few lines of the cache.
     """
 
     pointer: Value

@@ -1,8 +1,8 @@
 """Control flow: `scf.if`, `scf.for` and `scf.while`, with scalars and tiles as results and carried values.
 
 Scalars become phis. A tile that a branch yields is written to one buffer by both branches. A tile carried around a loop
-alternates between two buffers; or has one, where products are added to it and nothing else reads it; or, where each step
-adds one scalar to all of it (a pointer that advances), is its first value and a scalar that is carried instead.
+alternates between two buffers; or has one, where products are added to it and nothing else reads it; or, where each
+step adds one scalar to all of it (a pointer that advances), is its first value and a scalar that is carried instead.
 """
 
 from __future__ import annotations
