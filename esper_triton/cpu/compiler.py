@@ -61,6 +61,7 @@ class CPUOptions:
     backend_name: str = "cpu"
     arch: str = ""
     instrumentation_mode: str = ""
+    fpsan_homomorphic_casts: bool = False  # triton 3.9 passes it to every backend
     opt_level: int = 1
     slp_vectorize: bool = False
     sanitize: str | bool = ""
