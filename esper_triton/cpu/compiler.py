@@ -188,7 +188,7 @@ def _make_llir(module: Any, metadata: dict[str, Any], options: CPUOptions) -> st
     from esper_triton.cpu import mlir
 
     text = mlir.generic_text(module, module.context)
-    metadata["name"], metadata["slots"], source = _lower(text, str(options.sanitize))
+    metadata["name"], metadata["slots"], metadata["work"], source = _lower(text, str(options.sanitize))
     metadata["shared"] = 0
     return source
 
@@ -196,11 +196,12 @@ def _make_llir(module: Any, metadata: dict[str, Any], options: CPUOptions) -> st
 # Remembered, like `_object`: autotuning compiles a kernel again for each number of warps and stages, and here these are
 # one and the same kernel.
 @lru_cache(maxsize=8)
-def _lower(text: str, sanitize: str) -> tuple[str, int, str]:
-    """(symbol, number of run-time arguments, LLVM IR) of a module in MLIR's generic form."""
+def _lower(text: str, sanitize: str) -> tuple[str, int, int | None, str]:
+    """(symbol, number of run-time arguments, work of a program, LLVM IR) of a module in MLIR's generic form."""
     from esper_triton.cpu import mlir
     from esper_triton.cpu.lowering import lower
     from esper_triton.cpu.native import ALLOWED_SYMBOLS
+    from esper_triton.cpu.work import element_operations
 
     parsed = mlir.parse(text)
     public = [name for name, op in parsed.functions.items() if op.attributes.get("sym_visibility") != "private"]
@@ -209,7 +210,8 @@ def _lower(text: str, sanitize: str) -> tuple[str, int, str]:
     # A kernel called `exp` must not be what the machine code of another, or its own, calls for libm's.
     symbol = f"{public[0]}.kernel" if public[0] in ALLOWED_SYMBOLS else public[0]
     slots = len(parsed.functions[public[0]].attributes["function_type"].inputs)
-    return symbol, slots, str(lower(parsed, public[0], symbol=symbol, sanitize=sanitize))
+    work = element_operations(parsed, public[0])
+    return symbol, slots, work, str(lower(parsed, public[0], symbol=symbol, sanitize=sanitize))
 
 
 def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> bytes:
@@ -218,11 +220,11 @@ def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> 
     Raises:
         CPUBackendError: LLVM refuses the IR, which is an error of the lowering.
     """
-    return _object(source, metadata["name"], options.opt_level, options.slp_vectorize)
+    return _object(source, metadata["name"], metadata["work"], options.opt_level, options.slp_vectorize)
 
 
 @lru_cache(maxsize=8)
-def _object(source: str, name: str, opt_level: int, slp_vectorize: bool) -> bytes:
+def _object(source: str, name: str, work: int | None, opt_level: int, slp_vectorize: bool) -> bytes:
     import llvmlite.binding as llvm
 
     from esper_triton.cpu.host import cpu_features, cpu_name, feature_string
@@ -238,7 +240,7 @@ def _object(source: str, name: str, opt_level: int, slp_vectorize: bool) -> byte
     # A context of its own, so that kernels compiled in different threads do not meet, and types are freed.
     context = llvm.create_context()
     try:
-        module = llvm.parse_assembly(source + _note(cpu_name(), cpu_features()), context)
+        module = llvm.parse_assembly(source + _note(cpu_name(), cpu_features(), work), context)
         module.triple = target.triple
         module.data_layout = str(machine.target_data)
         module.verify()
@@ -266,10 +268,10 @@ def _object(source: str, name: str, opt_level: int, slp_vectorize: bool) -> byte
     return bytes(machine.emit_object(module))
 
 
-def _note(cpu: str, features: tuple[str, ...]) -> str:
-    """LLVM IR that puts what code was compiled for into its object file, in a section that is not loaded."""
+def _note(cpu: str, features: tuple[str, ...], work: int | None) -> str:
+    """LLVM IR that puts what is known of the code into its object file, in a section that is not loaded."""
     from esper_triton.cpu.native import NOTE_SECTION
 
-    text = json.dumps({"cpu": cpu, "features": features}).encode()
+    text = json.dumps({"cpu": cpu, "features": features, "work": work}).encode()
     escaped = "".join(f"\\{byte:02x}" for byte in text)
     return f'\n@esper.note = constant [{len(text)} x i8] c"{escaped}", section "{NOTE_SECTION}", !exclude !{{}}\n'

@@ -24,7 +24,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from esper_triton.cpu.place import Placed, place
 from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS
@@ -50,8 +50,9 @@ _CODES = {
     **{name: _INTEGERS + index for index, name in enumerate(_RANGES)},
 }
 # The table of a kernel: identity of its code object (0: not known yet), entry point, least and most arguments, slots,
-# number of threads (0: torch's, asked each time). One byte for each argument follows, its code.
-_TABLE = struct.Struct("=6q")
+# number of threads (0: torch's, asked each time), programs that make one thread more worthwhile. One byte for each
+# argument follows, its code.
+_TABLE = struct.Struct("=7q")
 # What all launches share: GOMP_parallel, omp_get_thread_num, omp_get_num_threads (null: one thread), then the Python
 # objects torch.get_num_threads, "data_ptr", "is_cpu"; where to see whether any deadline is set; Triton's HookChain (or
 # null, where the wheel has none) and "calls", the name of the list of its hooks.
@@ -192,7 +193,8 @@ entry:
   %most_at = getelementptr i64, ptr %table, i64 3
   %slots_at = getelementptr i64, ptr %table, i64 4
   %threads_at = getelementptr i64, ptr %table, i64 5
-  %codes = getelementptr i64, ptr %table, i64 6
+  %per_thread_at = getelementptr i64, ptr %table, i64 6
+  %codes = getelementptr i64, ptr %table, i64 7
   %least = load i64, ptr %least_at
   %most = load i64, ptr %most_at
   %slot_count = load i64, ptr %slots_at
@@ -350,7 +352,12 @@ ready:
 count_threads:
   %wish = load i64, ptr %threads_at
   %parallel = load ptr, ptr @runtime
-  %single = icmp eq i64 %programs, 1
+  %per_thread = load i64, ptr %per_thread_at
+  %full_threads = udiv i64 %programs, %per_thread
+  %worthwhile = add i64 %full_threads, 1
+  %one_worthwhile = icmp eq i64 %worthwhile, 1
+  %one_program = icmp eq i64 %programs, 1
+  %single = or i1 %one_worthwhile, %one_program
   %one_wished = icmp eq i64 %wish, 1
   %no_parallel = icmp eq ptr %parallel, null
   %not_several = or i1 %single, %one_wished
@@ -372,7 +379,9 @@ read_answer:
 threads_known:
   %available = phi i64 [%wish, %which_threads], [%torchs_number, %read_answer]
   %enough = icmp ult i64 %programs, %available
-  %several = select i1 %enough, i64 %programs, i64 %available
+  %at_most = select i1 %enough, i64 %programs, i64 %available
+  %worth_fewer = icmp ult i64 %worthwhile, %at_most
+  %several = select i1 %worth_fewer, i64 %worthwhile, i64 %at_most
   %is_several = icmp sgt i64 %several, 1
   br i1 %is_several, label %run, label %run_alone
 run_alone:
@@ -425,6 +434,13 @@ slow:
 """
 
 
+class Code(Protocol):
+    """Machine code of a kernel; see `native.LoadedCode`."""
+
+    address: int
+    programs_per_thread: int
+
+
 class KernelTable:
     """What the machine code has to know of one kernel.
 
@@ -442,14 +458,17 @@ class KernelTable:
         # Constants at the end may be left out.
         self.least_arguments = len(codes.rstrip(bytes([_SKIP])))
         slots = len(codes) - codes.count(_SKIP)
-        self._content = bytearray(_TABLE.pack(0, 0, self.least_arguments, len(codes), slots, num_threads or 0) + codes)
-        self._code: Any = None
+        self._content = bytearray(
+            _TABLE.pack(0, 0, self.least_arguments, len(codes), slots, num_threads or 0, 1) + codes
+        )
+        self._code: Code | None = None
 
-    def bind(self, code: Any, address: int) -> None:
-        """Make launches of the code object `code`, whose entry point is at `address`, fast. The first one stays."""
+    def bind(self, code: Code) -> None:
+        """Make launches of this code fast. The first one stays."""
         if self._code is None:
             self._code = code  # its identity must not be another's while this table knows it
-            struct.pack_into("=q", self._content, 8, address)
+            struct.pack_into("=q", self._content, 8, code.address)
+            struct.pack_into("=q", self._content, 48, code.programs_per_thread)
             struct.pack_into("=q", self._content, 0, id(code))
 
     def stock_launch(self, slow: Launch, failed: Callable[[bytes], Any]) -> Launch:

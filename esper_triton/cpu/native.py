@@ -39,6 +39,7 @@ from esper_triton.cpu.place import GLOBAL_OFFSET_TABLE, Placed, address_in_proce
 from esper_triton.cpu.storages import StorageTable
 from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS, FRAME_STORAGES, failure
 from esper_triton.cpu.watchdog import WATCHED, limit_s, watch
+from esper_triton.cpu.work import programs_per_thread
 
 __all__ = ["ALLOWED_SYMBOLS", "NOTE_SECTION", "LoadedCode", "NativeKernel", "share_threads"]
 
@@ -60,8 +61,8 @@ ALLOWED_SYMBOLS = frozenset(
 _MACHINES = {"x86_64": elf.EM_X86_64, "AMD64": elf.EM_X86_64, "aarch64": elf.EM_AARCH64, "arm64": elf.EM_AARCH64}
 _MACHINE_NAMES = {elf.EM_X86_64: "x86-64", elf.EM_AARCH64: "aarch64", elf.EM_CUDA: "CUDA"}
 _MAX_EXTENT = 2**31
-# Where an object file says, in JSON, which processor it was compiled for (`cpu`), and which features of it, under
-# LLVM's names, the code may use (`features`).
+# Where an object file says, in JSON, which processor it was compiled for (`cpu`), which features of it, under LLVM's
+# names, the code may use (`features`), and how much a program does (`work`, see `work.element_operations`).
 NOTE_SECTION = ".esper.note"
 
 _Entry: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -72,10 +73,12 @@ class LoadedCode:
 
     Attributes:
         symbol: name of the entry point. address: where it is. code_bytes: size of the object file.
+        programs_per_thread: so many programs keep a thread busy for long enough to be worth waking.
     """
 
-    def __init__(self, placed: Placed, symbol: str, code_bytes: int) -> None:
+    def __init__(self, placed: Placed, symbol: str, code_bytes: int, work: int | None) -> None:
         self._placed = placed
+        self.programs_per_thread = programs_per_thread(work)
         self.symbol, self.address, self.code_bytes = symbol, placed.addresses[symbol], code_bytes
         self.entry = _Entry(self.address)
         self.entry.placed = placed  # so that the function alone keeps its code
@@ -88,7 +91,9 @@ class LoadedCode:
             ObjectRefused: not an ELF relocatable of this machine, no function `symbol`, a reference to a symbol that
                 object code may not use, or compiled for features that this processor lacks.
         """
-        for name in _check_object(object_code, symbol):
+        imports = _check_object(object_code, symbol)
+        work = _check_note(object_code, symbol)
+        for name in imports:
             if name not in ALLOWED_SYMBOLS:
                 raise ObjectRefused(f"object code of {symbol!r} refers to {name!r}, which it may not use")
             if address_in_process(name) is None:
@@ -97,7 +102,7 @@ class LoadedCode:
             placed = place(object_code, [symbol])
         except ValueError as error:
             raise ObjectRefused(f"object code of {symbol!r} is malformed: {error}") from error
-        return cls(placed, symbol, len(object_code))
+        return cls(placed, symbol, len(object_code), work)
 
 
 class NativeKernel:
@@ -147,7 +152,7 @@ class NativeKernel:
         _check_threads(num_threads, self.symbol)
         share_threads()
         table = KernelTable(self.signature, num_threads)
-        table.bind(self._code, self.address)
+        table.bind(self._code)
 
         def slow(*args: Any) -> None:
             if len(args) < 3:
@@ -209,7 +214,8 @@ class NativeKernel:
     def _run(self, frame: Any, programs: int, num_threads: int | None) -> None:
         openmp = None
         if programs > 1 and num_threads != 1 and not forked() and "torch" in sys.modules:
-            num_threads = min(num_threads or sys.modules["torch"].get_num_threads(), programs)
+            worthwhile = programs // self._code.programs_per_thread + 1
+            num_threads = min(num_threads or sys.modules["torch"].get_num_threads(), programs, worthwhile)
             openmp = _openmp() if num_threads > 1 else None
         with watch(frame, limit) if (limit := WATCHED.value and limit_s()) else nullcontext():
             if openmp is None:
@@ -357,19 +363,19 @@ def _check_object(object_code: bytes, symbol: str) -> list[str]:
     functions = [s.name for s in table if s.defined and s.is_function]
     if symbol not in functions:
         raise ObjectRefused(f"object code has no function {symbol!r}; it has: {', '.join(functions) or 'none'}")
-    _check_features(object_code, symbol)
     return [s.name for s in table if not s.defined and s.name != GLOBAL_OFFSET_TABLE]
 
 
-def _check_features(object_code: bytes, symbol: str) -> None:
-    """Other compilers' objects carry no note, and are whoever made them's responsibility."""
+def _check_note(object_code: bytes, symbol: str) -> int | None:
+    """The work of a program. Other compilers' objects carry no note, and are whoever made them's responsibility."""
     try:
         note = elf.section(object_code, NOTE_SECTION)
     except ValueError:
-        return
+        return None
     try:
         content = json.loads(note)
-        cpu, features = str(content["cpu"]), {str(name) for name in content["features"]}
+        cpu, features, work = str(content["cpu"]), {str(name) for name in content["features"]}, content["work"]
+        work = None if work is None else int(work)
     except (ValueError, KeyError, TypeError) as error:
         raise ObjectRefused(f"object code of {symbol!r} has a note that is malformed: {error}") from error
     missing = sorted(features - set(host.cpu_features()))
@@ -378,3 +384,4 @@ def _check_features(object_code: bytes, symbol: str) -> None:
             f"object code of {symbol!r} was compiled for {cpu} and uses CPU features that this machine "
             f"({host.cpu_name()}) does not have: {', '.join(missing)}; compile it on this machine"
         )
+    return work

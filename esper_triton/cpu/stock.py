@@ -128,7 +128,7 @@ class _Launcher:
             known = self._native = code, NativeKernel(code, self._signature, self.sanitize)
             share_threads()
             if not self.sanitize:
-                self.table.bind(code, code.address)
+                self.table.bind(code)
         return known[1]
 
     def failed(self, frame: bytes) -> None:
