@@ -88,6 +88,20 @@ def test_a_product_is_within_the_roundings_of_its_sum(types, m, n, k, turned, ad
     assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
 
 
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("right", FP8, ids=str)
+@pytest.mark.parametrize("left", FP8, ids=str)
+@given(m=EXTENTS, n=EXTENTS, k=EXTENTS, turned=st.booleans(), seed=st.integers(0, 2**32))
+@settings(max_examples=3, deadline=None)
+def test_8_bit_floats_of_either_kind_are_multiplied_exactly(left, right, m, n, k, turned, seed):
+    a, b = _drawn((m, k), left, seed), _drawn((k, n), right, seed + 1)
+    out, zero = torch.full((m, n), float("nan")), torch.zeros(m, n)
+    _product[(1,)](a, b.T.contiguous() if turned else b, zero, out, m, n, k, False, turned, True, tl.float32, "ieee")
+    _check(out, a, b, zero)
+
+
 def test_integer_products_wrap_in_32_bits():
     a, b = torch.full((2, 16), -128, dtype=torch.int8), torch.full((16, 4), -128, dtype=torch.int8)
     c, out = torch.full((2, 4), 2**31 - 1, dtype=torch.int32), torch.zeros((2, 4), dtype=torch.int32)
@@ -194,3 +208,80 @@ def test_accumulators_are_carried_around_loops(way):
             case "after":
                 acc = acc + x @ y + acc
     torch.testing.assert_close(out.double(), acc + before, rtol=1e-5, atol=1e-4)
+
+
+@triton.jit
+def _scaled(
+    a_ptr, sa_ptr, b_ptr, sb_ptr, c_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, SCALE_A: tl.constexpr, SCALE_B: tl.constexpr, GROUP: tl.constexpr,
+    AM: tl.constexpr, AK: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    m, n, s = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K // GROUP)
+    a = tl.load(a_ptr + tl.arange(0, AM)[:, None] * AK + tl.arange(0, AK)[None, :])
+    b = tl.load(b_ptr + tl.arange(0, BK)[:, None] * BN + tl.arange(0, BN)[None, :])
+    place = m[:, None] * N + n[None, :]
+    c = tl.load(c_ptr + place)
+    sa = tl.load(sa_ptr + m[:, None] * (K // GROUP) + s[None, :]) if SCALE_A else None
+    sb = tl.load(sb_ptr + n[:, None] * (K // GROUP) + s[None, :]) if SCALE_B else None
+    out = tl.dot_scaled(a, sa, A, b, sb, B, c, lhs_k_pack=AK != K or A != "e2m1", rhs_k_pack=BK != K or B != "e2m1")
+    tl.store(out_ptr + place, out)
+
+
+# The sixteen values of E2M1, from the specification's table.
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+ELEMENTS = {
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+def _drawn_in_format(shape, format, axis, seed):
+    """Elements as they lie in memory, packed along `axis` where two share a byte, and their values."""
+    if format != "e2m1":
+        x = _drawn(shape, ELEMENTS[format], seed)
+        return x, x.double()
+    codes = torch.randint(16, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    first, second = codes.unflatten(axis, (-1, 2)).unbind(axis + 1)
+    return first | second << 4, E2M1[codes.int()]
+
+
+@given(
+    m=st.sampled_from([1, 2, 16, 32]), n=st.sampled_from([2, 8, 32]), k=st.sampled_from([32, 64, 128]),
+    formats=st.tuples(*[st.sampled_from(["e2m1", *ELEMENTS])] * 2), packed_along_k=st.tuples(*[st.booleans()] * 2),
+    scaled=st.tuples(*[st.booleans()] * 2), e4m3_scales=st.booleans(), seed=st.integers(0, 2**32),
+)  # fmt: skip
+@settings(max_examples=15, deadline=None)
+def test_microscaled_products(m, n, k, formats, packed_along_k, scaled, e4m3_scales, seed):
+    if m == 1 and not packed_along_k[0]:
+        m = 2  # two rows share a byte
+    a, x = _drawn_in_format((m, k), formats[0], 1 if packed_along_k[0] else 0, seed)
+    b, y = _drawn_in_format((k, n), formats[1], 0 if packed_along_k[1] else 1, seed + 1)
+    group = 16 if e4m3_scales else 32
+    generator = torch.Generator().manual_seed(seed)
+    scales = []
+    for rows in (m, n):
+        if e4m3_scales:
+            scale = torch.rand((rows, k // group), generator=generator).to(torch.float8_e4m3fn)
+            scales.append((scale, scale.double()))
+        else:
+            code = torch.randint(117, 138, (rows, k // group), generator=generator, dtype=torch.uint8)
+            scales.append((code, 2.0 ** (code.double() - 127)))
+    c = _drawn((m, n), torch.float32, seed + 2)
+    out = torch.full((m, n), float("nan"))
+    _scaled[(1,)](a, scales[0][0], b, scales[1][0], c, out, m, n, k, *formats, *scaled, group, *a.shape, *b.shape)
+    if scaled[0]:
+        x = x * scales[0][1].repeat_interleave(group, 1)
+    if scaled[1]:
+        y = y * scales[1][1].T.repeat_interleave(group, 0)
+    _check(out, x, y, c)
+
+
+def test_the_ends_of_the_range_of_scales():
+    codes = torch.tensor([[0], [1], [127], [254], [255]], dtype=torch.uint8).repeat(4, 1)[:16]
+    a, b = torch.ones(16, 32, dtype=torch.bfloat16), torch.ones(32, 8, dtype=torch.bfloat16) / 32
+    c, out = torch.zeros(16, 8), torch.full((16, 8), 77.0)
+    _scaled[(1,)](a, codes, b, codes, c, out, 16, 8, 32, "bf16", "bf16", True, False, 32, 16, 32, 32, 8)
+    powers = torch.tensor([2.0**-127, 2.0**-126, 1.0, 2.0**127, float("nan")]).repeat(4)[:16]
+    torch.testing.assert_close(out, powers[:, None].expand(16, 8), rtol=0, atol=0, equal_nan=True)

@@ -16,6 +16,7 @@ from esper_triton.cpu.lowering import division
 from esper_triton.cpu.lowering.atomics import lower_atomic_cas, lower_atomic_rmw
 from esper_triton.cpu.lowering.control import lower_for, lower_if, lower_while
 from esper_triton.cpu.lowering.dot import lower_dot
+from esper_triton.cpu.lowering.dot_scaled import lower_dot_scaled
 from esper_triton.cpu.lowering.elements import lower_map_elementwise
 from esper_triton.cpu.lowering.elementwise import (
     F32,
@@ -94,6 +95,7 @@ _OPERATIONS = {
     "tt.atomic_rmw": lower_atomic_rmw,
     "tt.cat": lower_cat,
     "tt.dot": lower_dot,
+    "tt.dot_scaled": lower_dot_scaled,
     "tt.gather": lower_gather,
     "tt.histogram": lower_histogram,
     "tt.join": lower_join,

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
+from esper_triton.cpu.lowering.casts import float_to_float
 from esper_triton.cpu.lowering.chunks import ZERO, Buffer, Index
-from esper_triton.cpu.lowering.elementwise import I64, Unlowered, float_to_float, memory_type, size_of
 from esper_triton.cpu.lowering.nest import Nest
+from esper_triton.cpu.lowering.types import FLOAT8, FLOATS, I64, Unlowered, memory_type, size_of
 from esper_triton.cpu.lowering.vmath import Value as LLVMValue
 from esper_triton.cpu.lowering.vmath import fma
 from esper_triton.cpu.mlir import Operation, ScalarType, TensorType, Type, Value
@@ -28,7 +29,6 @@ from esper_triton.cpu.mlir import Operation, ScalarType, TensorType, Type, Value
 if TYPE_CHECKING:
     from esper_triton.cpu.lowering.program import Program
 
-_FLOATS = {"f8E4M3FN", "f8E5M2", "f16", "bf16", "f32", "f64"}
 _UNROLL = 2  # steps of K in one turn of the loop
 
 
@@ -37,7 +37,7 @@ def lower_dot(program: Program, op: Operation) -> None:
     names = [str(v.type.element) for v in op.operands if isinstance(v.type, TensorType)]
     if names == ["i8", "i8", "i32"]:
         compute = ScalarType("i32")
-    elif _FLOATS.issuperset(names):
+    elif FLOATS.keys() >= set(names):
         compute = ScalarType("f64" if "f64" in names else "f32")
     else:
         raise Unlowered(f"operands {names[0]} and {names[1]} with accumulator {names[2]}")
@@ -223,7 +223,7 @@ def _widen(op: Operation, k: int, compute: ScalarType) -> None:
     if element == compute:
         return
     assert isinstance(value.type, TensorType)
-    name = "arith.extsi" if compute.is_integer else "tt.fp_to_fp" if str(element).startswith("f8") else "arith.extf"
+    name = "arith.extsi" if compute.is_integer else "tt.fp_to_fp" if str(element) in FLOAT8 else "arith.extf"
     wide = Value(f"{value.name}.wide", TensorType(value.type.shape, compute))
     conversion = Operation(name, [value], [wide], {}, [], [], [], op.location, op.block)
     wide.defining_op = conversion

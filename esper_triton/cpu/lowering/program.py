@@ -398,7 +398,7 @@ class Program:
                     raise self.unsupported(op)
                 return op
             try:
-                self._operation(op)
+                self.lower(op)
             except Unlowered as error:
                 raise self.unsupported(op, str(error)) from None
         raise AssertionError("a block without a terminator")
@@ -413,7 +413,8 @@ class Program:
     def unsupported(self, op: Operation, reason: str | None = None) -> UnsupportedOperation:
         return unsupported(self.kernel, op, reason)
 
-    def _operation(self, op: Operation) -> None:
+    def lower(self, op: Operation) -> None:
+        """One operation, at the present position."""
         handler = self.handlers.get(op.name)
         if handler is not None:
             handler(self, op)
