@@ -2,8 +2,8 @@
 
 OCP Microscaling Formats (MX) Specification 1.0: along K, every 32 elements share a scale that is a power of two (E8M0:
 2**(code - 127), code 255 is NaN), with elements of E2M1 (two to a byte, the first one in the lower half), E4M3, E5M2,
-or 16 bits. Scales may also be E4M3, for 16 elements each. Operands are decoded to float32, which holds them exactly unless
-they are beyond its range.
+or 16 bits. Scales may also be E4M3, for 16 elements each. Operands are decoded to float32, which holds them exactly
+unless they are beyond its range.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class _Writer:
         return self("tt.reshape", [pairs], TensorType((*shape[:axis], 2 * shape[axis], *shape[axis + 1 :]), _I8))
 
     def _from_e2m1(self, codes: Value) -> Value:
-        # As the exponent's last two bits and the mantissa's first of a half, which is then 2**14 too small; so are codes
-        # whose exponent is zero, since a half's subnormal numbers are made like this format's.
+        # As the exponent and first mantissa bit of a half, whose bias is larger by 14. Codes whose exponent is
+        # zero come out right as well, since subnormal numbers of a half are made like those of this format.
         wide = self._as("arith.extui", codes, _I16)
         magnitude = self._with("arith.shli", self._with("arith.andi", wide, 7), 9)
         sign = self._with("arith.shli", self._with("arith.andi", wide, 8), 12)
