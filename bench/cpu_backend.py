@@ -1,0 +1,254 @@
+"""Triton kernels as machine code of this CPU, against torch eager, Inductor's C++ and the Triton interpreter.
+
+    .venv/bin/python bench/cpu_backend.py [--kernels softmax,add] [--threads 1,2] [--samples 30] [--output docs]
+
+Contenders are sampled in turn (A B C A B C ...) in one process, warm, with OMP_WAIT_POLICY=PASSIVE; medians are shown,
+and the spread is that of the middle half of the samples' ratios. All of them write into outputs made before, or all make
+new outputs each time (marked "new": torch has no `out=` there, or Inductor would copy a library's result). Each is first
+checked against float64, with poisoned outputs and inputs that must stay as they are.
+
+A copy by `Tensor.copy_` of buffers of as many bytes as the kernel moves is sampled among the contenders of a
+memory-bound kernel: "of copy" is the kernel's bytes per second over the copy's. For products, "of MKL" is eager torch's
+time over Triton's, where eager is one call of MKL. The interpreter runs in a process of its own, on the first programs
+of the same launch: the time of one program, from the difference between two grids, is multiplied by their number.
+
+With --cpu-time the clock is this thread's CPU time, for a machine that others use as well; one thread only.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__" and os.environ.get("OMP_WAIT_POLICY") != "PASSIVE":
+    # Spinning threads of torch take the cores from whoever has work. OpenMP reads this once, when torch is imported.
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+
+import cpu_cases
+import cpu_costs
+import cpu_report
+import torch
+import triton
+from cpu_cases import Case, Tensors
+from rich.console import Console
+from rich.progress import Progress
+
+SIZES = {"cache": 2**20, "memory": 2**24}  # elements: within the last-level cache of a server's core, and beyond it
+LEAST_SAMPLE_NS = 300_000
+CONTENDERS = ("triton", "eager", "inductor")
+
+
+def poisoned(case: Case) -> Tensors:
+    """Outputs that no kernel has written yet: NaN, or the least integer."""
+    return tuple(
+        out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min) for out in case.outputs()
+    )
+
+
+def contenders(case: Case) -> dict[str, Callable[[], Tensors]]:
+    """Functions without arguments that compute the outputs, as far as they may into outputs that they own."""
+    compiled = torch.compile(_into if case.preallocated else _new, dynamic=False, fullgraph=True)
+    made = {name: poisoned(case) for name in CONTENDERS}
+    launches = case.launches(made["triton"])
+
+    def ours() -> Tensors:
+        if case.preallocated:
+            for launch in launches:
+                launch()
+            return made["triton"]
+        outputs = case.outputs()
+        for launch in case.launches(outputs):
+            launch()
+        return outputs
+
+    def inductor() -> Tensors:
+        if case.preallocated:
+            compiled(case.expression, made["inductor"], case.inputs)
+            return made["inductor"]
+        return compiled(case.expression, case.inputs)
+
+    return {"triton": ours, "eager": lambda: case.eager(made["eager"], *case.inputs), "inductor": inductor}
+
+
+def _into(expression, outputs: Tensors, inputs: Tensors) -> None:
+    for output, result in zip(outputs, expression(*inputs), strict=True):
+        output.copy_(result)
+
+
+def _new(expression, inputs: Tensors) -> Tensors:
+    return expression(*inputs)
+
+
+def copies(case: Case) -> Callable[[], None]:
+    """Copies half of the bytes that the kernel moves: these are read, and written."""
+    source = torch.ones(case.bytes_moved // 8)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def samples(functions: dict[str, Callable[[], object]], count: int, clock: Callable[[], int]) -> dict[str, list[float]]:
+    """Nanoseconds of a call, `count` times for each function, in turn; short ones are called many times a sample."""
+    calls = {}
+    for name, function in functions.items():
+        function()
+        began = time.perf_counter_ns()
+        for _ in range(3):
+            function()
+        calls[name] = max(1, math.ceil(3 * LEAST_SAMPLE_NS / (time.perf_counter_ns() - began)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(count):
+        for name, function in functions.items():
+            repeats = range(calls[name])
+            began = clock()
+            for _ in repeats:
+                function()
+            times[name].append((clock() - began) / calls[name])
+    return times
+
+
+def measure(case: Case, rivals: dict[str, Callable[[], Tensors]], options: argparse.Namespace, threads: int) -> dict:
+    """One row of the table.
+
+    Raises:
+        SystemExit: a contender computes something else than float64 does, or changes its inputs.
+    """
+    before = tuple(x.clone() for x in case.inputs)
+    for name, function in rivals.items():
+        if error := case.error(function()):
+            raise SystemExit(f"error: {case.name}, {name}: {error}")
+        if not all(map(torch.equal, case.inputs, before)):
+            raise SystemExit(f"error: {case.name}, {name}: an input was changed")
+    functions: dict[str, Callable[[], object]] = dict(rivals)
+    if case.bytes_moved:
+        functions["copy"] = copies(case)
+    times = samples(functions, options.samples, time.thread_time_ns if options.cpu_time else time.perf_counter_ns)
+    row = {
+        "kernel": case.name,
+        "threads": threads,
+        "preallocated": case.preallocated,
+        "samples": options.samples,
+        **{f"{name}_us": statistics.median(values) / 1000 for name, values in times.items()},
+    }
+    for name in rivals:
+        if name != "triton":
+            row[f"{name}_ratio"] = row[f"{name}_us"] / row["triton_us"]
+            ratios = [theirs / ours for theirs, ours in zip(times[name], times["triton"], strict=True)]
+            row[f"{name}_spread"] = statistics.quantiles(ratios, n=4)[::2]
+    if case.bytes_moved:
+        row["of_copy"] = row["copy_us"] / row["triton_us"]
+        row["gb_per_s"] = case.bytes_moved / row["triton_us"] / 1000
+    else:
+        row["gflop_per_s"] = case.flops / row["triton_us"] / 1000
+        if case.library:
+            row["of_mkl"] = row["eager_us"] / row["triton_us"]
+    return row
+
+
+def interpreted(name: str, size: int) -> dict[str, float]:
+    """Microseconds of each case of one kernel in the interpreter, estimated in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("cpu_interpreter.py")), name, str(size)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"error: the interpreter failed on {name}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout)
+
+
+def chosen(text: str, known: tuple[str, ...], what: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"error: no {what} {unknown[0]!r}; there are: {', '.join(known)}")
+    return names
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kernels", default=",".join(cpu_cases.NAMES), help="names, with commas; default: all")
+    parser.add_argument(
+        "--sizes", default="cache,memory", help="of memory-bound kernels: cache, memory or both (default)"
+    )
+    parser.add_argument("--threads", default="1,2", help="numbers of threads, default 1,2")
+    parser.add_argument("--samples", type=int, default=30, help="of each contender, default 30")
+    parser.add_argument("--cpu-time", action="store_true", help="time this thread's CPU time; one thread only")
+    parser.add_argument(
+        "--no-inductor", action="store_true", help="leave Inductor out, which compiles for seconds a kernel"
+    )
+    parser.add_argument("--interpreter", action="store_true", help="estimate the interpreter's times as well")
+    parser.add_argument("--costs", action="store_true", help="launch, compile and load times, and memory, as well")
+    parser.add_argument("--launches", type=int, default=10**6, help="launches after which memory is compared")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--output", type=Path, help="a folder: everything, with cpu-backend.json and cpu-backend.png there"
+    )
+    options = parser.parse_args()
+    options.kernels = chosen(options.kernels, cpu_cases.NAMES, "kernel")
+    options.sizes = chosen(options.sizes, tuple(SIZES), "size")
+    options.threads = [
+        int(number) for number in chosen(options.threads, tuple(map(str, range(1, 129))), "thread count")
+    ]
+    if options.cpu_time and options.threads != [1]:
+        parser.error("--cpu-time counts one thread: add --threads 1")
+    if options.samples < 2:
+        parser.error("--samples must be at least 2")
+    if options.output:
+        if not options.output.is_dir():
+            parser.error(f"--output {options.output} is no folder")
+        options.costs = options.interpreter = True
+        options.json = options.json or options.output / "cpu-backend.json"
+    return options
+
+
+def main() -> None:
+    options = parse()
+    console = Console(width=150)
+    sizes = tuple(SIZES[name] for name in options.sizes)
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as progress:
+        triton.knobs.cache.dir = folder
+        task = progress.add_task("kernels", total=len(options.kernels) * len(options.threads))
+        for name in options.kernels:
+            interpreter: dict[str, float] = {}
+            if options.interpreter:
+                interpreter = interpreted(name, sizes[0])
+            for threads in options.threads:
+                progress.update(task, description=f"{name}, {threads} thread{'s' * (threads > 1)}")
+                torch.set_num_threads(threads)
+                for case in cpu_cases.cases(name, sizes):
+                    torch.compiler.reset()  # its code has the number of threads in it
+                    rivals = contenders(case)
+                    if options.no_inductor:
+                        del rivals["inductor"]
+                    row = measure(case, rivals, options, threads)
+                    if case.name in interpreter:
+                        row["interpreter_us"] = interpreter[case.name]
+                        row["interpreter_ratio"] = interpreter[case.name] / row["triton_us"]
+                    rows.append(row)
+                progress.advance(task)
+        costs = cpu_costs.measure(options, progress) if options.costs else {}
+    machine = {
+        "processor": cpu_costs.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        "clock": "CPU time of the thread" if options.cpu_time else "wall time",
+    }
+    figures = {"machine": machine, "kernels": rows, "costs": costs, "summary": cpu_report.summary(rows, costs)}
+    cpu_report.show(figures, console)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if options.output:
+        cpu_report.plot(rows, options.output / "cpu-backend.png")
+
+
+if __name__ == "__main__":
+    main()
