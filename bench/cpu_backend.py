@@ -2,10 +2,10 @@
 
     .venv/bin/python bench/cpu_backend.py [--kernels softmax,add] [--threads 1,2] [--samples 30] [--output docs]
 
-Contenders are sampled in turn (A B C A B C ...) in one process, warm, with OMP_WAIT_POLICY=PASSIVE; medians are shown,
-and the spread is that of the middle half of the samples' ratios. All of them write into outputs made before, or all make
-new outputs each time (marked "new": torch has no `out=` there, or Inductor would copy a library's result). Each is first
-checked against float64, with poisoned outputs and inputs that must stay as they are.
+Contenders are sampled in turn (A B C A B C ...) in one process, warm, with OMP_WAIT_POLICY=PASSIVE. Medians are shown,
+and the spread is that of the middle half of the samples' ratios. All of them write into outputs made before, or all
+make new outputs each time (marked "new": torch has no `out=` there, or Inductor would copy a library's result). Each is
+first checked against float64, with poisoned outputs and inputs that must stay as they are.
 
 A copy by `Tensor.copy_` of buffers of as many bytes as the kernel moves is sampled among the contenders of a
 memory-bound kernel: "of copy" is the kernel's bytes per second over the copy's. For products, "of MKL" is eager torch's
