@@ -122,6 +122,15 @@ def moved(y, out, TRANSPOSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
+def paired(y, out, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    pair = tl.join(100 // tl.load(y + lanes), lanes)
+    first, second = tl.split(pair)
+    both = tl.cat(second, first if HALF == "both" else lanes, can_reorder=True)
+    tl.store(out + tl.arange(0, 2 * BLOCK), both)
+
+
+@triton.jit
 def nested(x, y, out, outer, inner, divisor, parity, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     a, b = tl.load(x + lanes), tl.load(y + lanes)
@@ -330,6 +339,19 @@ def test_undefined_elements_move_with_the_tile(transpose):
     expected[1] = -1
     expected = expected.T if transpose else expected
     assert out.tolist() == expected.flatten().tolist()
+
+
+@pytest.mark.parametrize("half", ["both", "defined"])
+def test_undefined_elements_are_told_from_their_neighbours_when_tiles_are_joined_and_split(half):
+    out = torch.full((16,), -1).int()
+    paired[1,](torch.full((8,), 5).int(), out, HALF=half, BLOCK=8)
+    assert sorted(out.tolist()) == sorted([*range(8), *([20] * 8 if half == "both" else range(8))])
+    y = integers(1, 2, 0, 4, 5, 6, 7, 8)
+    if half == "both":
+        with pytest.raises(IntegerDivisionByZero):
+            paired[1,](y, out, HALF=half, BLOCK=8)
+    else:
+        paired[1,](y, out, HALF=half, BLOCK=8)
 
 
 def test_a_callee_that_divides_by_zero_ends_its_caller():

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from esper_triton.cpu import prepare, storages
 from esper_triton.cpu.errors import KernelTrap, OutOfBounds, WriteRace
+from esper_triton.cpu.native import NativeKernel
 
 
 @triton.jit
@@ -412,6 +413,16 @@ def test_a_descriptor_that_claims_more_than_its_tensor_has_is_found_out():
             TensorDescriptor(x, [5, 16], [16, 1], [2, 16]), out, 3, ROWS=2, COLUMNS=16, sanitize=True
         )
     assert (caught.value.offset, caught.value.size) == (256, 256)
+
+
+def test_checked_code_that_is_told_of_no_storages_lets_everything_pass():
+    x, out = torch.arange(100.0), torch.full((100,), -1.0)
+    kernel = add_one[4,](x, out, 100, BLOCK=32, sanitize="race")
+    loaded = NativeKernel.load(kernel.asm["o"], symbol="add_one", signature=["*fp32", "*fp32", "i32"])
+    out.fill_(-1)
+    loaded.launch((4, 1, 1), [x[1:], out[:-1].data_ptr(), 99])
+    assert torch.equal(out[:99], x[1:] + 1)
+    assert out[99] == -1
 
 
 def test_an_unknown_kind_of_sanitizer_is_refused():
