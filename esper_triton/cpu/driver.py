@@ -7,6 +7,7 @@ nothing, and what it needs is imported when a kernel is first launched.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 import esper_triton.cpu.forking  # noqa: F401  # from now on it takes note
+from esper_triton.cpu.errors import CPUBackendError
 
 __all__ = ["CPUDriver"]
 
@@ -44,6 +46,13 @@ def _says_active(driver: Any) -> bool:
         return False
 
 
+def _triton_takes_wishes() -> bool:
+    """Whether this wheel reads TRITON_DEFAULT_BACKEND: 3.6 does not."""
+    module = sys.modules.get("triton.runtime.driver")
+    choose = getattr(module, "_create_driver", None)
+    return "TRITON_DEFAULT_BACKEND" in getattr(getattr(choose, "__code__", None), "co_consts", ())
+
+
 class CPUDriver(DriverBase):  # type: ignore[misc]  # triton carries no types
     """The CPU as Triton's active device: where no other backend is usable, or where it is asked for (`enable`,
     `ESPER_TRITON_CPU=1`, `TRITON_DEFAULT_BACKEND=cpu`)."""
@@ -56,20 +65,30 @@ class CPUDriver(DriverBase):  # type: ignore[misc]  # triton carries no types
     @staticmethod
     def is_active() -> bool:
         """True where it was asked for, and where no other backend of this Triton says the same of itself, so that
-        Triton never finds two."""
-        if os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu":
+        Triton never finds two.
+
+        Raises:
+            CPUBackendError: it was asked for by the environment, beside an active GPU, of a Triton that does not look
+                there (before 3.7).
+        """
+        wished = os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu"
+        if wished and _triton_takes_wishes():
             return True
-        if os.environ.get("ESPER_TRITON_CPU") == "0" or getattr(_asking, "now", False):
+        if (os.environ.get("ESPER_TRITON_CPU") == "0" and not wished) or getattr(_asking, "now", False):
             return False
         from triton.backends import backends
 
         _asking.now = True  # another backend may ask in the same way
         try:
-            return not any(
-                _says_active(backend.driver) for backend in backends.values() if backend.driver is not CPUDriver
-            )
+            others = [name for name, b in backends.items() if b.driver is not CPUDriver and _says_active(b.driver)]
         finally:
             _asking.now = False
+        if wished and others:
+            raise CPUBackendError(
+                f"this version of Triton cannot be told by its environment to take the CPU instead of {others[0]!r}: "
+                "call esper_triton.cpu.enable()"
+            )
+        return not others
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         """The C type in which the argument arrives."""

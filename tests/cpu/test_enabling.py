@@ -12,7 +12,7 @@ import triton
 from triton.backends import Backend, backends
 
 import esper_triton.cpu
-from esper_triton.cpu.driver import CPUDriver
+from esper_triton.cpu.driver import CPUDriver, _triton_takes_wishes
 
 NAME = "print(type(triton.runtime.driver.active).__name__)\n"
 
@@ -92,11 +92,27 @@ def test_with_a_gpu_the_cpu_keeps_out_of_the_way(gpu):
     assert CPUDriver.is_active() is False
 
 
-def test_with_another_active_driver_triton_finds_one_unless_asked_for_the_cpu(with_other):
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"ESPER_TRITON_CPU": "1"},
+        {"TRITON_DEFAULT_BACKEND": "cpu"},
+        {"ESPER_TRITON_CPU": "1", "TRITON_DEFAULT_BACKEND": "other"},
+    ],
+)
+def test_beside_another_active_driver_the_environment_can_ask_for_the_cpu(with_other, wish):
+    if _triton_takes_wishes():
+        assert with_other(NAME, True, **wish) == ["CPUDriver"]
+    else:
+        raises = "try:\n triton.runtime.driver.active\nexcept RuntimeError as error:\n print(error)\n"
+        enabled = f"import esper_triton.cpu as cpu\ncpu.enable()\n{NAME}"
+        *message, name = with_other(raises + enabled, True, **wish)
+        assert " ".join(message).endswith("to take the CPU instead of 'other': call esper_triton.cpu.enable()")
+        assert name == "CPUDriver"
+
+
+def test_beside_another_active_driver_the_cpu_keeps_out_of_the_way(with_other):
     assert with_other(NAME, True) == ["OtherDriver"]
-    assert with_other(NAME, True, ESPER_TRITON_CPU="1") == ["CPUDriver"]
-    assert with_other(NAME, True, TRITON_DEFAULT_BACKEND="cpu") == ["CPUDriver"]
-    assert with_other(NAME, True, ESPER_TRITON_CPU="1", TRITON_DEFAULT_BACKEND="other") == ["CPUDriver"]
 
 
 def test_a_backend_that_is_not_active_does_not_keep_the_cpu_back(with_other):

@@ -82,7 +82,7 @@ RECORDERS = {type: Recorder([type]) for type in ["*fp32", *TYPES[1:10]]}
 
 
 @given(st.data(), st.sampled_from(sorted(RECORDERS)))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_integers_arrive_whole_and_without_python_in_between(data, type):
     recorder = RECORDERS[type]
     low, high = bounds(type)
@@ -96,6 +96,7 @@ def test_integers_arrive_whole_and_without_python_in_between(data, type):
 
 
 @given(st.floats(), st.floats(width=32), st.one_of(st.booleans(), st.integers(-(2**53), 2**53)))
+@settings(deadline=None)
 def test_floats_arrive_rounded_once_to_the_width_of_their_slot(wide, narrow, whole):
     with np.errstate(over="ignore"):
         expected = [np.float32(wide), np.float32(narrow), np.float32(whole), np.float64(wide), np.float64(whole)]
@@ -198,7 +199,7 @@ def test_what_a_tensor_raises_when_asked_for_its_address_comes_out(error):
 
 
 @given(st.tuples(*[st.integers(0, 6)] * 3), st.one_of(st.none(), st.integers(1, 4)))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_every_program_is_visited_once_on_at_most_the_threads_asked_for(grid, num_threads):
     programs = grid[0] * grid[1] * grid[2]
     visits, threads = torch.zeros(programs, dtype=torch.int64), torch.full((programs,), -1)
