@@ -58,10 +58,20 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class Run:
+    """That lane i holds `base + i * step` (in bytes for addresses), where `holds` (i1) turns out to be true."""
+
+    base: Value
+    step: int
+    holds: Value
+
+
+@dataclass(frozen=True)
 class Lanes:
-    """An LLVM vector."""
+    """An LLVM vector, and what else is known of it."""
 
     value: Value
+    run: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -243,6 +253,7 @@ class Buffer:
     element: Type
     inner: int | None = None
     panel: int | None = None
+    counts: Value | None = None  # i1: whether the elements, integers along one axis, turned out to count up by one
 
     @property
     def row_major(self) -> bool:
@@ -294,7 +305,8 @@ class Buffer:
         if stride == 0:
             return Uniform(load_scalar(b, pointer, self.element))
         if stride == 1:
-            return Lanes(load_vector(b, pointer, self.element, width))
+            run = None if self.counts is None else Run(load_scalar(b, pointer, self.element), 1, self.counts)
+            return Lanes(load_vector(b, pointer, self.element, width), run)
         vector: Any = undefined(ir.VectorType(register_type(self.element), width))
         for lane in range(width):
             at = b.gep(pointer, [ir.Constant(I64, lane * stride)], source_etype=memory_type(self.element))

@@ -102,9 +102,13 @@ def _load_apart(
     def everywhere() -> LLVMValue:
         if isinstance(address, Affine):
             return lanewise.strided_load(b, address.base, address.step, element, width)
-        first = b.inttoptr(b.extract_element(addresses, ir.Constant(I32, 0)), c.POINTER)
         cases = c.Cases(b)
-        neighbours = lanewise.are_neighbours(b, addresses, element)
+        if isinstance(address, Lanes) and address.run is not None and address.run.step == size_of(element):
+            first, neighbours = address.run.base, address.run.holds
+        else:
+            first = b.extract_element(addresses, ir.Constant(I32, 0))
+            neighbours = lanewise.are_neighbours(b, addresses, element)
+        first = b.inttoptr(first, c.POINTER)
         cases.when(neighbours, lambda: c.load_vector(b, first, element, width))
         return cases.otherwise(lanewise.gather_all(b, addresses, element))
 

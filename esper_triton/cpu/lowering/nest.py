@@ -487,7 +487,11 @@ class Nest:
         assert not isinstance(y, Prefix)
         if isinstance(x, Lanes) or isinstance(y, Lanes):
             combine = b.add if sign > 0 else b.sub
-            return Lanes(combine(c.as_vector(b, x, self.width), c.as_vector(b, y, self.width)))
+            moved = y if isinstance(x, Lanes) else x
+            run = x.run if isinstance(x, Lanes) else y.run if isinstance(y, Lanes) and sign > 0 else None
+            if run is not None:
+                run = replace(run, base=combine(run.base, moved.value)) if isinstance(moved, Uniform) else None
+            return Lanes(combine(c.as_vector(b, x, self.width), c.as_vector(b, y, self.width)), run)
         base_x, base_y = (v.value if isinstance(v, Uniform) else v.base for v in (x, y))
         step = (x.step if isinstance(x, Affine) else 0) + sign * (y.step if isinstance(y, Affine) else 0)
         base = (b.add if sign > 0 else b.sub)(base_x, base_y)
@@ -502,9 +506,12 @@ class Nest:
         assert not isinstance(offset, Prefix)
         if isinstance(offset, Lanes):
             wide = offset.value
+            run = offset.run
             if wide.type.element != I64:
                 wide = b.sext(wide, ir.VectorType(I64, self.width))
-            return self._add(b, pointer, Lanes(b.mul(wide, c.splat(b, scale, self.width))), 1)
+                run = run and replace(run, base=b.sext(run.base, I64))
+            run = run and replace(run, base=b.mul(run.base, scale), step=run.step * size)
+            return self._add(b, pointer, Lanes(b.mul(wide, c.splat(b, scale, self.width)), run), 1)
         base = offset.value if isinstance(offset, Uniform) else offset.base
         widened = base.type != I64
         base = b.mul(b.sext(base, I64) if widened else base, scale)
@@ -526,7 +533,7 @@ class Nest:
     def _affine(self, op: Operation, operands: list[Chunk], b: ir.IRBuilder) -> Chunk | None:
         """Index arithmetic that keeps its scalar form; None where it cannot."""
         if any(isinstance(operand, Lanes) for operand in operands):
-            return None
+            return self._with_run(op, operands, b)
         first = operands[0]
         match op.name:
             case "arith.addi" | "arith.subi" if register_type(op.result.type) != I1:
@@ -553,6 +560,19 @@ class Nest:
                     return Affine(wide, first.step, fits=True)
                 certain = None if first.assumed or first.step != 1 else self._before_wrap(first, b)
                 return Affine(wide, first.step, assumed=True, certain=certain)
+        return None
+
+    def _with_run(self, op: Operation, operands: list[Chunk], b: ir.IRBuilder) -> Chunk | None:
+        """Index arithmetic on what may turn out to count up; None for any other."""
+        first = operands[0]
+        if op.name == "arith.extsi" and isinstance(first, Lanes) and first.run is not None:
+            wide = register_type(op.result.type)
+            run = replace(first.run, base=b.sext(first.run.base, wide))
+            return Lanes(b.sext(first.value, ir.VectorType(wide, self.width)), run)
+        if op.name == "arith.addi" and register_type(op.result.type) != I1:
+            for x, y in (operands, reversed(operands)):
+                if isinstance(x, Lanes) and x.run is not None and isinstance(y, Uniform):
+                    return self._add(b, x, y, 1)
         return None
 
     def _prefix(self, predicate: int, first: Chunk, second: Chunk, b: ir.IRBuilder) -> Chunk | None:

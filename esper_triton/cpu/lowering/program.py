@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llvmlite import ir
@@ -351,12 +351,31 @@ class Program:
             nest = self.nest([value], shape, None, self.reading_axis([value]), inner, panel)
             if value in self.buffers:  # kept by the nest
                 nest.run()
-                return self.buffers[value]
+                buffer = self.buffers[value] = self._with_count(value, self.buffers[value])
+                return buffer
         # Cheap by now, so not kept of itself; or in memory, but not row-major.
         buffer = self.new_buffer(value, register=False, inner=inner, panel=panel)
         self._write(value, buffer)
         self.buffers[value] = buffer
         return buffer
+
+    def _with_count(self, value: Value, buffer: Buffer) -> Buffer:
+        """The buffer of a remainder of neighbouring indices, and whether they are neighbours still."""
+        op = value.defining_op
+        axes = [axis for axis, extent in enumerate(buffer.shape) if extent > 1]
+        if op is None or op.name not in ("arith.remsi", "arith.remui") or len(axes) != 1:
+            return buffer
+        index, divisor = (steps(self, operand)[axes[0]] for operand in op.operands)
+        if index != 1 or divisor != 0:
+            return buffer
+        # The quotient does not decrease along the tile: it is the same everywhere if it is so at both ends.
+        place = [
+            self.b.gep(buffer.pointer, [ir.Constant(I64, at)], source_etype=memory_type(buffer.element))
+            for at in (0, buffer.shape[axes[0]] - 1)
+        ]
+        first, last = (c.load_scalar(self.b, at, buffer.element) for at in place)
+        growth = ir.Constant(first.type, buffer.shape[axes[0]] - 1)
+        return replace(buffer, counts=self.b.icmp_unsigned("==", self.b.sub(last, first), growth))
 
     def copy(self, value: Value, buffer: Buffer) -> None:
         """Compute the tile into `buffer`, whatever becomes of the tile otherwise."""
