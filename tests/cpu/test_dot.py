@@ -285,3 +285,52 @@ def test_the_ends_of_the_range_of_scales():
     _scaled[(1,)](a, codes, b, codes, c, out, 16, 8, 32, "bf16", "bf16", True, False, 32, 16, 32, 32, 8)
     powers = torch.tensor([2.0**-127, 2.0**-126, 1.0, 2.0**127, float("nan")]).repeat(4)[:16]
     torch.testing.assert_close(out, powers[:, None].expand(16, 8), rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def _wrapped_matmul(
+    a_ptr, b_ptr, c_ptr, m, n, k, a0, a1, b0, b1, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    rows, cols = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    inner = tl.arange(0, BK)
+    a_tile = a_ptr + (rows % m)[:, None] * a0 + inner[None, :] * a1
+    b_tile = b_ptr + inner[:, None] * b0 + (cols % n)[None, :] * b1
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, tl.cdiv(k, BK)):
+        a = tl.load(a_tile, mask=inner[None, :] < k - start * BK, other=0.0)
+        b = tl.load(b_tile, mask=inner[:, None] < k - start * BK, other=0.0)
+        acc = tl.dot(a, b, acc)
+        a_tile += BK * a1
+        b_tile += BK * b0
+    tl.store(c_ptr + rows[:, None] * n + cols[None, :], acc, mask=(rows[:, None] < m) & (cols[None, :] < n))
+
+
+@given(
+    m=st.integers(1, 150), n=st.integers(1, 150), k=st.integers(1, 150),
+    blocks=st.sampled_from([(32, 32, 32), (64, 64, 64), (16, 128, 64)]), turned=st.tuples(st.booleans(), st.booleans()),
+)  # fmt: skip
+@settings(max_examples=12, deadline=None)
+def test_a_matmul_whose_indices_wrap_around_at_the_edges(m, n, k, blocks, turned):
+    a, b = _drawn((m, k), torch.float32, m), _drawn((k, n), torch.float32, n)
+    x, y = a.T.contiguous().T if turned[0] else a, b.T.contiguous().T if turned[1] else b
+    out = torch.full((m, n), float("nan"))
+    grid = (triton.cdiv(m, blocks[0]), triton.cdiv(n, blocks[1]))
+    _wrapped_matmul[grid](x, y, out, m, n, k, *x.stride(), *y.stride(), *blocks)
+    _check(out, a, b, torch.zeros(m, n))
+
+
+@triton.jit
+def _remainders(x_ptr, out_ptr, start, divisor, SIZE: tl.constexpr):
+    wrapped = (start + tl.arange(0, SIZE)) % divisor
+    for step in range(2):
+        x = tl.load(x_ptr + (wrapped + step).to(tl.int64))
+        tl.store(out_ptr + step * SIZE + tl.arange(0, SIZE), x)
+
+
+@given(start=st.integers(-100, 100), divisor=st.integers(1, 100))
+@settings(max_examples=30, deadline=None)
+def test_elements_at_remainders_of_indices(start, divisor):
+    x, out = torch.arange(202.0), torch.full((2, 64), float("nan"))
+    _remainders[(1,)](x[100:], out, start, divisor, 64)
+    remainders = torch.fmod(start + torch.arange(64), divisor)
+    assert torch.equal(out, x[100 + remainders + torch.arange(2)[:, None]])
