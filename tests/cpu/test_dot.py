@@ -296,7 +296,7 @@ def _wrapped_matmul(
     a_tile = a_ptr + (rows % m)[:, None] * a0 + inner[None, :] * a1
     b_tile = b_ptr + inner[:, None] * b0 + (cols % n)[None, :] * b1
     acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, tl.cdiv(k, BK)):
+    for start in range(tl.cdiv(k, BK)):
         a = tl.load(a_tile, mask=inner[None, :] < k - start * BK, other=0.0)
         b = tl.load(b_tile, mask=inner[:, None] < k - start * BK, other=0.0)
         acc = tl.dot(a, b, acc)
