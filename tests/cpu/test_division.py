@@ -7,6 +7,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esper_triton.cpu import work
 from esper_triton.cpu.errors import IntegerDivisionByZero
 
 
@@ -191,6 +192,13 @@ def integers(*values, dtype=torch.int32):
 
 def line_of(function, text: str) -> int:
     return function.starting_line_number + next(k for k, at in enumerate(function.raw_src) if text in at)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_for_any_work():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "THREAD_GRAIN", 1)
+        yield
 
 
 @pytest.fixture(params=[1, 2])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from esper_triton.cpu import prepare, storages
+from esper_triton.cpu import prepare, storages, work
 from esper_triton.cpu.errors import KernelTrap, OutOfBounds, WriteRace
 from esper_triton.cpu.native import NativeKernel
 
@@ -123,6 +123,13 @@ def all_write_one(first_ptr, second_ptr):
 
 def line_of(function, text: str) -> int:
     return function.starting_line_number + next(k for k, at in enumerate(function.raw_src) if text in at)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_for_any_work():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "THREAD_GRAIN", 1)
+        yield
 
 
 @pytest.fixture(params=[1, 2])

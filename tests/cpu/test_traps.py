@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from esper_triton.cpu import deadline, prepare
+from esper_triton.cpu import deadline, prepare, work
 from esper_triton.cpu.errors import CPUBackendError, DeviceAssertionError, KernelTimeout
 
 
@@ -94,6 +94,13 @@ def touches(x):
 def line_of(function, text: str) -> int:
     lines = function.raw_src
     return function.starting_line_number + next(k for k, line in enumerate(lines) if text in line)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_for_any_work():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "THREAD_GRAIN", 1)
+        yield
 
 
 @pytest.fixture(params=[1, 2])
