@@ -28,10 +28,13 @@ def _windows(source_ptr, target_ptr, m, n, source_stride, target_stride, step, R
     offset=st.integers(-100, 100),
     step=st.integers(0, 60),
     upwards=st.booleans(),
+    in_place=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
-def test_a_tile_is_read_before_it_is_written_however_its_rows_overlap(m, n, strides, offset, step, upwards):
+@settings(max_examples=80, deadline=None)
+def test_a_tile_is_read_before_it_is_written_however_its_rows_overlap(m, n, strides, offset, step, upwards, in_place):
     source_stride, target_stride = strides[0], (n + strides[1]) * (1 if upwards else -1)
+    if in_place:
+        source_stride, offset = target_stride, offset // 50
     memory = torch.arange(1000.0)
     expected = memory.numpy().copy()
     source, target = 450, 450 + offset
@@ -48,6 +51,17 @@ def test_a_tile_is_read_before_it_is_written_however_its_rows_overlap(m, n, stri
     finally:
         torch.set_num_threads(threads)
     assert np.array_equal(memory.numpy(), expected)
+
+
+@given(m=st.integers(1, 4), n=st.integers(1, 40), stride=st.integers(0, 45))
+@settings(max_examples=60, deadline=None)
+def test_elements_that_rows_share_are_updated_once(m, n, stride):
+    memory = torch.arange(300.0)
+    expected = memory.clone()
+    for r in range(m):
+        expected[r * stride : r * stride + n] = 2 * torch.arange(300.0)[r * stride : r * stride + n] + 1
+    _windows[(1,)](memory, memory, m, n, stride, stride, 0, R=4, C=64)
+    assert torch.equal(memory, expected)
 
 
 @triton.jit(do_not_specialize=["n"])

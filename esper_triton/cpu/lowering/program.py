@@ -38,7 +38,7 @@ from esper_triton.cpu.lowering.elementwise import (
     size_of,
 )
 from esper_triton.cpu.lowering.layout import contiguous_axis, steps
-from esper_triton.cpu.lowering.memory import load_operands
+from esper_triton.cpu.lowering.memory import load_operands, mask_of
 from esper_triton.cpu.lowering.nest import (
     SHAPE_OPS,
     Nest,
@@ -513,7 +513,7 @@ class Program:
             if v in self._pending and not (in_place and load_operands(definition(v))[0] is pointer)
         ]
         self.flush(but=self._closure(op.operands))
-        apart = self._apart(pointer, hazards)
+        apart = self._apart(op, hazards)
         if apart is None:
             for value in hazards:
                 self.materialise(value)
@@ -527,18 +527,19 @@ class Program:
         nest = self.nest(op.operands, pointer.type.shape, op, self._store_axis(op))
         nest.run(lambda index: memory.store(nest, op, index))
 
-    def _apart(self, pointer: Value, hazards: Sequence[Value]) -> Any | None:
-        """i1: whether a store overlaps none of the loads that it depends on; None where that cannot be asked."""
-        if not hazards:
-            return None
+    def _apart(self, op: Operation, hazards: Sequence[Value]) -> Any | None:
+        """i1: whether no load that a store depends on can see what it writes; None where that cannot be asked."""
         ranges = Ranges(self)
-        stored = ranges.of(pointer)
+        stored = ranges.of(op.operands[0], mask_of(op)) if hazards else None
+        if stored is None:
+            return None
         result: Any = ir.Constant(I1, 1)
-        for pointers in dict.fromkeys(load_operands(definition(v))[0] for v in hazards):
-            loaded = ranges.of(pointers) if stored is not None else None
-            if stored is None or loaded is None:
+        accesses = dict.fromkeys(load_operands(definition(v))[:2] for v in hazards)
+        for pointers, mask in accesses:
+            loaded = ranges.of(pointers, mask)
+            if loaded is None:
                 return None
-            result = self.b.and_(result, ranges.disjoint(stored, loaded))
+            result = self.b.and_(result, ranges.are_apart(stored, loaded))
         return result
 
     def _store_either_way(self, op: Operation, apart: Any, hazards: Sequence[Value]) -> None:
