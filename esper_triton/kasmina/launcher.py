@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +36,7 @@ class _Launchable(Protocol):
     @property
     def code_bytes(self) -> int: ...
 
-    def launch(self, grid: tuple[int, int, int], args: Sequence[int | float]) -> None: ...
+    def launcher(self) -> Callable[..., None]: ...  # (x, y, z, *args), pointers as tensors
 
 
 def check_machine(manifest: Manifest) -> None:
@@ -111,7 +111,7 @@ class _Extent:
 
 @dataclass(frozen=True)
 class _Launch:
-    kernel: _Launchable
+    run: Callable[..., None]
     arguments: tuple[_Argument, ...]
     grid: tuple[_Extent, _Extent, _Extent]
 
@@ -262,7 +262,7 @@ class KernelProgram:
                 for text, kind in zip(step.arguments, record.signature, strict=True)
             )
             x, y, z = (_Extent(text, manifest.dims) for text in step.grid)
-            launches.append(_Launch(kernels[step.kernel], arguments, (x, y, z)))
+            launches.append(_Launch(kernels[step.kernel].launcher(), arguments, (x, y, z)))
         return launches
 
     def _argument(self, where: str, text: str, kind: str, known: set[str]) -> _Argument:
@@ -351,10 +351,10 @@ class KernelProgram:
         launches: Sequence[_Launch], grids: Sequence[tuple[int, int, int]], tensors: Mapping[str, Tensor], rows: int
     ) -> None:
         for launch, grid in zip(launches, grids, strict=True):
-            values: list[int | float] = []
+            values: list[Tensor | int] = []
             for argument in launch.arguments:
                 if argument.kind == "pointer":
-                    values.append(tensors[argument.tensor].data_ptr())
+                    values.append(tensors[argument.tensor])
                 elif argument.kind == "rows":
                     values.append(rows)
                 else:
@@ -366,7 +366,7 @@ class KernelProgram:
                         )
                     values.append(stride)
             if min(grid) > 0:
-                launch.kernel.launch(grid, values)
+                launch.run(*grid, *values)
 
 
 def _x_width(manifest: Manifest) -> int:
