@@ -214,12 +214,29 @@ def _is_uniform(program: Program, value: Value) -> bool:
     return op.name == "tt.splat" or (op.name == "arith.constant" and bool(op.attributes["value"].splat))
 
 
+def advance_of(program: Program, argument: Value, yielded: Value) -> Any | None:
+    """By how much (in bytes) a carried tile of pointers will have advanced at the end of the step, if known already."""
+    op = yielded.defining_op
+    if op is None or op.name != "tt.addptr" or argument is not op.operands[0] or argument not in program.shifted:
+        return None
+    source = definition(_spread(op.operands[1]))
+    if source.name == "tt.splat" and source.operands[0] not in program.scalars:
+        return None
+    return _uniform(program, op, yielded)
+
+
+def _spread(value: Value) -> Value:
+    """What is the same in every element of a tile, as the smallest tile that there is of it."""
+    while (source := definition(value)).name in ("tt.expand_dims", "tt.broadcast"):
+        value = source.operands[0]
+    return value
+
+
 def _uniform(program: Program, op: Operation, yielded: Value) -> Any:
     """What `op` adds to every element of its carried operand, in bytes for pointers."""
     argument = next(v for v in op.operands if v in program.shifted)
-    value = _other(op, argument)
-    while (source := definition(value)).name in ("tt.expand_dims", "tt.broadcast"):
-        value = source.operands[0]
+    value = _spread(_other(op, argument))
+    source = definition(value)
     amount = (
         program.scalars[source.operands[0]]
         if source.name == "tt.splat"

@@ -11,6 +11,7 @@ another in scratch memory (a panel), so that they stay in the first-level cache 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,16 +20,21 @@ from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering.casts import float_to_float
-from esper_triton.cpu.lowering.chunks import ZERO, Buffer, Index
+from esper_triton.cpu.lowering.chunks import ZERO, Buffer, Index, Uniform
+from esper_triton.cpu.lowering.control import advance_of
+from esper_triton.cpu.lowering.layout import contiguous_axis
+from esper_triton.cpu.lowering.memory import load_operands
 from esper_triton.cpu.lowering.nest import Nest
-from esper_triton.cpu.lowering.types import FLOAT8, FLOATS, I64, Unlowered, memory_type, size_of
+from esper_triton.cpu.lowering.types import FLOAT8, FLOATS, I32, I64, Unlowered, memory_type, size_of
 from esper_triton.cpu.lowering.vmath import Value as LLVMValue
-from esper_triton.cpu.lowering.vmath import fma
-from esper_triton.cpu.mlir import Operation, ScalarType, TensorType, Type, Value
+from esper_triton.cpu.lowering.vmath import call, fma
+from esper_triton.cpu.mlir import Operation, PointerType, ScalarType, TensorType, Type, Value
 
 if TYPE_CHECKING:
     from esper_triton.cpu.lowering.program import Program
 
+_LINE = 64  # bytes of a cache line
+_WORTH_FETCHING = 2**17  # multiplications in a step from which the next one's operands are fetched meanwhile
 _UNROLL = 2  # steps of K in one turn of the loop
 
 
@@ -41,6 +47,7 @@ def lower_dot(program: Program, op: Operation) -> None:
         compute = ScalarType("f64" if "f64" in names else "f32")
     else:
         raise Unlowered(f"operands {names[0]} and {names[1]} with accumulator {names[2]}")
+    upcoming = [tile for k in (0, 1) if (tile := _upcoming(program, op, op.operands[k])) is not None]
     turned = [_look_through_transposition(program, op, k, compute) for k in (0, 1)]
     for k in (0, 1):
         _widen(op, k, compute)
@@ -55,7 +62,7 @@ def lower_dot(program: Program, op: Operation) -> None:
 
     nest = program.nest([accumulator], shape, op)
     output = program.new_buffer(op.result)
-    _emit(nest, op, left, right, output, compute, width)
+    _emit(nest, op, left, right, output, compute, width, upcoming)
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,82 @@ class _Operand:
         return self.buffer.address(b, (*leading, *place))[0]
 
 
+@dataclass(frozen=True)
+class _Upcoming:
+    """An operand of the next step of a loop, which is fetched into the second-level cache during this one.
+
+    Attributes:
+        pointers: the addresses of this step's tile. advance: bytes (i64) to the next one's. inner: axis of neighbours.
+    """
+
+    pointers: Value
+    advance: LLVMValue
+    inner: int
+
+    def fetch(self, nest: Nest, row: Index, column: Index, height: int, result: tuple[int, ...]) -> None:
+        """A share of the tile, as large as that of the block at `row` and `column` in the result."""
+        type_ = self.pointers.type
+        assert isinstance(type_, TensorType)
+        assert isinstance(type_.element, PointerType)
+        outer = 1 - self.inner
+        lines, length = type_.shape[outer], type_.shape[self.inner]
+        step = max(1, _LINE // size_of(type_.element.pointee))
+        piece = max(1, length * nest.width // result[1])
+        first = _scaled(nest, row, lines, result[0])
+        start = _scaled(nest, column, length, result[1])
+        line = nest.open(-(-height * lines // result[0]))
+        offset = nest.open(piece, step)
+        place = [ZERO, ZERO]
+        place[outer], place[self.inner] = _sum(nest, first, line), _sum(nest, start, offset)
+        address = nest.chunk(self.pointers, tuple(place))
+        assert isinstance(address, Uniform)
+        pointer = nest.b.inttoptr(nest.b.add(address.value, self.advance), c.POINTER)
+        hint = [ir.Constant(I32, number) for number in (0, 2, 1)]  # to read, in the second-level cache, data
+        call(nest.b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hint])
+        nest.close()
+        nest.close()
+
+
+def _upcoming(program: Program, op: Operation, value: Value) -> _Upcoming | None:
+    """What is known of the tile that an operand will be in the loop's next step, where it is loaded from there."""
+    source = value.defining_op
+    while source is not None and source.name in ("tt.trans", "arith.extf", "tt.fp_to_fp", "arith.extsi"):
+        source = source.operands[0].defining_op
+    if source is None or source.name != "tt.load" or source.block is not op.block or op.block is None:
+        return None
+    pointers = load_operands(source)[0]
+    loop = op.block.region.parent
+    if pointers not in program.shifted or pointers.block is not op.block or loop is None or loop.name != "scf.for":
+        return None
+    type_ = pointers.type
+    assert isinstance(type_, TensorType)
+    work = math.prod(_type(op.result).shape) * _type(value).shape[-1]
+    if len(type_.shape) != 2 or work < _WORTH_FETCHING or not program.is_cheap(pointers):
+        return None
+    amount = advance_of(program, pointers, op.block.terminator.operands[pointers.index - 1])
+    if amount is None:
+        return None
+    inner = contiguous_axis(program, pointers)
+    return _Upcoming(pointers, amount, 1 if inner is None else inner)
+
+
+def _scaled(nest: Nest, index: Index, extent: int, of: int) -> Index:
+    """An index below `of` as one of `extent`, which is that times or divided by a power of two."""
+    if isinstance(index.value, ir.Constant):
+        return Index(ir.Constant(I64, index.value.constant * extent // of))
+    wide = nest.b.mul(index.value, ir.Constant(I64, extent))
+    return Index(nest.b.lshr(wide, ir.Constant(I64, of.bit_length() - 1)), level=len(nest.builders) - 1)
+
+
 def _emit(
-    nest: Nest, op: Operation, left: _Operand, right: _Operand, output: Buffer, compute: ScalarType, width: int
+    nest: Nest,
+    op: Operation,
+    left: _Operand,
+    right: _Operand,
+    output: Buffer,
+    compute: ScalarType,
+    width: int,
+    upcoming: list[_Upcoming],
 ) -> None:
     """The loops over batches, columns and rows, and in the innermost one a block of the result."""
     *batch, rows, columns = output.shape
@@ -96,6 +177,8 @@ def _emit(
         sums = [_converted(nest.b, nest.vector(op.operands[2], at), _element(op.operands[2]), compute) for at in places]
         for at in places:
             nest.visit(at)
+        for tile in upcoming if start == 0 else ():  # the few rows that remain may be late
+            tile.fetch(nest, row, column, height, output.shape)
         first = left.address(nest.b, leading, row, ZERO)
         for at, value in zip(places, _block(nest, left, right, first, line, sums), strict=True):
             output.write(nest.b, at, c.as_chunk(_converted(nest.b, value, compute, output.element)), width)
@@ -168,14 +251,22 @@ def _heights(program: Program, rows: int, line_bytes: int) -> Iterator[tuple[int
 
 
 def _shifted(nest: Nest, index: Index, offset: int) -> Index:
-    if isinstance(index.value, ir.Constant):
-        return Index(ir.Constant(I64, index.value.constant + offset))
-    return Index(nest.b.add(index.value, ir.Constant(I64, offset)), level=index.level)
+    return _sum(nest, index, Index(ir.Constant(I64, offset)))
+
+
+def _sum(nest: Nest, first: Index, second: Index) -> Index:
+    if isinstance(first.value, ir.Constant) and isinstance(second.value, ir.Constant):
+        return Index(ir.Constant(I64, first.value.constant + second.value.constant))
+    return Index(nest.b.add(first.value, second.value), level=len(nest.builders) - 1)
+
+
+def _type(value: Value) -> TensorType:
+    assert isinstance(value.type, TensorType)
+    return value.type
 
 
 def _element(value: Value) -> Type:
-    assert isinstance(value.type, TensorType)
-    return value.type.element
+    return _type(value).element
 
 
 def _converted(b: ir.IRBuilder, value: LLVMValue, source: Type, target: Type) -> LLVMValue:
