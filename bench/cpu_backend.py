@@ -2,10 +2,14 @@
 
     .venv/bin/python bench/cpu_backend.py [--kernels softmax,add] [--threads 1,2] [--samples 30] [--output docs]
 
-Contenders are sampled in turn (A B C A B C ...) in one process, warm, with OMP_WAIT_POLICY=PASSIVE. Medians are shown,
-and the spread is that of the middle half of the samples' ratios. All of them write into outputs made before, or all
-make new outputs each time (marked "new": torch has no `out=` there, or Inductor would copy a library's result). Each is
-first checked against float64, with poisoned outputs and inputs that must stay as they are.
+Contenders are sampled in rounds, in one process, with OMP_WAIT_POLICY=PASSIVE. The order within a round is drawn, and
+each begins its turn with a call that is not timed: in a fixed order, whoever comes after the copy would always find its
+inputs gone from the cache. Medians are shown, and the spread is that of the middle half of the samples' ratios. All of
+them write into the same outputs made before, or all make new outputs each time (marked "new": torch has no `out=`
+there, or Inductor would copy a library's result). The C library's allocator is told to keep freed memory, as the
+allocators do that torch recommends on CPUs: else most of what is timed of large new outputs is the operating system
+clearing their pages, whoever writes them. Each contender is first checked against float64, with poisoned outputs and
+inputs that must stay as they are.
 
 A copy by `Tensor.copy_` of buffers of as many bytes as the kernel moves is sampled among the contenders of a
 memory-bound kernel: "of copy" is the kernel's bytes per second over the copy's. For products, "of MKL" is eager torch's
@@ -20,6 +24,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -28,9 +33,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-if __name__ == "__main__" and os.environ.get("OMP_WAIT_POLICY") != "PASSIVE":
-    # Spinning threads of torch take the cores from whoever has work. OpenMP reads this once, when torch is imported.
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+# Spinning threads of torch take the cores from whoever has work; what glibc gives back to the system has to be cleared
+# when it is wanted again. OpenMP and glibc read these once.
+SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+if __name__ == "__main__" and not SETTINGS.items() <= os.environ.items():
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SETTINGS})
 
 import cpu_cases
 import cpu_costs
@@ -43,27 +50,24 @@ from rich.progress import Progress
 
 SIZES = {"cache": 2**20, "memory": 2**24}  # elements: within the last-level cache of a server's core, and beyond it
 LEAST_SAMPLE_NS = 300_000
-CONTENDERS = ("triton", "eager", "inductor")
 
 
-def poisoned(case: Case) -> Tensors:
-    """Outputs that no kernel has written yet: NaN, or the least integer."""
-    return tuple(
-        out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min) for out in case.outputs()
-    )
+def poison(outputs: Tensors) -> None:
+    """What no kernel has written: NaN, or the least integer."""
+    for out in outputs:
+        out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
 
 
-def contenders(case: Case) -> dict[str, Callable[[], Tensors]]:
-    """Functions without arguments that compute the outputs, as far as they may into outputs that they own."""
+def contenders(case: Case, made: Tensors) -> dict[str, Callable[[], Tensors]]:
+    """Functions without arguments that compute the outputs, as far as they may into those `made` before."""
     compiled = torch.compile(_into if case.preallocated else _new, dynamic=False, fullgraph=True)
-    made = {name: poisoned(case) for name in CONTENDERS}
-    launches = case.launches(made["triton"])
+    launches = case.launches(made)
 
     def ours() -> Tensors:
         if case.preallocated:
             for launch in launches:
                 launch()
-            return made["triton"]
+            return made
         outputs = case.outputs()
         for launch in case.launches(outputs):
             launch()
@@ -71,11 +75,11 @@ def contenders(case: Case) -> dict[str, Callable[[], Tensors]]:
 
     def inductor() -> Tensors:
         if case.preallocated:
-            compiled(case.expression, made["inductor"], case.inputs)
-            return made["inductor"]
+            compiled(case.expression, made, case.inputs)
+            return made
         return compiled(case.expression, case.inputs)
 
-    return {"triton": ours, "eager": lambda: case.eager(made["eager"], *case.inputs), "inductor": inductor}
+    return {"triton": ours, "eager": lambda: case.eager(made, *case.inputs), "inductor": inductor}
 
 
 def _into(expression, outputs: Tensors, inputs: Tensors) -> None:
@@ -95,7 +99,7 @@ def copies(case: Case) -> Callable[[], None]:
 
 
 def samples(functions: dict[str, Callable[[], object]], count: int, clock: Callable[[], int]) -> dict[str, list[float]]:
-    """Nanoseconds of a call, `count` times for each function, in turn; short ones are called many times a sample."""
+    """Nanoseconds of a call, `count` times for each function; short ones are called many times a sample."""
     calls = {}
     for name, function in functions.items():
         function()
@@ -104,9 +108,12 @@ def samples(functions: dict[str, Callable[[], object]], count: int, clock: Calla
             function()
         calls[name] = max(1, math.ceil(3 * LEAST_SAMPLE_NS / (time.perf_counter_ns() - began)))
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order, draw = list(functions), random.Random(7)
     for _ in range(count):
-        for name, function in functions.items():
-            repeats = range(calls[name])
+        draw.shuffle(order)
+        for name in order:
+            function, repeats = functions[name], range(calls[name])
+            function()
             began = clock()
             for _ in repeats:
                 function()
@@ -114,14 +121,17 @@ def samples(functions: dict[str, Callable[[], object]], count: int, clock: Calla
     return times
 
 
-def measure(case: Case, rivals: dict[str, Callable[[], Tensors]], options: argparse.Namespace, threads: int) -> dict:
-    """One row of the table.
+def measure(
+    case: Case, rivals: dict[str, Callable[[], Tensors]], made: Tensors, options: argparse.Namespace, threads: int
+) -> dict:
+    """One row of the table. `made` are the outputs that rivals write into.
 
     Raises:
         SystemExit: a contender computes something else than float64 does, or changes its inputs.
     """
     before = tuple(x.clone() for x in case.inputs)
     for name, function in rivals.items():
+        poison(made)
         if error := case.error(function()):
             raise SystemExit(f"error: {case.name}, {name}: {error}")
         if not all(map(torch.equal, case.inputs, before)):
@@ -223,10 +233,11 @@ def main() -> None:
                 torch.set_num_threads(threads)
                 for case in cpu_cases.cases(name, sizes):
                     torch.compiler.reset()  # its code has the number of threads in it
-                    rivals = contenders(case)
+                    made = case.outputs()
+                    rivals = contenders(case, made)
                     if options.no_inductor:
                         del rivals["inductor"]
-                    row = measure(case, rivals, options, threads)
+                    row = measure(case, rivals, made, options, threads)
                     if case.name in interpreter:
                         row["interpreter_us"] = interpreter[case.name]
                         row["interpreter_ratio"] = interpreter[case.name] / row["triton_us"]
@@ -239,7 +250,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        "settings": {name: os.environ.get(name) for name in SETTINGS},
         "clock": "CPU time of the thread" if options.cpu_time else "wall time",
     }
     figures = {"machine": machine, "kernels": rows, "costs": costs, "summary": cpu_report.summary(rows, costs)}

@@ -82,7 +82,7 @@ def show(figures: dict, console: Console) -> None:
     rows, machine = figures["kernels"], figures["machine"]
     interpreter = any("interpreter_us" in row for row in rows)
     title = f"{machine['processor']}, triton {machine['triton']}, torch {machine['torch']}; us, {machine['clock']}"
-    table = Table(title=f"{title}; OMP_WAIT_POLICY={machine['OMP_WAIT_POLICY']}")
+    table = Table(title=f"{title}; " + ", ".join(f"{name}={value}" for name, value in machine["settings"].items()))
     columns = ["thr", "out", "triton", "eager", "inductor", "eager\n/triton", "middle\nhalf", "inductor\n/triton"]
     columns += ["middle\nhalf", "of\ncopy", "of\nMKL", "GB/s or\nGFLOP/s", *(["inter-\npreter"] if interpreter else [])]
     table.add_column("kernel", no_wrap=True)
