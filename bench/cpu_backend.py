@@ -33,12 +33,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Spinning threads of torch take the cores from whoever has work; what glibc gives back to the system has to be cleared
-# when it is wanted again. OpenMP and glibc read these once.
-SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-if __name__ == "__main__" and not SETTINGS.items() <= os.environ.items():
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SETTINGS})
-
 import cpu_cases
 import cpu_costs
 import cpu_report
@@ -48,6 +42,9 @@ from cpu_cases import Case, Tensors
 from rich.console import Console
 from rich.progress import Progress
 
+# Spinning threads of torch take the cores from whoever has work; what glibc gives back to the system has to be cleared
+# when it is wanted again. OpenMP and glibc read these once.
+SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 SIZES = {"cache": 2**20, "memory": 2**24}  # elements: within the last-level cache of a server's core, and beyond it
 LEAST_SAMPLE_NS = 300_000
 
@@ -218,6 +215,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    if not SETTINGS.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SETTINGS})
     console = Console(width=150)
     sizes = tuple(SIZES[name] for name in options.sizes)
     rows: list[dict] = []

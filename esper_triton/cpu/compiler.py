@@ -151,9 +151,10 @@ class CPUBackend(BaseBackend):  # type: ignore[misc]  # triton carries no types
 def _toolchain_hash() -> str:
     import llvmlite
 
-    from esper_triton.cpu.host import cpu_name, feature_string
+    from esper_triton.cpu.host import cpu_name, feature_string, last_level_cache_bytes
 
-    digest = hashlib.sha256("\n".join(("cpu", llvmlite.__version__, cpu_name(), feature_string())).encode())
+    machine = (cpu_name(), feature_string(), str(last_level_cache_bytes()))
+    digest = hashlib.sha256("\n".join(("cpu", llvmlite.__version__, *machine)).encode())
     # The backend's own text, so that no change of it can be served by code compiled before it.
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

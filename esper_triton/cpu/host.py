@@ -7,8 +7,9 @@ import json
 import platform
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 
-__all__ = ["cpu_features", "cpu_name", "feature_string", "vector_bits"]
+__all__ = ["cpu_features", "cpu_name", "feature_string", "last_level_cache_bytes", "vector_bits"]
 
 _FILE = "processor.json"
 
@@ -81,3 +82,13 @@ def vector_bits() -> int:
     if "avx512f" in features:
         return 512
     return 256 if "avx" in features and platform.machine() in ("x86_64", "AMD64") else 128
+
+
+@lru_cache(maxsize=1)
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache that a core of this machine has access to; 32 MiB where the system does not tell."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with suppress(OSError, ValueError):  # such as "32768K"
+            sizes.append(int(path.read_text(encoding="ascii").strip().removesuffix("K")) * 1024)
+    return max(sizes, default=32 * 2**20)

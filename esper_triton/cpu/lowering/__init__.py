@@ -41,6 +41,7 @@ from esper_triton.cpu.lowering.reduction import lower_reduce
 from esper_triton.cpu.lowering.sanitize import ACCESS, add_access_checks, emit_default_table, lower_access
 from esper_triton.cpu.lowering.scan import lower_scan
 from esper_triton.cpu.lowering.simplify import drop_reshapes
+from esper_triton.cpu.lowering.streaming import fence
 from esper_triton.cpu.lowering.traps import is_running, lower_assert, lower_division_trap, report
 from esper_triton.cpu.mlir import Module, Operation
 from esper_triton.cpu.trap import Status
@@ -182,6 +183,8 @@ def _emit_entry(llvm: Any, function: Operation, name: str, body: LoweredFunction
     report(b, frame, Status.TIMEOUT, coordinates[:3], function)
     b.branch(after)
     b.position_at_end(after)
+    if body.streams:
+        fence(b)
     if body.scratch_bytes:
         release = ir.Function(llvm, ir.FunctionType(ir.VoidType(), [_POINTER]), "free")
         b.call(release, [scratch])

@@ -24,10 +24,10 @@ GRID = ("id0", "id1", "id2", "size0", "size1", "size2")
 
 
 class LoweredFunction:
-    """The LLVM function of a `tt.func`, and the scratch memory it needs."""
+    """The LLVM function of a `tt.func`, the scratch memory it needs, and whether it stores past the caches."""
 
-    def __init__(self, function: Any, scratch_bytes: int) -> None:
-        self.function, self.scratch_bytes = function, scratch_bytes
+    def __init__(self, function: Any, scratch_bytes: int, streams: bool) -> None:
+        self.function, self.scratch_bytes, self.streams = function, scratch_bytes, streams
 
 
 class Functions:
@@ -70,7 +70,7 @@ class Functions:
                 program.scalars[argument] = value
         outputs = [_buffer(pointer, type) for pointer, type in zip(targets, tiles, strict=True)]
         lower_body(program, source.regions[0], outputs, "tt.return")
-        return LoweredFunction(function, program.scratch_bytes)
+        return LoweredFunction(function, program.scratch_bytes, program.streams.used)
 
     def _call(self, program: Program, op: Operation) -> None:
         callee = self.get(op.attributes["callee"])

@@ -147,7 +147,7 @@ def store(nest: Nest, op: Operation, index: tuple[Index, ...]) -> None:
     pointer = b.inttoptr(address.base, c.POINTER)
     if condition is None or isinstance(condition, Uniform):
         with c.only_if(b, condition and condition.value):
-            c.store_vector(b, vector, pointer, element)
+            nest.program.streams.store(b, nest.builders[0], op, vector, address.base)
         return
     if isinstance(condition, Prefix):
         if nest.is_split:  # and whole chunks have been dealt with

@@ -50,6 +50,7 @@ from esper_triton.cpu.lowering.nest import (
     operand_axis,
 )
 from esper_triton.cpu.lowering.ranges import Ranges
+from esper_triton.cpu.lowering.streaming import Streams
 from esper_triton.cpu.mlir import Block, Dense, Operation, PointerType, TensorType, Value
 
 _ALIGNMENT = 64  # of buffers: a cache line
@@ -98,6 +99,7 @@ class Program:
         scalars: LLVM value of every scalar so far. buffers: tiles in scratch memory.
         shifted: tiles that are another tile plus a scalar (pointers advanced around a loop).
         scratch_bytes: scratch memory used so far. grid: position in the grid (`id0` ...) and its extents (`size0` ...).
+        streams: its stores that may go past the caches.
         frame: pointer to the frame of the launch. handlers: what lowers an operation that is not element-wise, by name.
     """
 
@@ -129,7 +131,8 @@ class Program:
         self.grid = grid
         self._depth: dict[Value, int] = {}  # of lazy tiles: how many operations one chunk of it goes through
         self._pending: dict[Value, None] = {}  # lazy loads, in program order
-        self._terse = False  # whether little code matters more than fast code, since it will hardly ever run
+        self.terse = False  # whether little code matters more than fast code, since it will hardly ever run
+        self.streams = Streams(self)
         self.targets: dict[Value, Any] = {}  # where a root's result is wanted, if somewhere particular
 
     def new_block(self, name: str) -> Any:
@@ -333,7 +336,7 @@ class Program:
             if (wanted or needed_later) and not self.is_cheap(value):
                 keep[value] = self.new_buffer(value, inner=inner if wanted else axis, panel=panel if wanted else None)
         accesses = [op for op in (*operations, user) if op is not None and op.name in ("tt.load", "tt.store")]
-        return Nest(self, shape, keep, [] if self._terse else accesses, axis)
+        return Nest(self, shape, keep, [] if self.terse else accesses, axis)
 
     def materialise(self, value: Value, inner: int | None = None, panel: int | None = None) -> Buffer:
         """The tile in scratch memory, computed now unless it is there already.
@@ -554,14 +557,14 @@ class Program:
             kept = {value: buffer for value, buffer in self.buffers.items() if value not in before}
         self.b.branch(join)
         self.b.position_at_end(separate)
-        self._terse = True
+        self.terse = True
         with self.scope():
             # What is needed afterwards has to be found in the same place whichever way was taken.
             self.targets.update(kept)
             for value in (*hazards, *kept):
                 self.materialise(value, kept[value].inner if value in kept else None)
             self._store_tile(op)
-        self._terse = False
+        self.terse = False
         self.b.branch(join)
         self.b.position_at_end(join)
         self.buffers.update(kept)

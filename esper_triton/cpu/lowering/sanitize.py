@@ -23,6 +23,7 @@ from esper_triton.cpu.lowering.chunks import Affine
 from esper_triton.cpu.lowering.elementwise import I1, I32, I64, element_type, size_of
 from esper_triton.cpu.lowering.memory import load_operands
 from esper_triton.cpu.lowering.nest import is_tile
+from esper_triton.cpu.lowering.origins import origins
 from esper_triton.cpu.lowering.traps import trap_unless
 from esper_triton.cpu.lowering.vmath import splat_constant
 from esper_triton.cpu.mlir import Block, Module, Operation, PointerType, Region, TensorType, Value
@@ -36,8 +37,6 @@ ACCESS = "esper.access"
 
 _ACCESSES = {"tt.load": "load", "tt.store": "store", "tt.atomic_rmw": "atomic", "tt.atomic_cas": "atomic"}
 _EXCHANGE = 10  # Triton's RMWOp
-# The result points where the first operand does.
-_SAME_STORAGE = {"tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape", "tt.bitcast"}
 
 
 def add_access_checks(module: Module, kernel: str, race: bool) -> None:
@@ -86,7 +85,7 @@ def _check(op: Operation, block: Block, arguments: Sequence[Value], marks: str) 
     else:
         pointers, mask = op.operands[0], op.operands[2] if len(op.operands) > 2 else None
         mask = None if op.name == "tt.atomic_cas" else mask
-    origin = _origins(pointers, set())
+    origin = origins(pointers)
     (argument,) = origin if len(origin) == 1 else (None,)
     known = argument in arguments
     attributes = {
@@ -100,52 +99,6 @@ def _check(op: Operation, block: Block, arguments: Sequence[Value], marks: str) 
     for value in operands:
         value.users.append(check)
     return check
-
-
-def _origins(value: Value, seen: set[Value]) -> set[Value | None]:
-    """The block arguments of functions that a pointer is computed from; None among them for anything else."""
-    if value in seen:
-        return set()
-    seen.add(value)
-    op = value.defining_op
-    if op is not None:
-        if op.name in _SAME_STORAGE:
-            return _origins(op.operands[0], seen)
-        return _of_all(_passed(op, value.index) if op.name != "arith.select" else op.operands[1:], seen)
-    assert value.block is not None
-    parent = value.block.region.parent
-    assert parent is not None
-    if parent.name == "tt.func":
-        # The arguments of other blocks come from several places, and are not followed.
-        return {value if value.block is parent.regions[0].blocks[0] else None}
-    if parent.name == "scf.while" and value.block is parent.regions[1].block:
-        return _origins(parent.regions[0].block.terminator.operands[1 + value.index], seen)
-    number = value.index - (parent.name == "scf.for")  # the first argument of a for loop's body is the counter
-    if parent.name == "scf.for":
-        first, body = parent.operands[3:], parent.regions[0].block
-    elif parent.name == "scf.while":
-        first, body = parent.operands, parent.regions[1].block
-    else:
-        return {None}
-    return _of_all([first[number], body.terminator.operands[number]], seen)
-
-
-def _passed(op: Operation, number: int) -> list[Value]:
-    """The values that result `number` of a loop or branch is one of; none for another operation."""
-    match op.name:
-        case "scf.for":
-            return [op.operands[3 + number], op.regions[0].block.terminator.operands[number]]
-        case "scf.while":
-            return [op.regions[0].block.terminator.operands[1 + number]]
-        case "scf.if":
-            return [region.block.terminator.operands[number] for region in op.regions]
-    return []
-
-
-def _of_all(values: Sequence[Value], seen: set[Value]) -> set[Value | None]:
-    if not values:
-        return {None}
-    return set().union(*(_origins(value, seen) for value in values))
 
 
 def lower_access(program: Program, op: Operation) -> None:

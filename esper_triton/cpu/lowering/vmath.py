@@ -13,8 +13,11 @@ from typing import Any
 
 from llvmlite import ir
 
+from esper_triton.cpu.host import cpu_features
+
 Value = Any  # llvmlite has no usable type stubs
 F32, I32 = ir.FloatType(), ir.IntType(32)
+_AVX512 = 16  # lanes of float32 in one of its registers
 
 # exp(r) = 1 + r + r^2 * P(r) on |r| <= ln(2)/2; relative error 3.1e-9.
 _EXP = (
@@ -149,7 +152,10 @@ def _polynomial(b: ir.IRBuilder, x: Value, coefficients: Sequence[float]) -> Val
     return result
 
 
-def _times_power_of_2(b: ir.IRBuilder, x: Value, exponent: Value) -> Value:
+def _times_power_of_2(b: ir.IRBuilder, x: Value, n: Value, exponent: Value) -> Value:
+    """x * 2**n, rounded once where that is below the normal range; `exponent` is n as an integer."""
+    if "avx512f" in cpu_features() and isinstance(x.type, ir.VectorType) and x.type.count % _AVX512 == 0:
+        return _scaled_by_avx512(b, x, n)
     # In two halves, so that results below the normal range are rounded once and exponent 128 does not overflow early.
     integer = exponent.type
     half = b.ashr(exponent, splat_constant(integer, 1))
@@ -157,6 +163,27 @@ def _times_power_of_2(b: ir.IRBuilder, x: Value, exponent: Value) -> Value:
         bits = b.shl(b.add(part, splat_constant(integer, 127)), splat_constant(integer, 23))
         x = b.fmul(x, b.bitcast(bits, x.type))
     return x
+
+
+def _scaled_by_avx512(b: ir.IRBuilder, x: Value, n: Value) -> Value:
+    # One instruction for 16 lanes, where the same with integers takes nine.
+    part = ir.VectorType(F32, _AVX512)
+    name, every_lane, rounding = (
+        "llvm.x86.avx512.mask.scalef.ps.512",
+        ir.Constant(ir.IntType(16), -1),
+        ir.Constant(I32, 4),
+    )
+    lanes = ir.VectorType(I32, _AVX512)
+    parts = []
+    for start in range(0, x.type.count, _AVX512):
+        chosen = ir.Constant(lanes, [ir.Constant(I32, start + lane) for lane in range(_AVX512)])
+        value, power = (b.shuffle_vector(v, undefined(v.type), chosen) for v in (x, n))
+        parts.append(call(b, name, part, [value, power, splat_constant(part, 0.0), every_lane, rounding]))
+    while len(parts) > 1:
+        width = 2 * parts[0].type.count
+        both = ir.Constant(ir.VectorType(I32, width), [ir.Constant(I32, lane) for lane in range(width)])
+        parts = [b.shuffle_vector(low, high, both) for low, high in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
 
 
 def _round_to_int(b: ir.IRBuilder, x: Value, scale: float) -> tuple[Value, Value]:
@@ -182,7 +209,7 @@ def emit_exp(b: ir.IRBuilder, x: Value) -> Value:
     r = fma(b, n, splat_constant(x.type, -0.693145751953125), x)  # ln 2 in 15 bits: n * high is exact
     r = fma(b, n, splat_constant(x.type, -1.4286068203094172e-06), r)
     poly = fma(b, b.fmul(r, r), _polynomial(b, r, _EXP), r)
-    return _times_power_of_2(b, b.fadd(poly, splat_constant(x.type, 1.0)), exponent)
+    return _times_power_of_2(b, b.fadd(poly, splat_constant(x.type, 1.0)), n, exponent)
 
 
 def emit_exp2(b: ir.IRBuilder, x: Value) -> Value:
@@ -190,7 +217,7 @@ def emit_exp2(b: ir.IRBuilder, x: Value) -> Value:
     x = _clamped(b, x, -151.0, 129.0)
     n, exponent = _round_to_int(b, x, 1.0)
     r = b.fsub(x, n)
-    return _times_power_of_2(b, fma(b, r, _polynomial(b, r, _EXP2), splat_constant(x.type, 1.0)), exponent)
+    return _times_power_of_2(b, fma(b, r, _polynomial(b, r, _EXP2), splat_constant(x.type, 1.0)), n, exponent)
 
 
 def _log_parts(b: ir.IRBuilder, x: Value) -> tuple[Value, Value, Value, Value]:
