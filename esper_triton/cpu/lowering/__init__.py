@@ -163,21 +163,33 @@ def _emit_entry(llvm: Any, function: Operation, name: str, body: LoweredFunction
         b.position_at_end(ready)
         scratch = b.load(place, typ=_POINTER)
 
+    rest = b.udiv(start, nx)
+    first = (start, b.urem(start, nx), b.urem(rest, ny), b.udiv(rest, ny))
     preheader = b.block
     loop, after = entry.append_basic_block("programs"), entry.append_basic_block("after")
     b.branch(loop)
     b.position_at_end(loop)
-    linear = b.phi(I64)
-    linear.add_incoming(start, preheader)
-    rest = b.udiv(linear, nx)
-    position = (b.urem(linear, nx), b.urem(rest, ny), b.udiv(rest, ny))
-    coordinates = [b.trunc(value, I32) for value in (*position, nx, ny, nz)]
+    linear, x, y, z = phis = [b.phi(I64) for _ in first]
+    coordinates = [b.trunc(value, I32) for value in (x, y, z, nx, ny, nz)]
     b.call(body.function, [*arguments, *coordinates, scratch, frame])
-    following = b.add(linear, ir.Constant(I64, 1))
+    # Counted on, since divisions take longer than all else that is done between two programs.
+    zero, one = ir.Constant(I64, 0), ir.Constant(I64, 1)
+    next_x = b.add(x, one)
+    new_row = b.icmp_unsigned("==", next_x, nx)
+    next_y = b.add(y, b.zext(new_row, I64))
+    new_plane = b.icmp_unsigned("==", next_y, ny)
+    following = (
+        b.add(linear, one),
+        b.select(new_row, zero, next_x),
+        b.select(new_plane, zero, next_y),
+        b.add(z, b.zext(new_plane, I64)),
+    )
     more, stopped = entry.append_basic_block("more"), entry.append_basic_block("stopped")
-    b.cbranch(b.icmp_unsigned("<", following, stop), more, after)
+    b.cbranch(b.icmp_unsigned("<", following[0], stop), more, after)
     b.position_at_end(more)
-    linear.add_incoming(following, b.block)
+    for phi, initial, later in zip(phis, first, following, strict=True):
+        phi.add_incoming(initial, preheader)
+        phi.add_incoming(later, b.block)
     b.cbranch(is_running(b, frame), loop, stopped)
     b.position_at_end(stopped)
     report(b, frame, Status.TIMEOUT, coordinates[:3], function)

@@ -1,8 +1,9 @@
 """Control flow: `scf.if`, `scf.for` and `scf.while`, with scalars and tiles as results and carried values.
 
 Scalars become phis. A tile that a branch yields is written to one buffer by both branches. A tile carried around a loop
-alternates between two buffers; or has one, where products are added to it and nothing else reads it; or, where each
-step adds one scalar to all of it (a pointer that advances), is its first value and a scalar that is carried instead.
+alternates between two buffers; or has one, where products are added to it and nothing else reads it, or where its
+elements are only needed for those in the same places afterwards; or, where each step adds one scalar to all of it (a
+pointer that advances), is its first value and a scalar that is carried instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from llvmlite import ir
 
 from esper_triton.cpu.lowering.chunks import Buffer
 from esper_triton.cpu.lowering.elementwise import I64, TABLE, constant, element_type, register_type, size_of
-from esper_triton.cpu.lowering.nest import definition, is_tile
+from esper_triton.cpu.lowering.nest import definition, is_elementwise, is_lazy_operation, is_tile
 from esper_triton.cpu.lowering.traps import end_of_step
 from esper_triton.cpu.mlir import Block, Operation, PointerType, TensorType, Value
 
@@ -70,6 +71,7 @@ def lower_for(program: Program, op: Operation) -> None:
     before, header, inside, after = program.b, *(program.new_block(n) for n in ("for", "body", "endfor"))
 
     advances = [_advance(program, a, y) if is_tile(a) else None for a, y in zip(arguments, yields, strict=True)]
+    in_place = _updated_in_place(program, body, advances)
     entry_values: list[Any] = []
     spare: list[Any] = []
     for argument, first, yielded, advance in zip(arguments, initial, yields, advances, strict=True):
@@ -83,7 +85,8 @@ def lower_for(program: Program, op: Operation) -> None:
             here = program.new_buffer(argument, register=False)
             program.copy(first, here)
             entry_values.append(here.pointer)
-            there = here if _is_summed_in_place(argument, yielded) else program.new_buffer(argument, register=False)
+            alone = argument in in_place or _is_summed_in_place(argument, yielded)
+            there = here if alone else program.new_buffer(argument, register=False)
             spare[-1] = there.pointer
 
     entry = before.block
@@ -112,8 +115,9 @@ def lower_for(program: Program, op: Operation) -> None:
         if other is not None and _can_target(program, yielded, body):
             program.targets[yielded] = other
     following = []
+    copies: dict[tuple[int, ...], list[tuple[Value, Buffer]]] = {}
     with program.scope():
-        program.run(body, "scf.yield")
+        terminator = program.run(body, "scf.yield")
         for yielded, phi, other, advance in zip(yields, phis, spare_phis, advances, strict=True):
             if advance is not None:
                 following.append(program.b.add(phi, _uniform(program, definition(yielded), yielded)))
@@ -124,7 +128,10 @@ def lower_for(program: Program, op: Operation) -> None:
                 made = program.buffers.get(yielded)
                 if made is None or made.pointer is not other:
                     assert isinstance(yielded.type, TensorType)
-                    program.copy(yielded, Buffer(other, yielded.type.shape, yielded.type.element))
+                    there = Buffer(other, yielded.type.shape, yielded.type.element)
+                    copies.setdefault(there.shape, []).append((yielded, there))
+        for together in copies.values():
+            program.copy_together(together, terminator)
     end_of_step(program, op)
     latch = program.b.block
     index.add_incoming(program.b.add(index, step), latch)
@@ -271,6 +278,41 @@ def _is_summed_in_place(argument: Value, yielded: Value) -> bool:
             return False
         value = user.result
     return False
+
+
+def _updated_in_place(program: Program, body: Block, advances: list[Any]) -> set[Value]:
+    """The carried tiles that may be overwritten, at the end of a step, by what is yielded in their stead.
+
+    Tiles of one shape are computed chunk by chunk there, all of them before any is written. So an element may be read
+    for elements in the same place, and for nothing else that is computed as late as that.
+    """
+    arguments, yields = body.arguments[1:], body.terminator.operands
+    own = dict(zip(arguments, yields, strict=True))
+    plain = {
+        yielded
+        for argument, yielded, advance in zip(arguments, yields, advances, strict=True)
+        if advance is None and is_tile(argument) and not _can_target(program, yielded, body)
+    }
+    needed: dict[Value, set[tuple[tuple[int, ...], bool]]] = {}  # by tiles of which shape, and whether in one place
+
+    def visit(value: Value, reader: tuple[int, ...], beside: bool, seen: set[tuple[Value, bool]]) -> None:
+        if (value, beside) in seen or not is_tile(value):
+            return
+        seen.add((value, beside))
+        if value in own:
+            needed.setdefault(value, set()).add((reader, beside))
+        op = value.defining_op
+        if op is not None and op.block is body and is_lazy_operation(op):
+            for operand in op.operands:
+                visit(operand, reader, beside and is_elementwise(op), seen)
+
+    def shape(value: Value) -> tuple[int, ...]:
+        assert isinstance(value.type, TensorType)
+        return value.type.shape
+
+    for yielded in plain:
+        visit(yielded, shape(yielded), True, set())
+    return {a for a, yielded in own.items() if yielded in plain and needed.get(a, set()) <= {(shape(yielded), True)}}
 
 
 def _other(op: Operation, value: Value) -> Value:

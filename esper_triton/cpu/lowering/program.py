@@ -318,8 +318,10 @@ class Program:
         axis: int | None = None,
         inner: int | None = None,
         panel: int | None = None,
+        also: Sequence[Operation] = (),
     ) -> Nest:
-        """A loop nest over `shape` in which `roots` can be computed, each at the nest's own index, for `user`.
+        """A loop nest over `shape` in which `roots` can be computed, each at the nest's own index, for `user`, and for
+        other users `also`.
 
         What has to be in memory before is put there first; what is needed afterwards is kept by the nest. Lanes run
         along `axis`, the last one where it is None; without a user, the roots' own neighbours lie along `inner`, or in
@@ -331,7 +333,7 @@ class Program:
         keep = {}
         for value in visits:
             self._pending.pop(value, None)
-            needed_later = any(u not in operations and u is not user for u in value.users)
+            needed_later = any(u not in operations and u is not user and u not in also for u in value.users)
             wanted = user is None and value in roots
             if (wanted or needed_later) and not self.is_cheap(value):
                 keep[value] = self.new_buffer(value, inner=inner if wanted else axis, panel=panel if wanted else None)
@@ -387,6 +389,21 @@ class Program:
             self.materialise(value)
             return
         self._write(value, buffer)
+
+    def copy_together(self, tiles: Sequence[tuple[Value, Buffer]], user: Operation) -> None:
+        """Compute tiles of one shape into buffers, for `user`.
+
+        The buffers may hold what these tiles are made of, as long as that is read in the same place: of each chunk all
+        tiles are computed before any is written.
+        """
+        nest = self.nest([value for value, _ in tiles], tiles[0][1].shape, user)
+
+        def chunk(index: tuple[c.Index, ...]) -> None:
+            chunks = [nest.exact(value, index) for value, _ in tiles]
+            for computed, (_, buffer) in zip(chunks, tiles, strict=True):
+                buffer.write(nest.b, index, computed, nest.width)
+
+        nest.run(chunk)
 
     def _write(self, value: Value, buffer: Buffer) -> None:
         nest = self.nest([value], buffer.shape, None)

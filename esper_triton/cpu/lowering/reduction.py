@@ -3,11 +3,14 @@
 The combine function is taken to be associative and commutative, as Triton takes it: lanes are reduced side by side, in
 several accumulators where one would wait for itself, and joined at the end. The order depends on the shape, the masks'
 bounds and the vector width only, so a result is the same on every run.
+
+Reductions of tiles of one shape along one axis, none of which needs another's result, go through their tiles together:
+what they share is loaded and computed once, and not kept in memory for the next of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
@@ -15,7 +18,8 @@ from llvmlite import ir
 from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering.chunks import ZERO, Index
 from esper_triton.cpu.lowering.elements import ElementFunction
-from esper_triton.cpu.lowering.elementwise import I32, I64, size_of
+from esper_triton.cpu.lowering.elementwise import I32, I64, TABLE, size_of
+from esper_triton.cpu.lowering.nest import SHAPE_OPS, is_lazy_operation, is_tile
 from esper_triton.cpu.lowering.vmath import undefined
 from esper_triton.cpu.mlir import Operation, TensorType, Value
 
@@ -25,40 +29,86 @@ if TYPE_CHECKING:
 _Chunks = list[Any]  # LLVM values of one chunk of every operand
 
 _REGISTERS = 8  # of vectors, for accumulators: half of what AVX2 has
+_DEEPEST = 32  # operations ahead that a reduction done along with an earlier one may depend on, one on the other
+# What comes between two reductions that are done together, besides arithmetic.
+_HARMLESS = {"arith.constant", "tt.addptr", "tt.load", *SHAPE_OPS}
 _LIGHT = 6  # instructions per chunk up to which the loop would wait for a single accumulator
 
 
 def lower_reduce(program: Program, op: Operation) -> None:
     """Reduce along `axis`; a result of rank 0 is a scalar."""
-    reduction = _Reduction(program, op)
-    reduction.lower()
-    reduction.combine.finish()
+    if op.results[0] in program.scalars or op.results[0] in program.buffers:
+        return  # with an earlier one
+    combine = ElementFunction(program, op)
+    together = {op: combine}
+    if combine.in_lanes:
+        together |= {other: function for other, function in _alike(program, op) if function.in_lanes}
+    _Reduction(program, together).lower()
+    combine.finish()
+
+
+def _alike(program: Program, op: Operation) -> Iterator[tuple[Operation, ElementFunction]]:
+    """Later reductions that can be done along with `op`: those of the same shape and axis whose operands can be
+    computed by now, with nothing between that touches memory or branches."""
+    assert op.block is not None
+    block = op.block.operations
+    ahead = block[block.index(op) :]
+    for other in ahead[1:]:
+        if other.name == op.name and _shape_and_axis(other) == _shape_and_axis(op):
+            if other.results[0] not in program.scalars and all(
+                _is_ready(program, v, set(ahead), 0) for v in other.operands
+            ):
+                yield other, ElementFunction(program, other)
+        elif other.regions or (other.name not in TABLE and other.name not in _HARMLESS):
+            return
+
+
+def _is_ready(program: Program, value: Value, ahead: set[Operation], depth: int) -> bool:
+    """Whether a value depends on none of the operations `ahead` but for element-wise arithmetic on tiles."""
+    op = value.defining_op
+    if op not in ahead:
+        return True
+    if not is_tile(value) or not is_lazy_operation(op) or op.name == "tt.load" or depth == _DEEPEST:
+        return False
+    return all(_is_ready(program, operand, ahead, depth + 1) for operand in op.operands)
+
+
+def _shape_and_axis(op: Operation) -> tuple[Any, Any]:
+    source = op.operands[0].type
+    assert isinstance(source, TensorType)
+    return source.shape, op.attributes["axis"]
 
 
 class _Reduction:
-    def __init__(self, program: Program, op: Operation) -> None:
-        self._program, self._op = program, op
-        self.combine = ElementFunction(program, op)
+    """Reductions of tiles of one shape along one axis, each with its combine function."""
+
+    def __init__(self, program: Program, together: Mapping[Operation, ElementFunction]) -> None:
+        self._program, self._together = program, together
+        op, *others = together
+        self._operands = [operand for each in together for operand in each.operands]
+        self._results = [result for each in together for result in each.results]
         axis = op.attributes["axis"]
         self._axes: tuple[int, ...] = axis if isinstance(axis, tuple) else (axis,)  # several: all there are
         source = op.operands[0].type
         assert isinstance(source, TensorType)
         self._shape = source.shape
-        light = self.combine.in_lanes and program.weight(op.operands) <= _LIGHT
-        self._nest = program.nest(op.operands, self._shape, op, program.reading_axis(op.operands))
+        light = together[op].in_lanes and program.weight(self._operands) <= _LIGHT
+        along = program.reading_axis(self._operands)
+        self._nest = program.nest(self._operands, self._shape, op, along, also=others)
         lanes = self._nest.axis
         inner = None if lanes is None or lanes in self._axes else lanes - (lanes > self._axes[0])
         self._outputs = [
-            program.new_buffer(r, inner=inner) if isinstance(r.type, TensorType) else None for r in op.results
+            program.new_buffer(r, inner=inner) if isinstance(r.type, TensorType) else None for r in self._results
         ]
         self._index: list[Index] = [ZERO] * len(self._shape)
         width = self._nest.width
-        sizes = [size_of(value.type) * width for value in op.operands]
+        sizes = [size_of(value.type) * width for value in self._operands]
         registers = sum(-(-size // (2 * program.lanes)) for size in sizes)
         chunks = 1 if lanes is None else self._shape[lanes] // width
         self._most = min(chunks, max(1, _REGISTERS // registers)) if light else 1
-        identity = self.combine.identity()
-        self._identity = None if identity is None else [c.splat(program.b, v, width) for v in identity]
+        identities = [combine.identity() for combine in together.values()]
+        known = [value for identity in identities for value in identity or ()]
+        self._identity = None if None in identities else [c.splat(program.b, v, width) for v in known]
 
     def lower(self) -> None:
         nest, lanes = self._nest, self._nest.axis
@@ -84,12 +134,12 @@ class _Reduction:
     def _at(self, index: Sequence[Index]) -> _Chunks:
         here = tuple(index)
         self._nest.visit(here)
-        return [self._nest.vector(operand, here) for operand in self._op.operands]
+        return [self._nest.vector(operand, here) for operand in self._operands]
 
     def _write(self, index: Sequence[Index], values: _Chunks) -> None:
         nest = self._nest
         target = tuple(at for k, at in enumerate(index) if k not in self._axes)
-        for output, result, value in zip(self._outputs, self._op.results, values, strict=True):
+        for output, result, value in zip(self._outputs, self._results, values, strict=True):
             if output is None:
                 self._program.scalars[result] = value
             else:
@@ -161,7 +211,7 @@ class _Reduction:
         return self._fold(first, lambda parts: [self._both(x, y) for x, y in zip(parts, more(), strict=True)])
 
     def _fold(self, first: list[_Chunks], step: Callable[[list[_Chunks]], list[_Chunks]]) -> list[_Chunks]:
-        size = len(self._op.operands)
+        size = len(self._operands)
 
         def grouped(flat: Sequence[Any]) -> list[_Chunks]:
             return [list(flat[k : k + size]) for k in range(0, len(flat), size)]
@@ -172,7 +222,11 @@ class _Reduction:
         return grouped(self._nest.fold(flat(first), lambda values: flat(step(grouped(values)))))
 
     def _both(self, x: _Chunks, y: _Chunks) -> _Chunks:
-        return self.combine(self._nest.b, [*x, *y])
+        values: _Chunks = []
+        for op, combine in self._together.items():
+            own = slice(len(values), len(values) + len(op.operands))
+            values += combine(self._nest.b, [*x[own], *y[own]])
+        return values
 
     def _joined(self, parts: list[_Chunks]) -> _Chunks:
         while len(parts) > 1:

@@ -1,8 +1,8 @@
 """Stores that go past the caches, where a launch writes more than the caches hold.
 
 An ordinary store first reads the line that it writes to, and leaves it in the cache in place of something else. That
-is lost on what exceeds the last-level cache: what is written first is gone before anyone can read it. So whole lines are
-then written with non-temporal stores, which is two thirds of the traffic for a copy.
+is lost on what exceeds the last-level cache: what is written first is gone before anyone can read it. So whole lines
+are then written with non-temporal stores, which is two thirds of the traffic for a copy.
 
 Decided at the launch, for each store: by the bytes that it writes in all programs. Not where the kernel reads what it
 writes, nor where programs wait for one another: other threads do not see such stores in order, until the fence that
@@ -44,8 +44,10 @@ class Streams:
     def store(
         self, b: ir.IRBuilder, outside: ir.IRBuilder, op: Operation, vector: LLVMValue, address: LLVMValue
     ) -> None:
-        """Write neighbouring elements at an address (i64) for the `tt.store` `op`, past the caches if that pays; whether
-        it does is found out by `outside`, before the loops around this store."""
+        """Write neighbouring elements at an address (i64) for the `tt.store` `op`, past the caches if that pays.
+
+        Whether it does is found out by the builder `outside`, before the loops around this store.
+        """
         value = op.operands[1].type
         assert isinstance(value, TensorType)
         element = value.element
