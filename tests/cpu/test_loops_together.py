@@ -131,3 +131,26 @@ def test_carried_tiles_are_all_made_of_those_before_them(way, steps, n, seed):
     out = torch.full((2, n, n), -999)
     _loops[(1,)](x, out, steps, N=n, WAY=way)
     np.testing.assert_array_equal(out.numpy(), _expected(x.numpy(), steps, way))
+
+
+@triton.jit
+def _normalise(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * n
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row + i, mask=i < n, other=0)
+    largest = tl.max(x, 0)
+    tl.store(out_ptr + row + i, largest, mask=i < n)  # between two uses of what was loaded
+    least = tl.min(tl.where(i < n, x, 99), 0)
+    tl.store(out_ptr + row + i, (x - least) * largest, mask=i < n)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(n=st.integers(1, 300), shift=st.sampled_from([None, -1, 0, 1, 40]), seed=st.integers(0, 99))
+def test_what_was_loaded_is_what_it_was_whatever_is_stored_between_two_reductions(n, shift, seed):
+    values = _draw(seed, n)
+    memory = torch.zeros(n + 200, dtype=torch.int64)
+    x = memory[100 : 100 + n]
+    x.copy_(values)
+    out = torch.zeros(n, dtype=torch.int64) if shift is None else memory[100 + shift : 100 + shift + n]
+    _normalise[(1,)](x, out, n, BLOCK=512)
+    assert torch.equal(out, (values - values.min()) * max(values.max(), torch.tensor(0 if n < 512 else -99)))

@@ -5,7 +5,8 @@ operation that needs all of their elements (a *root*: store, reduce, scan, dot, 
 flow). The rules that keep this right:
 
 - A value needed after the root as well is stored to scratch memory in the root's own nest, so nothing but index
-  arithmetic and constants is ever computed twice.
+  arithmetic and constants is ever computed twice. Only a load of neighbours that a reduction needs is done again for
+  what comes after, as long as no store comes between: a copy of it would cost more.
 - A load is not carried past a store or past control flow that stores: what is still pending is computed first. Within
   one store, the loads it depends on are computed first too, unless they read exactly the addresses that it writes.
 - A value used inside control flow is computed before it.
@@ -131,6 +132,7 @@ class Program:
         self.grid = grid
         self._depth: dict[Value, int] = {}  # of lazy tiles: how many operations one chunk of it goes through
         self._pending: dict[Value, None] = {}  # lazy loads, in program order
+        self._done: set[Operation] = set()  # what loop nests have computed, or used, so far
         self.terse = False  # whether little code matters more than fast code, since it will hardly ever run
         self.streams = Streams(self)
         self.targets: dict[Value, Any] = {}  # where a root's result is wanted, if somewhere particular
@@ -329,16 +331,31 @@ class Program:
         """
         axis = lane_axis(shape) if axis is None else axis
         visits = self._prepare(roots, axis)
-        operations = dict.fromkeys(value.defining_op for value in visits)
+        operations = dict.fromkeys(definition(value) for value in visits if value not in self.shifted)
+        self._done.update((*operations, *also) if user is None else (*operations, user, *also))
         keep = {}
         for value in visits:
             self._pending.pop(value, None)
-            needed_later = any(u not in operations and u is not user and u not in also for u in value.users)
+            needed_later = any(u not in self._done for u in value.users)
             wanted = user is None and value in roots
-            if (wanted or needed_later) and not self.is_cheap(value):
+            if (
+                needed_later
+                and user is not None
+                and user.name == "tt.reduce"
+                and self._may_be_loaded_again(value, axis)
+            ):
+                self._pending[value] = None
+            elif (wanted or needed_later) and not self.is_cheap(value):
                 keep[value] = self.new_buffer(value, inner=inner if wanted else axis, panel=panel if wanted else None)
         accesses = [op for op in (*operations, user) if op is not None and op.name in ("tt.load", "tt.store")]
         return Nest(self, shape, keep, [] if self.terse else accesses, axis)
+
+    def _may_be_loaded_again(self, value: Value, axis: int | None) -> bool:
+        """Whether a lazy tile is neighbours in memory, which are read as fast as a copy of them would be."""
+        op = definition(value) if value not in self.shifted else None
+        if op is None or op.name != "tt.load" or axis is None or self._contiguous_load(value) != axis:
+            return False
+        return all(self.is_cheap(operand) for operand in op.operands)
 
     def materialise(self, value: Value, inner: int | None = None, panel: int | None = None) -> Buffer:
         """The tile in scratch memory, computed now unless it is there already.
