@@ -11,10 +11,13 @@ allocators do that torch recommends on CPUs: else most of what is timed of large
 clearing their pages, whoever writes them. Each contender is first checked against float64, with poisoned outputs and
 inputs that must stay as they are.
 
-A copy by `Tensor.copy_` of buffers of as many bytes as the kernel moves is sampled among the contenders of a
-memory-bound kernel: "of copy" is the kernel's bytes per second over the copy's. For products, "of MKL" is eager torch's
-time over Triton's, where eager is one call of MKL. The interpreter runs in a process of its own, on the first programs
-of the same launch: the time of one program, from the difference between two grids, is multiplied by their number.
+A copy by `Tensor.copy_` of buffers of as many bytes as the kernel moves is sampled among the contenders of a kernel
+that is no product: "of copy" is the kernel's bytes per second over the copy's. The target for it is that of kernels
+which do a few operations an element, on tensors that no cache holds; the others compute exponentials or random numbers,
+or never wait for memory. For products, "of MKL" is eager torch's time over Triton's, where eager is one call of MKL.
+"checked" is the time with the sanitizer over that without. The interpreter runs in a process of its own, on the first
+programs of the same launch: the time of one program, from the difference between two grids, is multiplied by their
+number.
 
 With --cpu-time the clock is this thread's CPU time, for a machine that others use as well; one thread only.
 """
@@ -41,6 +44,8 @@ import triton
 from cpu_cases import Case, Tensors
 from rich.console import Console
 from rich.progress import Progress
+
+from esper_triton.cpu.host import last_level_cache_bytes
 
 # Spinning threads of torch take the cores from whoever has work; what glibc gives back to the system has to be cleared
 # when it is wanted again. OpenMP and glibc read these once.
@@ -70,13 +75,25 @@ def contenders(case: Case, made: Tensors) -> dict[str, Callable[[], Tensors]]:
             launch()
         return outputs
 
+    checked = [launch._replace(blocks={**launch.blocks, "sanitize": "bounds"}) for launch in launches]
+
+    def sanitized() -> Tensors:
+        for launch in checked:
+            launch()
+        return made
+
     def inductor() -> Tensors:
         if case.preallocated:
             compiled(case.expression, made, case.inputs)
             return made
         return compiled(case.expression, case.inputs)
 
-    return {"triton": ours, "eager": lambda: case.eager(made, *case.inputs), "inductor": inductor}
+    return {
+        "triton": ours,
+        "eager": lambda: case.eager(made, *case.inputs),
+        "inductor": inductor,
+        "sanitized": sanitized,
+    }
 
 
 def _into(expression, outputs: Tensors, inputs: Tensors) -> None:
@@ -149,6 +166,7 @@ def measure(
             row[f"{name}_ratio"] = row[f"{name}_us"] / row["triton_us"]
             ratios = [theirs / ours for theirs, ours in zip(times[name], times["triton"], strict=True)]
             row[f"{name}_spread"] = statistics.quantiles(ratios, n=4)[::2]
+    row["memory_bound"] = not case.functions and case.bytes_moved > 2 * last_level_cache_bytes()
     if case.bytes_moved:
         row["of_copy"] = row["copy_us"] / row["triton_us"]
         row["gb_per_s"] = case.bytes_moved / row["triton_us"] / 1000
@@ -188,6 +206,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--no-inductor", action="store_true", help="leave Inductor out, which compiles for seconds a kernel"
     )
+    parser.add_argument("--sanitizer", action="store_true", help="time kernels with checked accesses as well")
     parser.add_argument("--interpreter", action="store_true", help="estimate the interpreter's times as well")
     parser.add_argument("--costs", action="store_true", help="launch, compile and load times, and memory, as well")
     parser.add_argument("--launches", type=int, default=10**6, help="launches after which memory is compared")
@@ -208,8 +227,10 @@ def parse() -> argparse.Namespace:
     if options.output:
         if not options.output.is_dir():
             parser.error(f"--output {options.output} is no folder")
-        options.costs = options.interpreter = True
+        options.costs = options.interpreter = options.sanitizer = True
         options.json = options.json or options.output / "cpu-backend.json"
+    wanted = {"inductor": not options.no_inductor, "sanitized": options.sanitizer}
+    options.leave_out = [name for name, is_wanted in wanted.items() if not is_wanted]
     return options
 
 
@@ -234,8 +255,8 @@ def main() -> None:
                     torch.compiler.reset()  # its code has the number of threads in it
                     made = case.outputs()
                     rivals = contenders(case, made)
-                    if options.no_inductor:
-                        del rivals["inductor"]
+                    for left_out in options.leave_out:
+                        del rivals[left_out]
                     row = measure(case, rivals, made, options, threads)
                     if case.name in interpreter:
                         row["interpreter_us"] = interpreter[case.name]

@@ -39,7 +39,8 @@ class Case:
         preallocated: whether all contenders write into outputs that were made before. Where torch has no `out=` for
             the operation (or Inductor would copy a library's result there) all of them make new outputs each time.
         tolerance: largest error, relative to the larger of the expected value and its tensor's mean magnitude.
-        bytes_moved: least traffic of a kernel that memory bounds, else 0.
+        bytes_moved: least traffic of a kernel that is no product, else 0.
+        functions: whether it computes exponentials, other functions or random numbers for each element.
         flops: multiplications and additions of products, else 0.
         library: whether `eager` is one call of MKL.
         random: the expected value stands for half of the elements, drawn at random; the others are 0.
@@ -55,6 +56,7 @@ class Case:
     preallocated: bool = True
     tolerance: float = 1e-5
     bytes_moved: int = 0
+    functions: bool = False
     flops: int = 0
     library: bool = False
     random: bool = False
@@ -132,6 +134,7 @@ def make_gelu(count: int, randn) -> Case:
         eager=eager,
         reference=expression,
         bytes_moved=12 * count,
+        functions=True,
     )
 
 
@@ -152,6 +155,7 @@ def make_swiglu(count: int, randn) -> Case:
         eager=eager,
         reference=lambda gate, up: (F.silu(gate) * up,),
         bytes_moved=12 * count,
+        functions=True,
     )
 
 
@@ -171,6 +175,7 @@ def make_dropout(count: int, randn) -> Case:
         eager=eager,
         reference=lambda x: (2 * x,),
         bytes_moved=8 * count,
+        functions=True,
         random=True,
     )
 
@@ -187,6 +192,7 @@ def make_softmax(count: int, randn) -> Case:
         eager=lambda out, x: (torch.softmax(x, 1, out=out[0]),),
         reference=lambda x: (torch.softmax(x, 1),),
         bytes_moved=8 * count,
+        functions=True,
     )
 
 
@@ -294,6 +300,7 @@ def make_cross_entropy(count: int, randn) -> Case:
         reference=expression,
         preallocated=False,
         bytes_moved=4 * count,
+        functions=True,
     )
 
 

@@ -49,11 +49,16 @@ def summary(rows: list[dict], costs: dict[str, float]) -> list[dict]:
             _line(f"worst kernel over the better rival, {on}", worst[name], 0.9, least=True, note=below or name)
         )
         for key, what, target in (("of_copy", "of copy bandwidth", 0.85), ("of_mkl", "of MKL", 0.9)):
-            found = {row["kernel"]: row[key] for row in mine if key in row}
+            found = {
+                row["kernel"]: row[key] for row in mine if key in row and (row["memory_bound"] or key != "of_copy")
+            }
             if found:
                 name = min(found, key=found.__getitem__)
                 below = ", ".join(f"{kernel} {part:.2f}" for kernel, part in found.items() if part < target)
                 lines.append(_line(f"least part {what}, {on}", found[name], target, least=True, note=below or name))
+        if checked := {row["kernel"]: row["sanitized_ratio"] for row in mine if "sanitized_ratio" in row}:
+            name = max(checked, key=checked.__getitem__)
+            lines.append(_line(f"sanitizer's overhead, {on}", checked[name], 5.0, least=False, note=name))
     scaling = _scaling(rows)
     if scaling:
         name = min(scaling, key=scaling.__getitem__)
@@ -80,11 +85,12 @@ def _scaling(rows: list[dict]) -> dict[str, float]:
 def show(figures: dict, console: Console) -> None:
     """Prints the table of kernels, the costs and the summary."""
     rows, machine = figures["kernels"], figures["machine"]
-    interpreter = any("interpreter_us" in row for row in rows)
+    interpreter, sanitizer = (any(f"{name}_us" in row for row in rows) for name in ("interpreter", "sanitized"))
     title = f"{machine['processor']}, triton {machine['triton']}, torch {machine['torch']}; us, {machine['clock']}"
     table = Table(title=f"{title}; " + ", ".join(f"{name}={value}" for name, value in machine["settings"].items()))
     columns = ["thr", "out", "triton", "eager", "inductor", "eager\n/triton", "middle\nhalf", "inductor\n/triton"]
-    columns += ["middle\nhalf", "of\ncopy", "of\nMKL", "GB/s or\nGFLOP/s", *(["inter-\npreter"] if interpreter else [])]
+    columns += ["middle\nhalf", "of\ncopy", "of\nMKL", "GB/s or\nGFLOP/s", *(["checked"] if sanitizer else [])]
+    columns += ["inter-\npreter"] if interpreter else []
     table.add_column("kernel", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -96,6 +102,8 @@ def show(figures: dict, console: Console) -> None:
             cells += [_cell(row, f"{name}_ratio", ".2f"), f"{spread[0]:.2f}-{spread[1]:.2f}" if spread else ""]
         cells += [_cell(row, "of_copy", ".2f"), _cell(row, "of_mkl", ".2f")]
         cells.append(_cell(row, "gb_per_s" if "gb_per_s" in row else "gflop_per_s", ".1f"))
+        if sanitizer:
+            cells.append(_cell(row, "sanitized_ratio", ".1f"))
         if interpreter:
             cells.append(f"{row['interpreter_ratio']:.0f}x" if "interpreter_ratio" in row else "")
         table.add_row(*cells)

@@ -33,7 +33,7 @@ from esper_triton.cpu.mlir import Dense, Operation, PointerType, TensorType, Val
 if TYPE_CHECKING:
     from esper_triton.cpu.lowering.program import Program
 
-_BLOCK = 8  # rows and columns that are turned at once
+_BLOCK, _WIDE_BLOCK = 8, 16  # rows and columns that are turned at once; and where a register holds a cache line
 # Moves of elements that need no arithmetic on them, besides TABLE.
 SHAPE_OPS = {"tt.splat", "tt.expand_dims", "tt.broadcast", "tt.trans", "tt.make_range", "arith.constant"}
 
@@ -138,7 +138,9 @@ class Nest:
         # Kept with their neighbours along another axis than the lanes: computed and turned in square blocks.
         self._turned = [value for value, buffer in self._kept.items() if self._is_turned(buffer)]
         if self._turned:
-            self.width = min(self.width, _BLOCK, *(self.shape[self._kept[value].inner_axis] for value in self._turned))
+            wide = program.lanes == 2 * _WIDE_BLOCK and all(size_of(v.type) <= 4 for v in self._turned)
+            extents = [self.shape[self._kept[value].inner_axis] for value in self._turned]
+            self.width = min(self.width, _WIDE_BLOCK if wide else _BLOCK, *extents)
 
     def _is_turned(self, buffer: Buffer) -> bool:
         return self.axis is not None and buffer.inner_axis != self.axis
