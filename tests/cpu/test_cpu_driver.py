@@ -246,11 +246,12 @@ def _own_text(monkeypatch, tmp_path):
     [
         lambda monkeypatch, _: monkeypatch.setattr(host, "cpu_name", lambda: "another"),
         lambda monkeypatch, _: monkeypatch.setattr(host, "feature_string", lambda: "another"),
+        lambda monkeypatch, _: monkeypatch.setattr(host, "last_level_cache_bytes", lambda: 1),
         _own_text,
     ],
-    ids=["processor", "features", "text"],
+    ids=["processor", "features", "cache", "text"],
 )
-def test_the_backends_hash_changes_with_processor_features_and_its_own_text(monkeypatch, tmp_path, change):
+def test_the_backends_hash_changes_with_the_processor_and_its_own_text(monkeypatch, tmp_path, change):
     backend = make_backend(GPUTarget("cpu", "native", 1))
     before = backend.hash()
     change(monkeypatch, tmp_path)
