@@ -101,6 +101,11 @@ def minimum(b: ir.IRBuilder, x: Value, y: Value) -> Value:
     return b.select(b.icmp_signed("<", x, y), x, y)
 
 
+def maximum(b: ir.IRBuilder, x: Value, y: Value) -> Value:
+    """The larger of two signed integers."""
+    return b.select(b.icmp_signed("<", x, y), y, x)
+
+
 def as_chunk(value: Value) -> Uniform | Lanes:
     """A computed LLVM value, vector or scalar, as a chunk."""
     return Lanes(value) if isinstance(value.type, ir.VectorType) else Uniform(value)

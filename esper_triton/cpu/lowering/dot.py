@@ -7,6 +7,8 @@ more than that. Integers are multiplied and added in 32 bits, and wrap.
 A block of the result is a few rows of two vector registers: each step of the loop over K loads one line of the right
 operand and adds to every row its product with one element of the left one. Lines of the right operand follow one
 another in scratch memory (a panel), so that they stay in the first-level cache while all rows pass by.
+
+Where masks cut the tiles, the loops end as soon as what is left does not count (`dot_extents`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering.casts import float_to_float
 from esper_triton.cpu.lowering.chunks import ZERO, Buffer, Index, Uniform
 from esper_triton.cpu.lowering.control import advance_of
+from esper_triton.cpu.lowering.dot_extents import seen, steps_that_count
 from esper_triton.cpu.lowering.layout import contiguous_axis
 from esper_triton.cpu.lowering.memory import load_operands
 from esper_triton.cpu.lowering.nest import Nest
@@ -47,6 +50,7 @@ def lower_dot(program: Program, op: Operation) -> None:
         compute = ScalarType("f64" if "f64" in names else "f32")
     else:
         raise Unlowered(f"operands {names[0]} and {names[1]} with accumulator {names[2]}")
+    limits = _limits(program, op)
     upcoming = [tile for k in (0, 1) if (tile := _upcoming(program, op, op.operands[k])) is not None]
     turned = [_look_through_transposition(program, op, k, compute) for k in (0, 1)]
     for k in (0, 1):
@@ -62,7 +66,29 @@ def lower_dot(program: Program, op: Operation) -> None:
 
     nest = program.nest([accumulator], shape, op)
     output = program.new_buffer(op.result)
-    _emit(nest, op, left, right, output, compute, width, upcoming)
+    if nest.is_keeping:  # for others, who may see all of it
+        limits = _Limits(None, None, limits.steps)
+    _emit(nest, op, left, right, output, compute, width, upcoming, limits)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Rows and columns of the result, and steps of K, that have to be computed (i64); None for all of them."""
+
+    rows: LLVMValue | None
+    columns: LLVMValue | None
+    steps: LLVMValue | None
+
+
+def _limits(program: Program, op: Operation) -> _Limits:
+    rows, columns = seen(program, op)
+    count, depth = steps_that_count(program, op), _type(op.operands[0]).shape[-1]
+    if count is None or depth <= _UNROLL:
+        return _Limits(rows, columns, None)
+    # One step more than counts, unless all do: the first zero that is added makes +0 of -0, the rest change nothing.
+    b = program.b
+    whole = b.and_(b.add(count, ir.Constant(I64, _UNROLL)), ir.Constant(I64, -_UNROLL))
+    return _Limits(rows, columns, c.minimum(b, whole, ir.Constant(I64, depth)))
 
 
 @dataclass(frozen=True)
@@ -164,15 +190,16 @@ def _emit(
     compute: ScalarType,
     width: int,
     upcoming: list[_Upcoming],
+    limits: _Limits,
 ) -> None:
     """The loops over batches, columns and rows, and in the innermost one a block of the result."""
     *batch, rows, columns = output.shape
     leading = tuple(nest.open(extent) for extent in batch)
     nest.width = width
-    column = nest.open(columns, width, lanes=columns > 1)
+    column = _open(nest, columns, width, limits.columns, lanes=columns > 1)
     line = right.address(nest.b, leading, ZERO, column)
     for start, stop, height in _heights(nest.program, rows, width * size_of(compute)):
-        row = nest.open(stop, height, start)
+        row = _open(nest, stop, height, limits.rows, start)
         places = [(*leading, _shifted(nest, row, k), column) for k in range(height)]
         sums = [_converted(nest.b, nest.vector(op.operands[2], at), _element(op.operands[2]), compute) for at in places]
         for at in places:
@@ -180,15 +207,29 @@ def _emit(
         for tile in upcoming if start == 0 else ():  # the few rows that remain may be late
             tile.fetch(nest, row, column, height, output.shape)
         first = left.address(nest.b, leading, row, ZERO)
-        for at, value in zip(places, _block(nest, left, right, first, line, sums), strict=True):
+        for at, value in zip(places, _block(nest, left, right, first, line, sums, limits), strict=True):
             output.write(nest.b, at, c.as_chunk(_converted(nest.b, value, compute, output.element)), width)
         nest.close()
     for _ in range(len(leading) + 1):
         nest.close()
 
 
+def _open(nest: Nest, stop: int, step: int, limit: LLVMValue | None, start: int = 0, lanes: bool = False) -> Index:
+    """Begin a loop over `range(start, stop, step)` that ends at `limit` as well, unless it has one step only."""
+    if limit is None or stop <= step:
+        return nest.open(stop, step, start, lanes)
+    end = c.minimum(nest.b, limit, ir.Constant(I64, stop))
+    return nest.open_between(ir.Constant(I64, start), end, step, lanes)
+
+
 def _block(
-    nest: Nest, left: _Operand, right: _Operand, first: LLVMValue, line: LLVMValue, sums: list[LLVMValue]
+    nest: Nest,
+    left: _Operand,
+    right: _Operand,
+    first: LLVMValue,
+    line: LLVMValue,
+    sums: list[LLVMValue],
+    limits: _Limits,
 ) -> list[LLVMValue]:
     """`sums`, one row each, plus the product of the left rows from `first` on and the right columns at `line`."""
     depth = right.rows
@@ -205,7 +246,10 @@ def _block(
         return nest.b.gep(pointer, [distance], source_etype=memory_type(element))
 
     unroll = min(_UNROLL, depth)
-    at = nest.open(depth, unroll)
+    if limits.steps is None:
+        at = nest.open(depth, unroll)
+    else:
+        at = nest.open_between(ZERO.value, limits.steps, unroll, may_be_empty=False)
     carried = depth > unroll
     totals: list[LLVMValue] = [nest.b.phi(vector) for _ in sums] if carried else list(sums)
     phis = totals

@@ -151,6 +151,11 @@ class Nest:
         return bool(self._accesses)
 
     @property
+    def is_keeping(self) -> bool:
+        """Whether chunks that it visits are stored."""
+        return bool(self._kept)
+
+    @property
     def b(self) -> ir.IRBuilder:
         """The builder of the innermost open loop."""
         return self.builders[-1]
@@ -163,15 +168,15 @@ class Nest:
             self._open.append(None)
             self.builders.append(self.b)
             return Index(ir.Constant(I64, start), lanes, len(self.builders) - 1 if start else 0)
-        return self._open_loop(ir.Constant(I64, start), ir.Constant(I64, extent), step, lanes)
+        return self._open_loop(ir.Constant(I64, start), ir.Constant(I64, extent), step, lanes, may_be_empty=False)
 
-    def open_between(self, start: LLVMValue, stop: LLVMValue, step: int, lanes: bool = False) -> Index:
-        """Begin a loop from `start` to `stop` (i64, known before it), which may have no step at all."""
-        return self._open_loop(start, stop, step, lanes, may_be_empty=True)
-
-    def _open_loop(
-        self, start: LLVMValue, stop: LLVMValue, step: int, lanes: bool, may_be_empty: bool = False
+    def open_between(
+        self, start: LLVMValue, stop: LLVMValue, step: int, lanes: bool = False, may_be_empty: bool = True
     ) -> Index:
+        """Begin a loop from `start` to `stop` (i64, known before it), which may have no step at all."""
+        return self._open_loop(start, stop, step, lanes, may_be_empty)
+
+    def _open_loop(self, start: LLVMValue, stop: LLVMValue, step: int, lanes: bool, may_be_empty: bool) -> Index:
         header = self.program.new_block("loop")
         inner = ir.IRBuilder(header)
         position = inner.phi(I64)

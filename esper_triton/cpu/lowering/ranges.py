@@ -95,6 +95,19 @@ class Ranges:
             holds = b.and_(holds, condition)
         return Range(low, stop, holds, form, type_.shape, size, counts)
 
+    def count(self, mask: Value, axis: int) -> Any | None:
+        """How many elements (i64) along an axis, from the first, a mask leaves on at most; None where it is not made of
+        indices that count up and a bound."""
+        counted = self._counts(mask)
+        count = counted.along.get(axis)
+        if count is None:
+            return None
+        assert isinstance(mask.type, TensorType)
+        everything = ir.Constant(I64, mask.type.shape[axis])
+        for condition in dict.fromkeys(counted.conditions):
+            count = self._b.select(condition, count, everything)
+        return count
+
     def are_apart(self, first: Range, second: Range) -> Any:
         """i1: no byte is in both, or both are the same elements at the same indices, no two at one address."""
         b = self._b
@@ -157,7 +170,8 @@ class Ranges:
             return None
         match op.name:
             case "tt.splat":
-                return self._uniform(program.scalars[op.operands[0]], rank)
+                scalar = program.scalars.get(op.operands[0])  # None: it is computed after the present position only
+                return None if scalar is None else self._uniform(scalar, rank)
             case "tt.make_range":
                 return _Form(_constant(op.attributes["start"]), (_ONE,))
             case "arith.constant":
