@@ -13,11 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from triton.backends.compiler import BaseBackend, GPUTarget
 
 from esper_triton.cpu.errors import CPUBackendError, UnsupportedOperation
+
+if TYPE_CHECKING:
+    from esper_triton.cpu.lowering.accesses import Record
+    from esper_triton.cpu.mlir import Module
 
 __all__ = ["CPUBackend", "CPUOptions"]
 
@@ -200,11 +204,20 @@ def _make_llir(module: Any, metadata: dict[str, Any], options: CPUOptions) -> st
 def _lower(text: str, sanitize: str) -> tuple[str, int, int | None, str]:
     """(symbol, number of run-time arguments, work of a program, LLVM IR) of a module in MLIR's generic form."""
     from esper_triton.cpu import mlir
+
+    return lower_module(mlir.parse(text), sanitize)
+
+
+def lower_module(parsed: Module, sanitize: str = "", record: Record | None = None) -> tuple[str, int, int | None, str]:
+    """`_lower` of a parsed module, which is changed; `record` is told of every access that is emitted.
+
+    Raises:
+        UnsupportedOperation: the kernel uses something that has no lowering.
+    """
     from esper_triton.cpu.lowering import lower
     from esper_triton.cpu.native import ALLOWED_SYMBOLS
     from esper_triton.cpu.work import element_operations
 
-    parsed = mlir.parse(text)
     public = [name for name, op in parsed.functions.items() if op.attributes.get("sym_visibility") != "private"]
     if len(public) != 1:
         raise CPUBackendError(f"expected one public function in the module, found {public}")
@@ -212,7 +225,7 @@ def _lower(text: str, sanitize: str) -> tuple[str, int, int | None, str]:
     symbol = f"{public[0]}.kernel" if public[0] in ALLOWED_SYMBOLS else public[0]
     slots = len(parsed.functions[public[0]].attributes["function_type"].inputs)
     work = element_operations(parsed, public[0])
-    return symbol, slots, work, str(lower(parsed, public[0], symbol=symbol, sanitize=sanitize))
+    return symbol, slots, work, str(lower(parsed, public[0], symbol=symbol, sanitize=sanitize, record=record))
 
 
 def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> bytes:
@@ -226,6 +239,18 @@ def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> 
 
 @lru_cache(maxsize=8)
 def _object(source: str, name: str, work: int | None, opt_level: int, slp_vectorize: bool) -> bytes:
+    machine, module = _optimised(source, name, work, opt_level, slp_vectorize)
+    return bytes(machine.emit_object(module))
+
+
+def assembly(source: str, name: str, work: int | None, options: CPUOptions) -> str:
+    """The object code of `_make_object` as the text that an assembler would make it of."""
+    machine, module = _optimised(source, name, work, options.opt_level, options.slp_vectorize)
+    return str(machine.emit_assembly(module))
+
+
+def _optimised(source: str, name: str, work: int | None, opt_level: int, slp_vectorize: bool) -> tuple[Any, Any]:
+    """(llvmlite's target machine, its module after LLVM's passes), of which code can be emitted."""
     import llvmlite.binding as llvm
 
     from esper_triton.cpu.host import cpu_features, cpu_name, feature_string
@@ -266,7 +291,7 @@ def _object(source: str, name: str, work: int | None, opt_level: int, slp_vector
         for function in module.functions:
             if not function.is_declaration:
                 manager.run(function, builder)
-    return bytes(machine.emit_object(module))
+    return machine, module
 
 
 def _note(cpu: str, features: tuple[str, ...], work: int | None) -> str:

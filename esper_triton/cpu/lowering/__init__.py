@@ -13,6 +13,7 @@ from llvmlite import ir
 
 from esper_triton.cpu.errors import UnsupportedOperation
 from esper_triton.cpu.lowering import division
+from esper_triton.cpu.lowering.accesses import Record
 from esper_triton.cpu.lowering.atomics import lower_atomic_cas, lower_atomic_rmw
 from esper_triton.cpu.lowering.control import lower_for, lower_if, lower_while
 from esper_triton.cpu.lowering.dot import lower_dot
@@ -53,7 +54,13 @@ _SCRATCH_ALIGNMENT = 64
 
 
 def lower(
-    module: Module, name: str, *, symbol: str | None = None, vector_bits: int | None = None, sanitize: str = ""
+    module: Module,
+    name: str,
+    *,
+    symbol: str | None = None,
+    vector_bits: int | None = None,
+    sanitize: str = "",
+    record: Record | None = None,
 ) -> str:
     """LLVM IR, as text, of a module that exports `void symbol(Frame *)`.
 
@@ -63,6 +70,7 @@ def lower(
         symbol: name of the entry point in the object code; the function's where it is None.
         vector_bits: width of the target's vector registers; this machine's where it is None.
         sanitize: `"bounds"` to check every access, `"race"` to look for write races as well, or nothing.
+        record: told of every access when it is emitted, and in which form.
 
     Raises:
         UnsupportedOperation: the kernel uses something that has no lowering yet.
@@ -78,7 +86,7 @@ def lower(
     function = module.functions[name]
     llvm = ir.Module(name)
     try:
-        body = Functions(llvm, module, name, 2 * vector_bits // 32, _OPERATIONS).get(name)
+        body = Functions(llvm, module, name, 2 * vector_bits // 32, _OPERATIONS, record).get(name)
     except Unlowered as error:  # of the function itself, such as a parameter of an unknown type
         raise UnsupportedOperation("tt.func", kernel=name, reason=str(error)) from None
     _emit_entry(llvm, function, symbol or name, body, bool(sanitize))

@@ -110,6 +110,7 @@ def _each(program: Program, op: Operation, count: int, emit: Any) -> None:
         arguments = [program.scalars[v] for v in values]
         address = program.b.inttoptr(program.scalars[pointer], c.POINTER)
         condition = program.scalars[mask] if mask is not None else ir.Constant(I1, 1)
+        program.note(op, "scalar", "" if isinstance(condition, ir.Constant) else "whole")
         program.scalars[result] = c.guarded(
             program.b, condition, lambda: emit(program.b, address, arguments), constant(result.type, 0)
         )
@@ -127,11 +128,13 @@ def _each(program: Program, op: Operation, count: int, emit: Any) -> None:
         bits = nest.vector(mask, index) if mask is not None else splat_constant(ir.VectorType(I1, nest.width), 1)
         if not lanes:
             condition = bits if mask is not None else ir.Constant(I1, 1)
+            program.note(op, "scalar", "" if isinstance(condition, ir.Constant) else "whole")
             here = b.inttoptr(pointers, c.POINTER)
             old = c.guarded(b, condition, lambda: emit(b, here, given), constant(result.type, 0))
             if output is not None:
                 output.write(b, index, c.Uniform(old), nest.width)
             return
+        program.note(op, "one by one", "" if isinstance(bits, ir.Constant) else "lanes")
         b.store(pointers, addresses, align=8)
         for place, vector in zip(places, given, strict=True):
             b.store(vector, place, align=align)

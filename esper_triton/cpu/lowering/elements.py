@@ -121,7 +121,9 @@ class ElementFunction:
         function.linkage = "internal"
         *grid, scratch, frame = function.args[len(types) :]
         positions = dict(zip(GRID, grid, strict=True))
-        inner = Program(program.kernel, function, scratch, frame, positions, program.lanes, program.handlers)
+        inner = Program(
+            program.kernel, function, scratch, frame, positions, program.lanes, program.handlers, program.record
+        )
         inner.scalars.update(zip((*arguments, *outside), function.args, strict=False))
         lower_body(inner, region, [], returned.name)
         reserved = program.reserve(name, inner.scratch_bytes)

@@ -12,6 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from esper_triton.cpu.lowering.accesses import Record
 from esper_triton.cpu.lowering.chunks import POINTER, Buffer
 from esper_triton.cpu.lowering.elementwise import I32, Unlowered, register_type
 from esper_triton.cpu.lowering.nest import is_tile
@@ -33,10 +34,19 @@ class LoweredFunction:
 class Functions:
     """The functions of one kernel, lowered when they are first asked for."""
 
-    def __init__(self, llvm: Any, module: Module, kernel: str, lanes: int, operations: Mapping[str, Handler]) -> None:
-        """`lanes`: elements a chunk has at most. `operations`: see `Program`."""
+    def __init__(
+        self,
+        llvm: Any,
+        module: Module,
+        kernel: str,
+        lanes: int,
+        operations: Mapping[str, Handler],
+        record: Record | None = None,
+    ) -> None:
+        """`lanes`: elements a chunk has at most. `operations`, `record`: see `Program`."""
         self._llvm, self._module, self._kernel, self._lanes = llvm, module, kernel, lanes
         self._operations = {**operations, "tt.call": self._call}
+        self._record = record
         self._lowered: dict[str, LoweredFunction] = {}
         self._open: set[str] = set()
 
@@ -60,8 +70,9 @@ class Functions:
         function.linkage = "internal"
         arguments, targets = function.args[: len(parameters)], function.args[len(parameters) : -len(GRID) - 2]
         *grid, scratch, frame = function.args[-len(GRID) - 2 :]
+        positions = dict(zip(GRID, grid, strict=True))
         program = Program(
-            self._kernel, function, scratch, frame, dict(zip(GRID, grid, strict=True)), self._lanes, self._operations
+            self._kernel, function, scratch, frame, positions, self._lanes, self._operations, self._record
         )
         for argument, value in zip(entry.arguments, arguments, strict=True):
             if is_tile(argument):

@@ -57,8 +57,10 @@ def load(nest: Nest, op: Operation, index: tuple[Index, ...]) -> Chunk:
     if isinstance(address, Uniform):
         pointer = b.inttoptr(address.value, c.POINTER)
         if condition is None:
+            nest.note(op, "scalar", None)
             return Uniform(c.load_scalar(b, pointer, element))
         if isinstance(condition, Uniform) and isinstance(fallback, Uniform):
+            nest.note(op, "scalar", condition)
             return Uniform(c.guarded(b, condition.value, lambda: c.load_scalar(b, pointer, element), fallback.value))
     otherwise = c.as_vector(b, fallback, width)
     slots = _slots(nest)
@@ -69,10 +71,12 @@ def load(nest: Nest, op: Operation, index: tuple[Index, ...]) -> Chunk:
     def whole() -> LLVMValue:
         return c.load_vector(b, pointer, element, width)
 
-    if condition is None:
-        return Lanes(whole())
-    if isinstance(condition, Uniform):
-        return Lanes(c.guarded(b, condition.value, whole, otherwise))
+    if condition is None or isinstance(condition, Uniform):
+        nest.note(op, "contiguous", condition)
+        return Lanes(whole() if condition is None else c.guarded(b, condition.value, whole, otherwise))
+    if not (nest.is_split and isinstance(condition, Prefix)):
+        nest.note(op, "contiguous", None)
+    nest.note(op, "contiguous", condition)
     if isinstance(condition, Prefix):
         if nest.is_split:  # and whole chunks have been dealt with
             return Lanes(lanewise.load_first(b, slots[0], pointer, condition.count, otherwise, element))
@@ -97,11 +101,19 @@ def _load_apart(
     address = nest.chunk(pointers, index)
     addresses = nest.vector(pointers, index)
     on = nest.vector(mask, index) if mask is not None else None
+    uniform = condition if isinstance(condition, Uniform) else None
     b, width = nest.builder(index), nest.width
 
+    def lane_by_lane() -> LLVMValue:
+        assert on is not None
+        nest.note_apart(op, address, condition)
+        return lanewise.gather(b, _slots(nest), addresses, on, otherwise, element)
+
     def everywhere() -> LLVMValue:
+        nest.note_apart(op, address, uniform)
         if isinstance(address, Affine):
             return lanewise.strided_load(b, address.base, address.step, element, width)
+        nest.note(op, "adjacent", uniform)
         cases = c.Cases(b)
         if isinstance(address, Lanes) and address.run is not None and address.run.step == size_of(element):
             first, neighbours = address.run.base, address.run.holds
@@ -116,12 +128,12 @@ def _load_apart(
         return everywhere()
     if isinstance(condition, Uniform):
         return c.guarded(b, condition.value, everywhere, otherwise)
-    assert on is not None
     if nest.is_split:  # and what is on everywhere has been dealt with
-        return lanewise.gather(b, _slots(nest), addresses, on, otherwise, element)
+        return lane_by_lane()
+    assert on is not None
     cases = c.Cases(b)
     cases.when(lanewise.all_true(b, on), everywhere)
-    return cases.otherwise(lanewise.gather(b, _slots(nest), addresses, on, otherwise, element))
+    return cases.otherwise(lane_by_lane())
 
 
 def store(nest: Nest, op: Operation, index: tuple[Index, ...]) -> None:
@@ -137,6 +149,7 @@ def store(nest: Nest, op: Operation, index: tuple[Index, ...]) -> None:
         assert isinstance(stored, Uniform)
         assert condition is None or isinstance(condition, Uniform)
         pointer = b.inttoptr(address.value, c.POINTER)
+        nest.note(op, "scalar", condition)
         with c.only_if(b, condition and condition.value):
             c.store_scalar(b, stored.value, pointer, element)
         return
@@ -146,9 +159,15 @@ def store(nest: Nest, op: Operation, index: tuple[Index, ...]) -> None:
         return
     pointer = b.inttoptr(address.base, c.POINTER)
     if condition is None or isinstance(condition, Uniform):
+        nest.note(op, "contiguous", condition)
         with c.only_if(b, condition and condition.value):
-            nest.program.streams.store(b, nest.builders[0], op, vector, address.base)
+            streamed = nest.program.streams.store(b, nest.builders[0], op, vector, address.base)
+        if streamed:
+            nest.note(op, "contiguous", condition, streamed=True)
         return
+    if not (nest.is_split and isinstance(condition, Prefix)):
+        nest.note(op, "contiguous", None)
+    nest.note(op, "contiguous", condition)
     if isinstance(condition, Prefix):
         if nest.is_split:  # and whole chunks have been dealt with
             lanewise.store_first(b, _slots(nest)[0], vector, pointer, condition.count, element)
@@ -178,9 +197,11 @@ def _store_apart(
     address = nest.chunk(pointers, index)
     addresses = nest.vector(pointers, index)
     on = nest.vector(mask, index) if mask is not None else None
+    uniform = condition if isinstance(condition, Uniform) else None
     b = nest.b
 
     def everywhere() -> None:
+        nest.note_apart(op, address, uniform)
         if isinstance(address, Affine):
             lanewise.strided_store(b, vector, address.base, address.step, element)
         else:
@@ -191,6 +212,7 @@ def _store_apart(
             everywhere()
         return
     assert on is not None
+    nest.note_apart(op, address, condition)
     if nest.is_split:  # and what is on everywhere has been dealt with
         lanewise.scatter(b, _slots(nest), vector, addresses, on, element)
         return

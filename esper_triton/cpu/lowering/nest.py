@@ -133,6 +133,7 @@ class Nest:
         self._chunks: dict[tuple[Any, ...], tuple[Chunk, tuple[Index, ...]]] = {}
         self.width = 1 if self.axis is None else min(self.shape[self.axis], program.lanes)
         self.is_split = False  # whether chunks that masks leave on altogether have code of their own
+        self._is_turning = False  # whether chunks are computed to be transposed in registers
         # A row is one chunk, of which masks may well leave on a part only.
         self.is_narrow = self.axis is not None and self.shape[self.axis] <= self.width
         # Kept with their neighbours along another axis than the lanes: computed and turned in square blocks.
@@ -315,7 +316,9 @@ class Nest:
         for here in lines:
             self.leave_on(masks, here)
         for value in turned:
+            self._is_turning = True
             rows = [self.vector(value, here) for here in lines]
+            self._is_turning = False
             for k, column in enumerate(c.turned(self.b, rows)):
                 along = Index(self.b.add(index[axis].value, ir.Constant(I64, k)), level=len(self.builders) - 1)
                 here = _moved(_moved(index, axis, along), inner, replace(corner, lanes=True))
@@ -389,6 +392,32 @@ class Nest:
     def _visit(self, index: tuple[Index, ...], values: Iterable[Value]) -> None:
         for value in values:
             self._kept[value].write(self.b, index, self.exact(value, index), self.width)
+
+    def note(
+        self, op: Operation, layout: str, condition: Chunk | None, step: int | None = None, streamed: bool = False
+    ) -> None:
+        """Say that a tile's access was emitted under `condition`, None where all lanes are on; `step` is in bytes."""
+        match condition:
+            case None:
+                mask = ""
+            case Uniform():
+                mask = "whole"
+            case Prefix() if layout == "contiguous":
+                mask = "prefix"
+            case _:
+                mask = "lanes"
+        stride: int | float | None = None
+        if step is not None:
+            size = size_of(element_type((op.result if op.results else op.operands[1]).type))
+            stride = step / size if step % size else step // size
+        self.program.note(op, layout, mask, stride=stride, turned=self._is_turning, streamed=streamed)
+
+    def note_apart(self, op: Operation, address: Chunk, condition: Chunk | None) -> None:
+        """`note` of an access whose addresses are not known to be neighbours."""
+        if isinstance(address, Affine):
+            self.note(op, "strided", condition, address.step)
+        else:
+            self.note(op, "gathered" if op.name == "tt.load" else "scattered", condition)
 
     # ----------------------------------------------------------------------------------------------------------- values
 

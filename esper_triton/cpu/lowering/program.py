@@ -25,6 +25,7 @@ from llvmlite import ir
 from esper_triton.cpu.errors import UnsupportedOperation
 from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering import memory
+from esper_triton.cpu.lowering.accesses import Form, Record
 from esper_triton.cpu.lowering.chunks import Buffer
 from esper_triton.cpu.lowering.elementwise import (
     I1,
@@ -101,6 +102,7 @@ class Program:
         shifted: tiles that are another tile plus a scalar (pointers advanced around a loop).
         scratch_bytes: scratch memory used so far. grid: position in the grid (`id0` ...) and its extents (`size0` ...).
         streams: its stores that may go past the caches.
+        record: told of every access that is emitted, None where nobody asks (see `note`).
         frame: pointer to the frame of the launch. handlers: what lowers an operation that is not element-wise, by name.
     """
 
@@ -113,9 +115,11 @@ class Program:
         grid: dict[str, Any],
         lanes: int,
         operations: Mapping[str, Handler],
+        record: Record | None = None,
     ) -> None:
         """`operations` lowers those operations that have a module of their own, by name."""
         self.handlers = {**_HANDLERS, **operations}
+        self.record = record
         self.kernel = kernel
         self.function = function
         self.b = ir.IRBuilder(function.append_basic_block("entry"))
@@ -136,6 +140,20 @@ class Program:
         self.terse = False  # whether little code matters more than fast code, since it will hardly ever run
         self.streams = Streams(self)
         self.targets: dict[Value, Any] = {}  # where a root's result is wanted, if somewhere particular
+
+    def note(
+        self,
+        op: Operation,
+        layout: str,
+        mask: str = "",
+        *,
+        stride: int | float | None = None,
+        turned: bool = False,
+        streamed: bool = False,
+    ) -> None:
+        """Say that an access was emitted in this form (see `Form`), if anyone wants to know."""
+        if self.record is not None:
+            self.record(op, Form(layout, mask, stride, turned, streamed))
 
     def new_block(self, name: str) -> Any:
         return self.function.append_basic_block(name)
@@ -525,6 +543,7 @@ class Program:
             return
         element = element_type(op.result.type)
         address = self.b.inttoptr(self.scalars[pointer], c.POINTER)
+        self.note(op, "scalar", "" if mask is None else "whole")
         if mask is None:
             self.scalars[op.result] = c.load_scalar(self.b, address, element)
             return
@@ -539,6 +558,7 @@ class Program:
             self.flush()
             address = self.b.inttoptr(self.scalars[pointer], c.POINTER)
             condition = self.scalars[op.operands[2]] if len(op.operands) > 2 else ir.Constant(I1, 1)
+            self.note(op, "scalar", "whole" if len(op.operands) > 2 else "")
             with self.b.if_then(condition):
                 c.store_scalar(self.b, self.scalars[value], address, element_type(value.type))
             return

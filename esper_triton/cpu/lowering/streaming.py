@@ -43,10 +43,11 @@ class Streams:
 
     def store(
         self, b: ir.IRBuilder, outside: ir.IRBuilder, op: Operation, vector: LLVMValue, address: LLVMValue
-    ) -> None:
+    ) -> bool:
         """Write neighbouring elements at an address (i64) for the `tt.store` `op`, past the caches if that pays.
 
         Whether it does is found out by the builder `outside`, before the loops around this store.
+        Returns whether it may turn out so.
         """
         value = op.operands[1].type
         assert isinstance(value, TensorType)
@@ -54,7 +55,7 @@ class Streams:
         pointer = b.inttoptr(address, c.POINTER)
         if vector.type.count * size_of(element) % _LINE or not self._may_stream(op):
             c.store_vector(b, vector, pointer, element)
-            return
+            return False
         self.used = True
         # One test for both questions: the address begins a line, and the launch writes enough.
         bits = b.and_(address, self._low_bits(outside, op, value))
@@ -64,6 +65,7 @@ class Streams:
                 stored.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
             with through:
                 c.store_vector(b, vector, pointer, element)
+        return True
 
     def _may_stream(self, op: Operation) -> bool:
         if self._program.terse:
