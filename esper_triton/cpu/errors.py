@@ -19,6 +19,7 @@ __all__ = [
     "ObjectRefused",
     "OutOfBounds",
     "UnsupportedOperation",
+    "UsageError",
     "WriteRace",
 ]
 
@@ -33,6 +34,10 @@ class MLIRSyntaxError(CPUBackendError):
 
 class LaunchError(CPUBackendError):
     """A launch was refused before anything ran (grid, arity, type or place of an argument), or ran out of memory."""
+
+
+class UsageError(CPUBackendError):
+    """What was asked for on the command line cannot be done as it was asked for."""
 
 
 class ObjectRefused(CPUBackendError):
