@@ -90,17 +90,18 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print(table: Any) -> None:
+def _print(title: str, table: Any) -> None:
     from rich.console import Console
 
+    sys.stdout.write(f"{title}\n")  # not as the table's own, which is folded where the table is narrow
     # Piped, a line must hold a whole row: rich would fold it at 80 columns.
     Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False).print(table)
 
 
-def _table(title: str, *columns: str) -> Any:
+def _table(*columns: str) -> Any:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=bool(columns))
+    table = Table(show_header=bool(columns))
     for column in columns or ("", ""):
         table.add_column(column, overflow="fold")
     return table
@@ -108,10 +109,10 @@ def _table(title: str, *columns: str) -> Any:
 
 def _print_findings(found: dict[str, dict[str, Any]]) -> None:
     for title, group in found.items():
-        table = _table(title)
+        table = _table()
         for name, value in group.items():
             table.add_row(name, _told(value))
-        _print(table)
+        _print(title, table)
 
 
 def _told(value: Any) -> str:
@@ -130,32 +131,32 @@ def _told(value: Any) -> str:
 
 
 def _print_outcomes(outcomes: Iterable[Outcome]) -> None:
-    table = _table("self-test", "kernel", "", "ms to compile and run")
+    table = _table("kernel", "", "ms to compile and run")
     for one in outcomes:
         table.add_row(one.name, f"failed: {one.failure}" if one.failure else "ok", f"{one.seconds * 1e3:,.0f}")
-    _print(table)
+    _print("self-test", table)
 
 
 def _print_explanation(explanation: Explanation, chosen: Sequence[str]) -> None:
     from esper_triton.cpu.explain import SECTIONS
 
     place = f"{explanation.file}:{explanation.line}"
-    arguments = _table(f"{explanation.kernel} ({place}), compiled for", "parameter", "type or value", "from")
+    arguments = _table("parameter", "type or value", "from")
     for argument in explanation.arguments:
         arguments.add_row(argument.name, str(argument), argument.why)
-    _print(arguments)
+    _print(f"{explanation.kernel} ({place}), compiled for", arguments)
     for section in chosen:
         if section != "accesses":
             sys.stdout.write(f"\n==== {SECTIONS[section]} ====\n{getattr(explanation, section).rstrip()}\n")
             continue
-        table = _table("accesses", "line", "source", "operation", "type", "emitted as")
+        table = _table("line", "source", "operation", "type", "emitted as")
         for access in explanation.accesses:
             line = "?" if access.line is None else str(access.line)
             if access.file is not None and access.file != explanation.file:
                 line = f"{access.file}:{line}"
             forms = "\n".join(map(str, access.forms)) or "nothing: it is not used"
             table.add_row(line, access.source or "", access.operation, access.type, forms)
-        _print(table)
+        _print("\n==== accesses ====", table)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,9 @@ def _compiled(kernel: Kernel, arguments: list[Argument]) -> tuple[str, Any]:
     except CPUBackendError:
         raise
     except CompilationError as error:
-        raise CPUBackendError(_compilation_message(kernel.function, error)) from error
+        raise CPUBackendError(_compilation_message(kernel.function, error) + _guesses(arguments)) from error
+    except RuntimeError as error:  # of MLIR's passes
+        raise CPUBackendError(f"kernel {kernel.function.__name__!r} does not compile: {error}") from error
     return str(compiled.asm["ttir"]), options
 
 
@@ -170,6 +172,12 @@ def _compilation_message(function: Any, error: Any) -> str:
     message = getattr(innermost, "error_message", None) or str(innermost)
     place = f"{function.fn.__code__.co_filename}:{line}"
     return f"kernel {function.__name__!r} does not compile ({place}): {message}"
+
+
+def _guesses(arguments: list[Argument]) -> str:
+    """The types that nobody gave, which may be what is wrong."""
+    guessed = [f"{argument.name}={argument.type}" for argument in arguments if argument.why.startswith("default of")]
+    return f"; taken by default, unless --arg says otherwise: {', '.join(guessed)}" if guessed else ""
 
 
 def _parsed(ttir: str) -> Module:

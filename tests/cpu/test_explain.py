@@ -210,6 +210,7 @@ def test_what_cannot_be_done_is_one_line_that_says_what_could(
     ("kernel", "message"),
     [
         ("wrong_range", "'wrong_range' does not compile ({place}): arange's range must be a power of 2"),
+        ("wrong_range", "; taken by default, unless --arg says otherwise: x_ptr=*fp32"),
         ("unsupported", "({place}): volatile load"),
     ],
 )
