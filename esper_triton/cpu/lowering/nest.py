@@ -397,6 +397,8 @@ class Nest:
         self, op: Operation, layout: str, condition: Chunk | None, step: int | None = None, streamed: bool = False
     ) -> None:
         """Say that a tile's access was emitted under `condition`, None where all lanes are on; `step` is in bytes."""
+        if self.program.record is None:
+            return
         match condition:
             case None:
                 mask = ""
