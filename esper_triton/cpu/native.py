@@ -55,7 +55,7 @@ ALLOWED_SYMBOLS = frozenset(
         *_MATH,
         *(f"{name}f" for name in _MATH),
         *("malloc", "calloc", "free", "aligned_alloc", "posix_memalign"),
-        *("memcpy", "memset", "memmove", "memcmp", "dprintf"),
+        *("memcpy", "memset", "memmove", "memcmp", "dprintf", "clock_gettime"),
     ]
 )
 _MACHINES = {"x86_64": elf.EM_X86_64, "AMD64": elf.EM_X86_64, "aarch64": elf.EM_AARCH64, "arm64": elf.EM_AARCH64}

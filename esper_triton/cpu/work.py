@@ -12,7 +12,16 @@ __all__ = ["THREAD_GRAIN", "element_operations", "programs_per_thread"]
 THREAD_GRAIN = 400_000
 
 _FREE = ("arith.constant", "tt.return", "scf.yield", "tt.reduce.return", "tt.scan.return")
-_COSTLY = ("math.", "tt.extern_elementwise", "tt.atomic", "arith.div", "arith.rem", "tt.precise", "tt.histogram")
+_COSTLY = (
+    "math.",
+    "tt.extern_elementwise",
+    "tt.atomic",
+    "arith.div",
+    "arith.rem",
+    "tt.precise",
+    "tt.approx",
+    "tt.histogram",
+)
 _COSTLY_FACTOR = 16
 # What it costs to begin a program.
 _PROGRAM_OPERATIONS = 500
@@ -48,7 +57,7 @@ def _sum(operations: list[Operation]) -> int | None:
 def _cost(op: Operation) -> int | None:
     if op.name in _FREE:
         return 0
-    if op.name in ("tt.call", "scf.while"):
+    if op.name in ("tt.call", "scf.while", "tt.atomic_poll"):
         return None
     size = max((v.type.size for v in (*op.operands, *op.results) if isinstance(v.type, TensorType)), default=1)
     if op.name in ("scf.for", "scf.if"):

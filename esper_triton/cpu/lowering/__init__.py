@@ -14,7 +14,13 @@ from llvmlite import ir
 from esper_triton.cpu.errors import UnsupportedOperation
 from esper_triton.cpu.lowering import division
 from esper_triton.cpu.lowering.accesses import Record
-from esper_triton.cpu.lowering.atomics import lower_atomic_cas, lower_atomic_rmw
+from esper_triton.cpu.lowering.atomics import (
+    lower_atomic_cas,
+    lower_atomic_load,
+    lower_atomic_poll,
+    lower_atomic_rmw,
+    lower_atomic_store,
+)
 from esper_triton.cpu.lowering.control import lower_for, lower_if, lower_while
 from esper_triton.cpu.lowering.dot import lower_dot
 from esper_triton.cpu.lowering.dot_scaled import lower_dot_scaled
@@ -101,7 +107,10 @@ _OPERATIONS = {
     "scf.while": lower_while,
     "tt.assert": lower_assert,
     "tt.atomic_cas": lower_atomic_cas,
+    "tt.atomic_load": lower_atomic_load,
+    "tt.atomic_poll": lower_atomic_poll,
     "tt.atomic_rmw": lower_atomic_rmw,
+    "tt.atomic_store": lower_atomic_store,
     "tt.cat": lower_cat,
     "tt.dot": lower_dot,
     "tt.dot_scaled": lower_dot_scaled,

@@ -1,4 +1,4 @@
-"""`tt.atomic_rmw` and `tt.atomic_cas`: one atomic instruction for each element whose mask is set.
+"""`tt.atomic_rmw`, `cas`, `load`, `store`: one atomic instruction for each element whose mask is set. `tt.atomic_poll`.
 
 Programs of one launch run on several threads, so these are real atomics, with the ordering that the kernel names. Tiles
 are computed and loads that are pending are done before, since another program may wait for what comes after.
@@ -6,6 +6,7 @@ are computed and loads that are pending are done before, since another program m
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
@@ -14,7 +15,9 @@ from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering import lanewise
 from esper_triton.cpu.lowering.elementwise import (
     I1,
+    I8,
     I16,
+    I32,
     I64,
     Unlowered,
     constant,
@@ -24,9 +27,9 @@ from esper_triton.cpu.lowering.elementwise import (
     register_type,
     size_of,
 )
-from esper_triton.cpu.lowering.nest import is_tile
+from esper_triton.cpu.lowering.traps import end_of_step
 from esper_triton.cpu.lowering.vmath import splat_constant
-from esper_triton.cpu.mlir import Operation, TensorType, Type
+from esper_triton.cpu.mlir import Operation, TensorType, Type, Value
 
 if TYPE_CHECKING:
     from esper_triton.cpu.lowering.program import Program
@@ -36,6 +39,7 @@ _OPERATIONS = {
     1: "and", 2: "or", 3: "xor", 4: "add", 5: "fadd", 6: "max", 7: "min", 8: "umax", 9: "umin", 10: "xchg",
 }  # fmt: skip
 _ORDERINGS = {1: "monotonic", 2: "acquire", 3: "release", 4: "acq_rel"}
+_CLOCK_MONOTONIC = 1
 
 
 def lower_atomic_rmw(program: Program, op: Operation) -> None:
@@ -50,7 +54,8 @@ def lower_atomic_rmw(program: Program, op: Operation) -> None:
             return _add_bfloat16(b, pointer, value, ordering)
         return b.atomic_rmw(kind, pointer, value, ordering)
 
-    _each(program, op, 1, emit)
+    pointer, value, *mask = op.operands
+    _each(program, op, pointer, [value], mask, emit)
 
 
 def lower_atomic_cas(program: Program, op: Operation) -> None:
@@ -64,7 +69,83 @@ def lower_atomic_cas(program: Program, op: Operation) -> None:
         expected, new = (_cast(b, value, bits) for value in operands)
         return _cast(b, _exchange(b, pointer, expected, new, ordering)[0], memory_type(element))
 
-    _each(program, op, 2, emit)
+    pointer, *values = op.operands
+    _each(program, op, pointer, values, [], emit)
+
+
+def lower_atomic_load(program: Program, op: Operation) -> None:
+    """The result is zero where the mask is off."""
+    ordering, element = _ORDERINGS[op.attributes["sem"]], element_type(op.result.type)
+    _check(element)
+    pointer, *mask = op.operands
+    memory, align = memory_type(element), size_of(element)
+    _each(program, op, pointer, [], mask, lambda b, place, _: b.load_atomic(place, ordering, align, typ=memory))
+
+
+def lower_atomic_store(program: Program, op: Operation) -> None:
+    """Nothing is stored where the mask is off."""
+    pointer, value, *mask = op.operands
+    ordering, element = _ORDERINGS[op.attributes["sem"]], element_type(value.type)
+    _check(element)
+    # An exchange, for llvmlite's atomic store knows only pointers with the type of what they point to.
+    _each(program, op, pointer, [value], mask, lambda b, place, new: b.atomic_rmw("xchg", place, new[0], ordering))
+
+
+def lower_atomic_poll(program: Program, op: Operation) -> None:
+    """Look at each element, one after the other, until it is what is expected; the result is whether it ever was.
+
+    All elements share one time limit, and each is looked at once at least. Like any loop of a kernel, waiting ends with
+    the launch's deadline.
+    """
+    ordering = _ORDERINGS[op.attributes["sem"]]
+    pointer, expected, *limit = op.operands
+    memory, align = memory_type(element_type(expected.type)), size_of(element_type(expected.type))
+    until: Any = None
+    if limit:
+        started = program.b.call(_clock(program.b.module), [])
+        total = program.b.add(started, program.scalars[limit[0]])
+        # The limit is unsigned, and may be as good as none.
+        wraps = program.b.icmp_unsigned("<", total, started)
+        until = program.b.select(wraps, ir.Constant(I64, 2**64 - 1), total)
+
+    def emit(b: ir.IRBuilder, place: Any, operands: list[Any]) -> Any:
+        look, again, done = (b.append_basic_block(name) for name in ("look", "again", "seen"))
+        b.branch(look)
+        b.position_at_end(look)
+        found = b.icmp_unsigned("==", b.load_atomic(place, ordering, align, typ=memory), operands[0])
+        b.cbranch(found, done, again)
+        b.position_at_end(again)
+        end_of_step(program, op, b)
+        late = ir.Constant(I1, 0)
+        if until is not None:
+            late = b.icmp_unsigned(">=", b.call(_clock(b.module), []), until)
+        last = b.block
+        b.cbranch(late, done, look)
+        b.position_at_end(done)
+        result = b.phi(I1)
+        result.add_incoming(ir.Constant(I1, 1), look)
+        result.add_incoming(ir.Constant(I1, 0), last)
+        return result
+
+    _each(program, op, pointer, [expected], [], emit)
+
+
+def _clock(module: Any) -> Any:
+    """`clock()`: nanoseconds, as an i64, since a moment that is the same for every call."""
+    name = "atomic.clock"
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(I64, []), name)
+    function.linkage = "internal"
+    read = module.globals.get("clock_gettime") or ir.Function(
+        module, ir.FunctionType(I32, [I32, c.POINTER]), "clock_gettime"
+    )
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    time = b.alloca(ir.ArrayType(I64, 2))  # a timespec: seconds and nanoseconds
+    b.call(read, [ir.Constant(I32, _CLOCK_MONOTONIC), time])
+    seconds, rest = (b.load(b.gep(time, [ir.Constant(I64, k)], source_etype=I64), typ=I64) for k in (0, 1))
+    b.ret(b.add(b.mul(seconds, ir.Constant(I64, 10**9)), rest))
+    return function
 
 
 def _check(element: Type) -> None:
@@ -99,57 +180,79 @@ def _add_bfloat16(b: ir.IRBuilder, pointer: Any, value: Any, ordering: str) -> A
     return old
 
 
-def _each(program: Program, op: Operation, count: int, emit: Any) -> None:
-    """`emit` for every element that is not masked off; operands are pointer, `count` values and perhaps a mask."""
+def _each(
+    program: Program, op: Operation, pointer: Value, values: Sequence[Value], masks: Sequence[Value], emit: Any
+) -> None:
+    """`emit(b, address, elements of values)` for every element that no mask (there is at most one) switches off.
+
+    What it returns is the operation's result, if it has one, which is zero where the mask is off.
+    """
     program.flush()
-    pointer, *rest = op.operands
-    values, mask = rest[:count], (rest[count] if len(rest) > count else None)
-    result = op.result
-    element = element_type(values[0].type)
-    if not is_tile(result):
+    mask = masks[0] if masks else None
+    result = op.results[0] if op.results else None
+    if not isinstance(pointer.type, TensorType):
         arguments = [program.scalars[v] for v in values]
         address = program.b.inttoptr(program.scalars[pointer], c.POINTER)
         condition = program.scalars[mask] if mask is not None else ir.Constant(I1, 1)
         program.note(op, "scalar", "" if isinstance(condition, ir.Constant) else "whole")
-        program.scalars[result] = c.guarded(
-            program.b, condition, lambda: emit(program.b, address, arguments), constant(result.type, 0)
-        )
+        old = _where(program.b, condition, lambda: emit(program.b, address, arguments), result)
+        if result is not None:
+            program.scalars[result] = old
         return
-    assert isinstance(result.type, TensorType)
-    nest = program.nest(op.operands, result.type.shape, op)
-    output = program.new_buffer(result) if result.users else None
-    addresses, kept, *places = (program.lane_slot(k) for k in range(2 + count))
-    memory, align = memory_type(element), size_of(element)
+    nest = program.nest([pointer, *values, *masks], pointer.type.shape, op)
+    output = program.new_buffer(result) if result is not None and result.users else None
+    addresses, kept, *places = (program.lane_slot(k) for k in range(2 + len(values)))
+    elements = [element_type(v.type) for v in values]
 
     def chunk(index: tuple[c.Index, ...]) -> None:
         pointers, *given = (nest.vector(v, index) for v in (pointer, *values))
         b = nest.b
-        lanes = any(at.lanes for at in index)
         bits = nest.vector(mask, index) if mask is not None else splat_constant(ir.VectorType(I1, nest.width), 1)
-        if not lanes:
+        if not any(at.lanes for at in index):
             condition = bits if mask is not None else ir.Constant(I1, 1)
             program.note(op, "scalar", "" if isinstance(condition, ir.Constant) else "whole")
             here = b.inttoptr(pointers, c.POINTER)
-            old = c.guarded(b, condition, lambda: emit(b, here, given), constant(result.type, 0))
+            old = _where(b, condition, lambda: emit(b, here, given), result)
             if output is not None:
                 output.write(b, index, c.Uniform(old), nest.width)
             return
         program.note(op, "one by one", "" if isinstance(bits, ir.Constant) else "lanes")
         b.store(pointers, addresses, align=8)
-        for place, vector in zip(places, given, strict=True):
-            b.store(vector, place, align=align)
+        for place, vector, element in zip(places, given, elements, strict=True):
+            b.store(vector, place, align=size_of(element))
         if output is not None:
-            b.store(splat_constant(given[0].type, 0), kept, align=align)
+            old_type, old_align = memory_type(output.element), size_of(output.element)
+            b.store(splat_constant(ir.VectorType(old_type, nest.width), 0), kept, align=old_align)
 
         def one(lane: Any) -> None:
             address = b.load(b.gep(addresses, [lane], source_etype=I64), typ=I64, align=8)
-            here = [b.gep(place, [lane], source_etype=memory) for place in places]
-            old = emit(b, b.inttoptr(address, c.POINTER), [b.load(p, typ=memory, align=align) for p in here])
+            lanes = [
+                b.load(
+                    b.gep(place, [lane], source_etype=memory_type(element)),
+                    typ=memory_type(element),
+                    align=size_of(element),
+                )
+                for place, element in zip(places, elements, strict=True)
+            ]
+            old = emit(b, b.inttoptr(address, c.POINTER), lanes)
             if output is not None:
-                b.store(old, b.gep(kept, [lane], source_etype=memory), align=align)
+                old = b.zext(old, I8) if old.type == I1 else old
+                b.store(old, b.gep(kept, [lane], source_etype=old_type), align=old_align)
 
         lanewise.for_each_lane(b, bits, one)
         if output is not None:
-            output.write(b, index, c.Lanes(b.load(kept, typ=given[0].type, align=align)), nest.width)
+            vector = b.load(kept, typ=ir.VectorType(old_type, nest.width), align=old_align)
+            if register_type(output.element) == I1:
+                vector = b.trunc(vector, ir.VectorType(I1, nest.width))
+            output.write(b, index, c.Lanes(vector), nest.width)
 
     nest.run(chunk)
+
+
+def _where(b: ir.IRBuilder, condition: Any, act: Callable[[], Any], result: Value | None) -> Any:
+    """What `act` returns, zero where the scalar condition does not hold; None without a result."""
+    if result is not None:
+        return c.guarded(b, condition, act, constant(result.type, 0))
+    with b.if_then(condition):
+        act()
+    return None

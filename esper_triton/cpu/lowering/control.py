@@ -21,7 +21,11 @@ from esper_triton.cpu.mlir import Block, Operation, PointerType, TensorType, Val
 if TYPE_CHECKING:
     from esper_triton.cpu.lowering.program import Program
 
-_MEMORY_EFFECTS = {"tt.store", "tt.atomic_rmw", "tt.atomic_cas", "tt.call", "tt.print", "tt.assert"}
+# Or what another program may have written by then.
+_MEMORY_EFFECTS = {
+    "tt.store", "tt.atomic_rmw", "tt.atomic_cas", "tt.atomic_load", "tt.atomic_store", "tt.atomic_poll", "tt.call",
+    "tt.print", "tt.assert",
+}  # fmt: skip
 
 
 def _enter(program: Program, op: Operation) -> None:

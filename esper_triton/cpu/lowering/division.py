@@ -117,8 +117,10 @@ class _Checks:
                 self._for(op)
             case "scf.while":
                 self._while(op)
-            case "tt.store" | "tt.atomic_rmw" | "tt.atomic_cas":
-                self._access(op, op.operands[: 3 if op.name == "tt.atomic_cas" else 2], op.operands[2:])
+            case "tt.store" | "tt.atomic_rmw" | "tt.atomic_store":
+                self._access(op, op.operands[:2], op.operands[2:])
+            case "tt.atomic_load":
+                self._access(op, op.operands[:1], op.operands[1:])
             case "tt.load":
                 self._load(op)
             case name if name in _DIVISIONS:
@@ -166,7 +168,7 @@ class _Checks:
 
     def _access(self, op: Operation, used: Sequence[Value], mask: Sequence[Value]) -> None:
         """A store or an atomic: what its mask lets through must be defined."""
-        condition = mask[0] if mask and op.name != "tt.atomic_cas" else None
+        condition = mask[0] if mask else None
         if condition is not None:
             self._trap(op, self._shadows.get(condition))
         for value in used:

@@ -67,7 +67,8 @@ for _name, _method in {"addf": "fadd", "subf": "fsub", "mulf": "fmul", "divf": "
 _float_op("arith.negf", lambda b, x: b.fneg(x))
 for _name in ("maximum", "minimum", "maxnum", "minnum"):
     _float_op(f"arith.{_name}f", _minmax(_name))
-_float_op("tt.precise_divf", lambda b, x, y: b.fdiv(x, y))
+for _name in ("tt.precise_divf", "tt.approx_divf"):
+    _float_op(_name, lambda b, x, y: b.fdiv(x, y))
 _float_op("tt.precise_sqrt", lambda b, x: intrinsic(b, "sqrt", (x,)))
 _float_op("math.sqrt", lambda b, x: intrinsic(b, "sqrt", (x,)))
 _float_op("math.rsqrt", lambda b, x: b.fdiv(splat_constant(x.type, 1.0), intrinsic(b, "sqrt", (x,))))

@@ -646,7 +646,8 @@ class Program:
 
 
 def _nothing(program: Program, op: Operation) -> None:
-    """For barriers, since one program is one thread here, and for hints to a GPU's optimiser."""
+    """For barriers, since one program is one thread here; for hints to a GPU's optimiser; for waiting for the launch
+    before this one, which is over."""
 
 
 Handler = Callable[[Program, Operation], None]
@@ -663,4 +664,6 @@ _HANDLERS: dict[str, Handler] = {
     "ttg.barrier": _nothing,
     "ttg.local_barrier": _nothing,
     "llvm.intr.assume": _nothing,
+    "tt.grid_dependency_wait": _nothing,
+    "tt.grid_dependency_launch_dependents": _nothing,
 }

@@ -35,8 +35,13 @@ if TYPE_CHECKING:
 
 ACCESS = "esper.access"
 
-_ACCESSES = {"tt.load": "load", "tt.store": "store", "tt.atomic_rmw": "atomic", "tt.atomic_cas": "atomic"}
+_ACCESSES = {
+    "tt.load": "load", "tt.store": "store", "tt.atomic_rmw": "atomic", "tt.atomic_cas": "atomic",
+    "tt.atomic_load": "atomic", "tt.atomic_store": "atomic", "tt.atomic_poll": "atomic",
+}  # fmt: skip
+_MASK = {"tt.store": 2, "tt.atomic_rmw": 2, "tt.atomic_load": 1, "tt.atomic_store": 2}  # which operand it is
 _EXCHANGE = 10  # Triton's RMWOp
+_WAITS = {"tt.atomic_cas", "tt.atomic_load", "tt.atomic_poll"}
 
 
 def add_access_checks(module: Module, kernel: str, race: bool) -> None:
@@ -70,7 +75,7 @@ class _Insertion:
 
     def _takes_a_lock(self, op: Operation, seen: set[str]) -> bool:
         for nested in op.walk():
-            if nested.name == "tt.atomic_cas" or nested.attributes.get("atomic_rmw_op") == _EXCHANGE:
+            if nested.name in _WAITS or nested.attributes.get("atomic_rmw_op") == _EXCHANGE:
                 return True
             if nested.name == "tt.call":
                 callee: str = nested.attributes["callee"]
@@ -83,8 +88,8 @@ def _check(op: Operation, block: Block, arguments: Sequence[Value], marks: str) 
     if op.name == "tt.load":
         pointers, mask, _ = load_operands(op)
     else:
-        pointers, mask = op.operands[0], op.operands[2] if len(op.operands) > 2 else None
-        mask = None if op.name == "tt.atomic_cas" else mask
+        at = _MASK.get(op.name, len(op.operands))
+        pointers, mask = op.operands[0], op.operands[at] if at < len(op.operands) else None
     origin = origins(pointers)
     (argument,) = origin if len(origin) == 1 else (None,)
     known = argument in arguments

@@ -71,10 +71,10 @@ def leave_if_stopped(program: Program) -> None:
     program.b.position_at_end(running)
 
 
-def end_of_step(program: Program, loop: Operation) -> None:
+def end_of_step(program: Program, loop: Operation, b: ir.IRBuilder | None = None) -> None:
     """To stand at every jump back of a loop of the kernel's: leave where the launch has been stopped. The first loop to
-    notice that the deadline has passed reports itself."""
-    b = program.b
+    notice that the deadline has passed reports itself. `b` is the program's own builder where it is None."""
+    b = program.b if b is None else b
     running, stopped = program.new_block("running"), program.new_block("stopped")
     b.cbranch(is_running(b, program.frame), running, stopped)
     b.position_at_end(stopped)
