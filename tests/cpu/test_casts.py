@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from releases import RELEASE, known_if
 
 FLOAT8 = {
     torch.float8_e4m3fn: (tl.float8e4nv, 448.0),
@@ -130,19 +131,28 @@ def fp8_arithmetic(x, y, out, BLOCK: tl.constexpr):
         out + i,
         tl.where(a < b, a, b).to(tl.float32) + (a.to(tl.float32) * b.to(tl.float32)).to(tl.float8e4nv).to(tl.float32),
     )
-    tl.store(
-        out + BLOCK + i,
-        tl.full((BLOCK,), 1.5, tl.float8e4nv).to(tl.float32) + tl.zeros((BLOCK,), tl.float8e5).to(tl.float32),
-    )
+    tl.store(out + BLOCK + i, tl.zeros((BLOCK,), tl.float8e5).to(tl.float32))
 
 
-def test_eight_bit_floats_are_compared_selected_and_constants(rng):
+def test_eight_bit_floats_are_compared_and_selected(rng):
     x, y = (torch.randn(128, generator=rng).to(torch.float8_e4m3fn) for _ in range(2))
     out = torch.full((256,), float("nan"))
     fp8_arithmetic[1,](x, y, out, BLOCK=128)
     a, b = x.float(), y.float()
     assert torch.equal(out[:128], torch.minimum(a, b) + (a * b).to(torch.float8_e4m3fn).float())
-    assert torch.equal(out[128:], torch.full((128,), 1.5))
+    assert torch.equal(out[128:], torch.zeros(128))
+
+
+@triton.jit
+def fp8_constants(out, BLOCK: tl.constexpr):
+    tl.store(out + tl.arange(0, BLOCK), tl.full((BLOCK,), 1.5, tl.float8e4nv).to(tl.float32))
+
+
+def test_a_number_becomes_a_constant_of_eight_bits():
+    out = torch.full((16,), float("nan"))
+    with known_if(RELEASE >= (3, 7), "no attribute 'get_fp8e4nv'"):
+        fp8_constants[1,](out, BLOCK=16)
+        assert out.tolist() == [1.5] * 16
 
 
 @pytest.mark.parametrize("source", [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool])

@@ -349,6 +349,7 @@ def test_undefined_elements_move_with_the_tile(transpose):
     assert out.tolist() == expected.flatten().tolist()
 
 
+@pytest.mark.filterwarnings("ignore:tl.cat.can_reorder=True. is deprecated")  # from 3.9 on
 @pytest.mark.parametrize("half", ["both", "defined"])
 def test_undefined_elements_are_told_from_their_neighbours_when_tiles_are_joined_and_split(half):
     out = torch.full((16,), -1).int()

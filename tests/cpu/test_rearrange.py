@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from releases import RELEASE, known_if
 
 EXTENTS = [1, 2, 4, 16, 64]
 
@@ -34,17 +35,36 @@ def test_two_tiles_are_joined_along_a_new_last_axis_and_split_again(m, n):
 
 
 @triton.jit
-def _cat(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
+def _cat(x_ptr, y_ptr, out_ptr, N: tl.constexpr, REORDER: tl.constexpr):
     at = tl.arange(0, N)
-    both = tl.cat(tl.load(x_ptr + at), tl.load(y_ptr + at) + 1, can_reorder=True)
+    both = tl.cat(tl.load(x_ptr + at), tl.load(y_ptr + at) + 1, can_reorder=REORDER)
     tl.store(out_ptr + tl.arange(0, 2 * N), both)
 
 
+@pytest.mark.filterwarnings("ignore:tl.cat.can_reorder=True. is deprecated")  # from 3.9 on
+@pytest.mark.parametrize("reorder", [False, True])
 @pytest.mark.parametrize("n", [1, 4, 64])
-def test_tiles_are_put_one_after_the_other(n):
+def test_tiles_are_put_one_after_the_other(n, reorder):
     x, y, out = torch.randn(n), torch.randn(n), torch.zeros(2 * n)
-    _cat[(1,)](x, y, out, N=n)
-    assert torch.equal(out, torch.cat([x, y + 1]))
+    with known_if(reorder or RELEASE >= (3, 7), "always may reorder elements"):
+        _cat[(1,)](x, y, out, N=n, REORDER=reorder)
+        assert torch.equal(out, torch.cat([x, y + 1]))
+
+
+@triton.jit
+def _cat_along(x_ptr, y_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, AXIS: tl.constexpr):
+    at = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    both = tl.cat(tl.load(x_ptr + at), tl.load(y_ptr + at), dim=AXIS)
+    tl.store(out_ptr + tl.arange(0, 2 * M * N), tl.reshape(both, (2 * M * N,)))
+
+
+@given(m=st.sampled_from(EXTENTS), n=st.sampled_from(EXTENTS), axis=st.sampled_from([0, 1]))
+@settings(max_examples=8, deadline=None)
+def test_tiles_are_put_together_along_either_axis(m, n, axis):
+    x, y, out = torch.randn(m, n), torch.randn(m, n), torch.zeros(2 * m * n)
+    with known_if(RELEASE >= (3, 7), "unexpected keyword argument 'dim'"):
+        _cat_along[(1,)](x, y, out, M=m, N=n, AXIS=axis)
+        assert torch.equal(out, torch.cat([x, y], axis).reshape(-1))
 
 
 @triton.jit
