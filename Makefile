@@ -4,6 +4,9 @@
 PYTHON ?= python3.11 python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Releases of Triton that the CPU backend is tested on besides the one in constraints.txt.
+MATRIX := 3.6.0 3.8.0 3.9.0
+MATRIX_VENVS := $(MATRIX:%=$(VENV)-matrix/%)
 STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
@@ -14,12 +17,13 @@ OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo test test-matrix lint types clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    grow a compiled kernel inside a model while it trains (DEMO_ARGS="--quick" for fewer steps)'
 	@echo 'make test    lint, types and tests (PYTEST_ARGS="-k name" for some of them)'
+	@echo 'make test-matrix  the tests of the CPU backend on $(MATRIX) as well; results go to docs/cpu-matrix.md'
 	@echo 'make lint    ruff: rules and format'
 	@echo 'make types   mypy, strict on the package'
 	@echo 'make clean   remove .venv and everything that the tools left behind'
@@ -29,6 +33,9 @@ demo: $(STAMP)
 
 test: lint types
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-matrix: $(STAMP) $(MATRIX_VENVS:%=%/.installed)
+	@$(BIN)/python tests/matrix.py $(VENV) $(MATRIX_VENVS) $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
 
 lint: $(STAMP)
 	@$(BIN)/python -m ruff check --quiet --output-format concise .
@@ -57,6 +64,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev,demo]'
 	@touch $@
 
+$(VENV)-matrix/%/.installed: $(STAMP)
+	@echo 'Setting up $(@D) (once) ...' >&2
+	@$(BIN)/python tests/matrix_venv.py $(@D) $*
+	@touch $@
+
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

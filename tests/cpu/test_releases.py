@@ -102,6 +102,19 @@ def test_an_axis_is_put_in_and_taken_out():
 
 
 @triton.jit
+def _turn(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, tl.flip(tl.load(x + at)))
+
+
+def test_a_tile_is_flipped_without_naming_its_axis():
+    x, out = torch.randn(16), torch.zeros(16)
+    with known_if(RELEASE >= (3, 9), r"tl\.flip"):
+        _turn[(1,)](x, out, N=16)
+        assert torch.equal(out, x.flip(0))
+
+
+@triton.jit
 def _number(out):
     tl.store(out, tl.to_tensor(3) + 1)
 

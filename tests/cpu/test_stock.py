@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from esper_triton.cpu import prepare
 from esper_triton.cpu.driver import CPUDriver
 from esper_triton.cpu.errors import LaunchError, UnsupportedOperation
 from esper_triton.cpu.stock import stock_launcher
-
-TensorDescriptor = pytest.importorskip("triton.tools.tensor_descriptor").TensorDescriptor
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,6 +14,7 @@ import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime._async_compile import AsyncCompileMode
 
 from esper_triton.cpu.driver import CPUDriver
 
@@ -214,11 +215,10 @@ def test_a_kernel_is_preloaded_from_what_the_cache_hook_was_told(cache, monkeypa
 
 
 def test_kernels_compile_in_the_background(cache):
-    asynchronous = pytest.importorskip("triton.runtime._async_compile")
     x, out = torch.randn(64), torch.full((64,), float("nan"))
     with (
         concurrent.futures.ThreadPoolExecutor(2) as pool,
-        asynchronous.AsyncCompileMode(pool),
+        AsyncCompileMode(pool),
     ):
         for block in (16, 32, 64):
             scale.warmup(x, out, 64, 2.0, BLOCK=block, grid=(1,))
