@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from releases import RELEASE, known_if
 
 from esper_triton.cpu import compiler
 from esper_triton.cpu.lowering import streaming
@@ -51,6 +52,13 @@ def _double_and_count(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _double_and_tell(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=i < n) * 2, mask=i < n)
+    tl.atomic_store(x_ptr, 1)
+
+
+@triton.jit
 def _double_elsewhere(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(out_ptr.to(tl.pointer_type(tl.int64))).to(tl.pointer_type(tl.float32))
@@ -73,6 +81,11 @@ def test_what_is_read_again_or_waited_for_does_not_stream(kernel):
     text = _ir(kernel)
     assert "nontemporal" not in text
     assert "fence" not in text
+
+
+def test_what_a_flag_tells_of_does_not_stream():
+    with known_if(RELEASE >= (3, 9), "no attribute 'atomic_store'"):
+        assert "nontemporal" not in _ir(_double_and_tell)
 
 
 def test_parts_of_lines_do_not_stream():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from esper_triton.cpu.lowering.program import Program
 
 _LINE = 64  # bytes of a cache line
-_UNSEEN = ("tt.call", "tt.atomic_rmw", "tt.atomic_cas")  # what may read memory elsewhere, or let others read
+_UNSEEN = ("tt.call", "tt.atomic_")  # may read memory elsewhere, or let others read
 
 
 class Streams:
@@ -86,7 +86,7 @@ class Streams:
             return None
         read: set[Value | None] = set()
         for op in function.walk():
-            if op.name in _UNSEEN:
+            if op.name.startswith(_UNSEEN):
                 return None
             if op.name == "tt.load":
                 read |= origins(op.operands[0])
