@@ -115,12 +115,6 @@ def test_threads_of_python_launch_and_compile_at_once(rng):
 
 
 @triton.jit
-def uses_a_volatile_load(x_ptr, N: tl.constexpr):
-    x = tl.load(x_ptr + tl.arange(0, N), volatile=True)
-    tl.store(x_ptr + tl.arange(0, N), x + 1)
-
-
-@triton.jit
 def uses_a_rounding_mode(x_ptr, N: tl.constexpr):
     x = tl.load(x_ptr + tl.arange(0, N)).to(tl.float64)
     y = libdevice.sqrt_ru(x) + 1  # named here, though it would be computed for the store
@@ -137,7 +131,6 @@ def uses_inline_assembly(x_ptr, N: tl.constexpr):
 @pytest.mark.parametrize(
     ("kernel", "args", "constants", "operation", "line"),
     [
-        (uses_a_volatile_load, lambda: (torch.zeros(32),), {"N": 32}, "tt.load", 2),
         (uses_a_rounding_mode, lambda: (torch.zeros(32),), {"N": 32}, "tt.extern_elementwise", 3),
         (uses_inline_assembly, lambda: (torch.zeros(32),), {"N": 32}, "tt.elementwise_inline_asm", 3),
     ],

@@ -211,7 +211,7 @@ def test_what_cannot_be_done_is_one_line_that_says_what_could(
     [
         ("wrong_range", "'wrong_range' does not compile ({place}): arange's range must be a power of 2"),
         ("wrong_range", "; taken by default, unless --arg says otherwise: x_ptr=*fp32"),
-        ("unsupported", "({place}): volatile load"),
+        ("unsupported", "tt.elementwise_inline_asm is not supported by the CPU backend yet ({place})"),
     ],
 )
 def test_a_kernel_that_does_not_compile_is_told_with_its_line(

@@ -1,4 +1,5 @@
-"""`tt.atomic_rmw`, `cas`, `load`, `store`: one atomic instruction for each element whose mask is set. `tt.atomic_poll`.
+"""`tt.atomic_rmw`, `cas`, `load`, `store`, and volatile `tt.load`: one atomic instruction for each element whose mask is
+set. `tt.atomic_poll`.
 
 Programs of one launch run on several threads, so these are real atomics, with the ordering that the kernel names. Tiles
 are computed and loads that are pending are done before, since another program may wait for what comes after.
@@ -27,6 +28,7 @@ from esper_triton.cpu.lowering.elementwise import (
     register_type,
     size_of,
 )
+from esper_triton.cpu.lowering.memory import load_operands
 from esper_triton.cpu.lowering.traps import end_of_step
 from esper_triton.cpu.lowering.vmath import splat_constant
 from esper_triton.cpu.mlir import Operation, TensorType, Type, Value
@@ -80,6 +82,22 @@ def lower_atomic_load(program: Program, op: Operation) -> None:
     pointer, *mask = op.operands
     memory, align = memory_type(element), size_of(element)
     _each(program, op, pointer, [], mask, lambda b, place, _: b.load_atomic(place, ordering, align, typ=memory))
+
+
+def lower_volatile_load(program: Program, op: Operation) -> None:
+    """Every element is read once and here: no other access of the program moves across it, no read is left out.
+
+    So a program can wait in a loop for what another one stores. Where the mask is off, the result is `other`, or zero.
+    """
+    pointer, mask, other = load_operands(op)
+    element = element_type(op.result.type)
+    _check(element)
+    memory, align = memory_type(element), size_of(element)
+
+    def emit(b: ir.IRBuilder, place: Any, operands: list[Any]) -> Any:
+        return b.load_atomic(place, "acquire", align, typ=memory)
+
+    _each(program, op, pointer, [], [] if mask is None else [mask], emit, other)
 
 
 def lower_atomic_store(program: Program, op: Operation) -> None:
@@ -181,11 +199,17 @@ def _add_bfloat16(b: ir.IRBuilder, pointer: Any, value: Any, ordering: str) -> A
 
 
 def _each(
-    program: Program, op: Operation, pointer: Value, values: Sequence[Value], masks: Sequence[Value], emit: Any
+    program: Program,
+    op: Operation,
+    pointer: Value,
+    values: Sequence[Value],
+    masks: Sequence[Value],
+    emit: Callable[[ir.IRBuilder, Any, list[Any]], Any],
+    other: Value | None = None,
 ) -> None:
     """`emit(b, address, elements of values)` for every element that no mask (there is at most one) switches off.
 
-    What it returns is the operation's result, if it has one, which is zero where the mask is off.
+    What it returns is the operation's result, if it has one, which is that of `other`, or zero, where the mask is off.
     """
     program.flush()
     mask = masks[0] if masks else None
@@ -195,24 +219,27 @@ def _each(
         address = program.b.inttoptr(program.scalars[pointer], c.POINTER)
         condition = program.scalars[mask] if mask is not None else ir.Constant(I1, 1)
         program.note(op, "scalar", "" if isinstance(condition, ir.Constant) else "whole")
-        old = _where(program.b, condition, lambda: emit(program.b, address, arguments), result)
+        otherwise = program.scalars[other] if other is not None else None
+        old = _where(program.b, condition, lambda: emit(program.b, address, arguments), result, otherwise)
         if result is not None:
             program.scalars[result] = old
         return
-    nest = program.nest([pointer, *values, *masks], pointer.type.shape, op)
+    others = [] if other is None else [other]
+    nest = program.nest([pointer, *values, *masks, *others], pointer.type.shape, op)
     output = program.new_buffer(result) if result is not None and result.users else None
     addresses, kept, *places = (program.lane_slot(k) for k in range(2 + len(values)))
     elements = [element_type(v.type) for v in values]
 
     def chunk(index: tuple[c.Index, ...]) -> None:
         pointers, *given = (nest.vector(v, index) for v in (pointer, *values))
+        otherwise = nest.vector(other, index) if other is not None else None
         b = nest.b
         bits = nest.vector(mask, index) if mask is not None else splat_constant(ir.VectorType(I1, nest.width), 1)
         if not any(at.lanes for at in index):
             condition = bits if mask is not None else ir.Constant(I1, 1)
             program.note(op, "scalar", "" if isinstance(condition, ir.Constant) else "whole")
             here = b.inttoptr(pointers, c.POINTER)
-            old = _where(b, condition, lambda: emit(b, here, given), result)
+            old = _where(b, condition, lambda: emit(b, here, given), result, otherwise)
             if output is not None:
                 output.write(b, index, c.Uniform(old), nest.width)
             return
@@ -222,7 +249,9 @@ def _each(
             b.store(vector, place, align=size_of(element))
         if output is not None:
             old_type, old_align = memory_type(output.element), size_of(output.element)
-            b.store(splat_constant(ir.VectorType(old_type, nest.width), 0), kept, align=old_align)
+            if otherwise is None:
+                otherwise = splat_constant(ir.VectorType(old_type, nest.width), 0)
+            b.store(otherwise, kept, align=old_align)
 
         def one(lane: Any) -> None:
             address = b.load(b.gep(addresses, [lane], source_etype=I64), typ=I64, align=8)
@@ -249,10 +278,11 @@ def _each(
     nest.run(chunk)
 
 
-def _where(b: ir.IRBuilder, condition: Any, act: Callable[[], Any], result: Value | None) -> Any:
-    """What `act` returns, zero where the scalar condition does not hold; None without a result."""
+def _where(b: ir.IRBuilder, condition: Any, act: Callable[[], Any], result: Value | None, otherwise: Any) -> Any:
+    """What `act` returns; where the scalar condition does not hold `otherwise`, which is zero where it is None; None
+    without a result."""
     if result is not None:
-        return c.guarded(b, condition, act, constant(result.type, 0))
+        return c.guarded(b, condition, act, constant(result.type, 0) if otherwise is None else otherwise)
     with b.if_then(condition):
         act()
     return None

@@ -14,6 +14,7 @@ from llvmlite import ir
 
 from esper_triton.cpu.lowering.chunks import Buffer
 from esper_triton.cpu.lowering.elementwise import I64, TABLE, constant, element_type, register_type, size_of
+from esper_triton.cpu.lowering.memory import is_volatile
 from esper_triton.cpu.lowering.nest import definition, is_elementwise, is_lazy_operation, is_tile
 from esper_triton.cpu.lowering.traps import end_of_step
 from esper_triton.cpu.mlir import Block, Operation, PointerType, TensorType, Value
@@ -336,5 +337,5 @@ def _defined_outside(value: Value, op: Operation) -> bool:
 
 
 def writes_memory(op: Operation) -> bool:
-    """Whether the operation, or one inside of it, may change memory or be seen from outside."""
-    return any(nested.name in _MEMORY_EFFECTS for nested in op.walk())
+    """Whether the operation, or one inside of it, may change memory, wait for others to, or be seen from outside."""
+    return any(nested.name in _MEMORY_EFFECTS or is_volatile(nested) for nested in op.walk())

@@ -45,6 +45,11 @@ def mask_of(op: Operation) -> Value | None:
     return op.operands[2] if len(op.operands) > 2 else None
 
 
+def is_volatile(op: Operation) -> bool:
+    """Whether an operation is a load that stays where it is, since what it reads may change at any time."""
+    return op.name == "tt.load" and bool(op.attributes.get("isVolatile"))
+
+
 def load(nest: Nest, op: Operation, index: tuple[Index, ...]) -> Chunk:
     """The chunk of a `tt.load`. A masked-off element is `other`, zero where none is given; its address is not used."""
     pointers, mask, other = load_operands(op)

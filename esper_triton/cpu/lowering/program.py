@@ -26,6 +26,7 @@ from esper_triton.cpu.errors import UnsupportedOperation
 from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering import memory
 from esper_triton.cpu.lowering.accesses import Form, Record
+from esper_triton.cpu.lowering.atomics import lower_volatile_load
 from esper_triton.cpu.lowering.chunks import Buffer
 from esper_triton.cpu.lowering.elementwise import (
     I1,
@@ -40,7 +41,7 @@ from esper_triton.cpu.lowering.elementwise import (
     size_of,
 )
 from esper_triton.cpu.lowering.layout import contiguous_axis, steps
-from esper_triton.cpu.lowering.memory import load_operands, mask_of
+from esper_triton.cpu.lowering.memory import is_volatile, load_operands, mask_of
 from esper_triton.cpu.lowering.nest import (
     SHAPE_OPS,
     Nest,
@@ -535,8 +536,9 @@ class Program:
 
     def _load(self, op: Operation) -> None:
         pointer, mask, other = load_operands(op)
-        if op.attributes.get("isVolatile"):
-            raise Unlowered("volatile load")
+        if is_volatile(op):
+            lower_volatile_load(self, op)
+            return
         if is_tile(pointer):
             register_type(op.result.type)
             self._pending[op.result] = None

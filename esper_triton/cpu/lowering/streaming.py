@@ -18,6 +18,7 @@ from llvmlite import ir
 from esper_triton.cpu.host import last_level_cache_bytes
 from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering.elementwise import I32, I64, size_of
+from esper_triton.cpu.lowering.memory import is_volatile
 from esper_triton.cpu.lowering.origins import origins
 from esper_triton.cpu.lowering.vmath import Value as LLVMValue
 from esper_triton.cpu.mlir import Operation, TensorType, Value
@@ -86,7 +87,7 @@ class Streams:
             return None
         read: set[Value | None] = set()
         for op in function.walk():
-            if op.name.startswith(_UNSEEN):
+            if op.name.startswith(_UNSEEN) or is_volatile(op):
                 return None
             if op.name == "tt.load":
                 read |= origins(op.operands[0])
