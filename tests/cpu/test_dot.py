@@ -7,6 +7,13 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+SHOWN = {
+    "as it is": lambda x: x,
+    "turned": lambda x: x.T,
+    "doubled": lambda x: 2 * x,
+    "doubled and turned": lambda x: 2 * x.T,
+}
+
 
 @triton.jit
 def _product(
@@ -155,6 +162,37 @@ def test_operands_of_products_have_other_uses(n, turn):
     product = x @ (y.T if turn else y)
     torch.testing.assert_close(out.double(), product @ y + product + x, rtol=1e-5, atol=n * n * 1e-6)
     torch.testing.assert_close(sums.double(), y.sum(1) + 2 * y.sum(0), rtol=1e-5, atol=n * 1e-5)
+
+
+@triton.jit
+def _shown(x, HOW: tl.constexpr):
+    if HOW == "turned":
+        return tl.trans(x)
+    if HOW == "doubled":
+        return x * 2
+    if HOW == "doubled and turned":
+        return tl.trans(x * 2)
+    return x
+
+
+@triton.jit
+def _related_operands(
+    x_ptr, out_ptr, R: tl.constexpr, C: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, N: tl.constexpr
+):
+    i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + i * R + j * C)
+    tl.store(out_ptr + i * N + j, tl.dot(_shown(x, LEFT), _shown(x, RIGHT)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("right", SHOWN)
+@pytest.mark.parametrize("left", SHOWN)
+def test_both_operands_are_made_of_one_tile(left, right, dtype):
+    x = (torch.arange(32 * 32) * 7 % 19 - 9).reshape(32, 32).to(dtype)  # whole numbers: every sum is exact
+    for rows, columns, tile in ((32, 1, x), (1, 32, x.T)):
+        out = torch.zeros(32, 32)
+        _related_operands[(1,)](x, out, rows, columns, left, right, N=32)
+        assert torch.equal(out.double(), SHOWN[left](tile.double()) @ SHOWN[right](tile.double()))
 
 
 @triton.jit

@@ -52,15 +52,17 @@ def lower_dot(program: Program, op: Operation) -> None:
         raise Unlowered(f"operands {names[0]} and {names[1]} with accumulator {names[2]}")
     limits = _limits(program, op)
     upcoming = [tile for k in (0, 1) if (tile := _upcoming(program, op, op.operands[k])) is not None]
-    turned = [_look_through_transposition(program, op, k, compute) for k in (0, 1)]
-    for k in (0, 1):
-        _widen(op, k, compute)
     accumulator = op.operands[2]
     assert isinstance(accumulator.type, TensorType)
     shape = accumulator.type.shape
     width = min(shape[-1], program.lanes * 4 // size_of(compute))
-    left = _Operand(program.materialise(op.operands[0]), turned[0])
-    right = _right_operand(program, op.operands[1], turned[1], width)
+    turned = _look_through_transposition(program, op, 0, compute)
+    _widen(op, 0, compute)
+    left = _Operand(program.materialise(op.operands[0]), turned)
+    # Only now, since the left operand may be made of what the right one shows, and have put it into memory.
+    turned = _look_through_transposition(program, op, 1, compute)
+    _widen(op, 1, compute)
+    right = _right_operand(program, op.operands[1], turned, width)
     if not program.is_light(accumulator):
         program.materialise(accumulator)
 
