@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 MATRIX := 3.6.0 3.8.0 3.9.0
 MATRIX_VENVS := $(MATRIX:%=$(VENV)-matrix/%)
 STAMP := $(VENV)/.installed
+THIRD_PARTY := $(VENV)/third_party/requirements.txt
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
@@ -31,7 +32,7 @@ help:
 demo: $(STAMP)
 	@$(BIN)/python -m esper_triton.demo $(DEMO_ARGS)
 
-test: lint types
+test: lint types $(THIRD_PARTY)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 test-matrix: $(STAMP) $(MATRIX_VENVS:%=%/.installed)
@@ -67,6 +68,11 @@ $(STAMP): pyproject.toml constraints.txt
 $(VENV)-matrix/%/.installed: $(STAMP)
 	@echo 'Setting up $(@D) (once) ...' >&2
 	@$(BIN)/python tests/matrix_venv.py $(@D) $*
+	@touch $@
+
+# Packages of kernels that tests/third_party runs. The list stands there in copy once they are all there.
+$(THIRD_PARTY): tests/third_party/requirements.txt $(STAMP)
+	@$(BIN)/python tests/third_party/packages.py
 	@touch $@
 
 clean:

@@ -22,7 +22,7 @@ packages.import_all()
 triton.runtime.driver.reset_active()
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _cpu() -> Iterator[None]:
     """Each configuration is run and timed once: what is tested is what kernels compute, whichever is chosen."""
     pruned = Autotuner.prune_configs

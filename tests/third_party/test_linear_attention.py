@@ -5,6 +5,8 @@ References are the recurrences themselves, step by step in float64.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,9 +35,7 @@ BATCH, TIME, HEADS, KEYS, VALUES = 1, 100, 2, 32, 32
 @pytest.fixture
 def queries_keys_values(rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, H, K), keys of length 1, and values (B, T, H, V)."""
-    queries, keys, values = (
-        torch.randn(BATCH, TIME, HEADS, size, generator=rng) for size in (KEYS, KEYS, VALUES)
-    )
+    queries, keys, values = (torch.randn(BATCH, TIME, HEADS, size, generator=rng) for size in (KEYS, KEYS, VALUES))
     return queries, F.normalize(keys, dim=-1), values
 
 
@@ -58,7 +58,12 @@ def decay_by_key(rng: torch.Generator) -> Tensor:
 
 
 def recurrence(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None = None, rates: Tensor | None = None, bonus: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None = None,
+    rates: Tensor | None = None,
+    bonus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The state decays, then gains k v', or with `rates` moves that far towards answering k with v; q reads it.
 
@@ -108,7 +113,7 @@ def test_gated_linear_attention_of_sequences_laid_end_to_end(launched, queries_k
     bounds = [0, 37, TIME]
 
     def each(*inputs: Tensor) -> Tensor:
-        parts = zip(bounds, bounds[1:], strict=False)
+        parts = itertools.pairwise(bounds)
         return torch.cat([recurrence(*(x[:, start:stop] for x in inputs))[0] for start, stop in parts], 1)
 
     assert_agrees(

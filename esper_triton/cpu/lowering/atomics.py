@@ -1,5 +1,4 @@
-"""`tt.atomic_rmw`, `cas`, `load`, `store`, and volatile `tt.load`: one atomic instruction for each element whose mask is
-set. `tt.atomic_poll`.
+"""`tt.atomic_rmw`, `cas`, `load`, `store`, `poll` and volatile `tt.load`: atomic instructions for single elements.
 
 Programs of one launch run on several threads, so these are real atomics, with the ordering that the kernel names. Tiles
 are computed and loads that are pending are done before, since another program may wait for what comes after.
