@@ -48,6 +48,7 @@ from esper_triton.cpu.lowering.reduction import lower_reduce
 from esper_triton.cpu.lowering.sanitize import ACCESS, add_access_checks, emit_default_table, lower_access
 from esper_triton.cpu.lowering.scan import lower_scan
 from esper_triton.cpu.lowering.simplify import drop_reshapes
+from esper_triton.cpu.lowering.stores import lower_store
 from esper_triton.cpu.lowering.streaming import fence
 from esper_triton.cpu.lowering.traps import is_running, lower_assert, lower_division_trap, report
 from esper_triton.cpu.mlir import Module, Operation
@@ -122,6 +123,7 @@ _OPERATIONS = {
     "tt.reduce": lower_reduce,
     "tt.scan": lower_scan,
     "tt.split": lower_split,
+    "tt.store": lower_store,
 }
 
 

@@ -10,6 +10,8 @@ from esper_triton.cpu.mlir import Operation, PointerType, TensorType, Value
 if TYPE_CHECKING:
     from esper_triton.cpu.lowering.program import Program
 
+WORTH_TURNING = 4  # extent from which a tile that lies across the lanes is turned rather than read lane by lane
+
 Steps = tuple[int | None, ...]
 
 

@@ -24,7 +24,6 @@ from llvmlite import ir
 
 from esper_triton.cpu.errors import UnsupportedOperation
 from esper_triton.cpu.lowering import chunks as c
-from esper_triton.cpu.lowering import memory
 from esper_triton.cpu.lowering.accesses import Form, Record
 from esper_triton.cpu.lowering.atomics import lower_volatile_load
 from esper_triton.cpu.lowering.chunks import Buffer
@@ -40,8 +39,8 @@ from esper_triton.cpu.lowering.elementwise import (
     register_type,
     size_of,
 )
-from esper_triton.cpu.lowering.layout import contiguous_axis, steps
-from esper_triton.cpu.lowering.memory import is_volatile, load_operands, mask_of
+from esper_triton.cpu.lowering.layout import WORTH_TURNING, contiguous_axis, steps
+from esper_triton.cpu.lowering.memory import is_volatile, load_operands
 from esper_triton.cpu.lowering.nest import (
     SHAPE_OPS,
     Nest,
@@ -52,12 +51,10 @@ from esper_triton.cpu.lowering.nest import (
     lane_axis,
     operand_axis,
 )
-from esper_triton.cpu.lowering.ranges import Ranges
 from esper_triton.cpu.lowering.streaming import Streams
 from esper_triton.cpu.mlir import Block, Dense, Operation, PointerType, TensorType, Value
 
 _ALIGNMENT = 64  # of buffers: a cache line
-_WORTH_TURNING = 4  # extent from which a tile that lies across the lanes is turned rather than read lane by lane
 _FUNCTIONS, _HEAVY = ("math.", "tt.extern_elementwise"), 16  # operations that take many instructions, and how many
 _DEEPEST = 64  # operations that a lazy tile may be deep: chunks are computed by recursion
 
@@ -102,7 +99,7 @@ class Program:
         scalars: LLVM value of every scalar so far. buffers: tiles in scratch memory.
         shifted: tiles that are another tile plus a scalar (pointers advanced around a loop).
         scratch_bytes: scratch memory used so far. grid: position in the grid (`id0` ...) and its extents (`size0` ...).
-        streams: its stores that may go past the caches.
+        streams: its stores that may go past the caches. pending: lazy loads, in program order.
         record: told of every access that is emitted, None where nobody asks (see `note`).
         frame: pointer to the frame of the launch. handlers: what lowers an operation that is not element-wise, by name.
     """
@@ -136,7 +133,7 @@ class Program:
         self._reserved: dict[str, Any] = {}
         self.grid = grid
         self._depth: dict[Value, int] = {}  # of lazy tiles: how many operations one chunk of it goes through
-        self._pending: dict[Value, None] = {}  # lazy loads, in program order
+        self.pending: dict[Value, None] = {}
         self._done: set[Operation] = set()  # what loop nests have computed, or used, so far
         self.terse = False  # whether little code matters more than fast code, since it will hardly ever run
         self.streams = Streams(self)
@@ -245,7 +242,7 @@ class Program:
 
     def is_light(self, value: Value) -> bool:
         """Whether a chunk of a lazy tile takes no more than a little arithmetic on what is in scratch memory."""
-        known = self._closure([value])
+        known = self.closure([value])
         return len(known) <= _LIGHT and all(
             visit.elsewhere or self.is_cheap(v) or definition(v).name in _ARITHMETIC for v, visit in known.items()
         )
@@ -266,7 +263,7 @@ class Program:
         # A shape operation is read through to what it shows.
         return not self.is_cheap(value) and definition(value).name not in SHAPE_OPS
 
-    def _closure(self, roots: Iterable[Value], axis: int | None = None) -> dict[Value, _Visit]:
+    def closure(self, roots: Iterable[Value], axis: int | None = None) -> dict[Value, _Visit]:
         """How computing `roots`, with lanes along `axis`, visits lazy tiles."""
         visits: dict[Value, _Visit] = {}
 
@@ -292,10 +289,10 @@ class Program:
             visit(root, False, axis)
         return visits
 
-    def _prepare(self, roots: Sequence[Value], axis: int | None) -> dict[Value, _Visit]:
+    def prepare(self, roots: Sequence[Value], axis: int | None) -> dict[Value, _Visit]:
         """Put into memory what has to be there before a nest with lanes along `axis` computes `roots`."""
         while True:
-            visits = self._closure(roots, axis)
+            visits = self.closure(roots, axis)
             for value, visit in visits.items():
                 # Not at the nest's index: read through a broadcast or a transposition, perhaps many times over.
                 if visit.elsewhere and self._is_worth_storing(value):
@@ -312,7 +309,7 @@ class Program:
         if axis is None or along is None or along == axis:
             return False
         assert isinstance(value.type, TensorType)
-        return min(value.type.shape[axis], value.type.shape[along]) >= _WORTH_TURNING
+        return min(value.type.shape[axis], value.type.shape[along]) >= WORTH_TURNING
 
     def _contiguous_load(self, value: Value) -> int | None:
         """The axis along which a lazy tile is loaded from neighbours in memory."""
@@ -321,14 +318,14 @@ class Program:
 
     def reading_axis(self, roots: Sequence[Value]) -> int | None:
         """The axis along which most of what lazy tiles are made of lies side by side; None where none is better."""
-        visits = self._closure(roots)
+        visits = self.closure(roots)
         own = [v for v, visit in visits.items() if not visit.elsewhere]
         axes = (self._contiguous_load(v) for v in own)
         return next((axis for axis in axes if axis is not None), None)
 
     def weight(self, roots: Sequence[Value]) -> int:
         """About how many instructions a chunk of `roots` takes, index arithmetic left out."""
-        values = [v for v in self._closure(roots) if v not in self.shifted and not self.is_cheap(v)]
+        values = [v for v in self.closure(roots) if v not in self.shifted and not self.is_cheap(v)]
         return sum(_HEAVY if definition(v).name.startswith(_FUNCTIONS) else 1 for v in values)
 
     def nest(
@@ -349,12 +346,12 @@ class Program:
         panels of `panel` columns.
         """
         axis = lane_axis(shape) if axis is None else axis
-        visits = self._prepare(roots, axis)
+        visits = self.prepare(roots, axis)
         operations = dict.fromkeys(definition(value) for value in visits if value not in self.shifted)
         self._done.update((*operations, *also) if user is None else (*operations, user, *also))
         keep = {}
         for value in visits:
-            self._pending.pop(value, None)
+            self.pending.pop(value, None)
             needed_later = any(u not in self._done for u in value.users)
             wanted = user is None and value in roots
             if (
@@ -363,7 +360,7 @@ class Program:
                 and user.name == "tt.reduce"
                 and self._may_be_loaded_again(value, axis)
             ):
-                self._pending[value] = None
+                self.pending[value] = None
             elif (wanted or needed_later) and not self.is_cheap(value):
                 keep[value] = self.new_buffer(value, inner=inner if wanted else axis, panel=panel if wanted else None)
         accesses = [op for op in (*operations, user) if op is not None and op.name in ("tt.load", "tt.store")]
@@ -448,20 +445,20 @@ class Program:
     def flush(self, but: Iterable[Value] = ()) -> None:
         """Compute the loads that are still pending, because memory is about to change."""
         spared = set(but)
-        for value in list(self._pending):
-            if value not in spared and value in self._pending:
+        for value in list(self.pending):
+            if value not in spared and value in self.pending:
                 self.materialise(value)
 
     def forget_pending(self) -> None:
         """Loads whose elements nobody needs any more."""
-        self._pending.clear()
+        self.pending.clear()
 
     @contextmanager
     def scope(self) -> Iterator[None]:
         """A region that may not run, or run again: what it put into scratch memory is not there for anyone else."""
-        buffers, pending = dict(self.buffers), dict(self._pending)
+        buffers, pending = dict(self.buffers), dict(self.pending)
         yield
-        self.buffers, self._pending = buffers, pending
+        self.buffers, self.pending = buffers, pending
 
     # ------------------------------------------------------------------------------------------------------- operations
 
@@ -541,7 +538,7 @@ class Program:
             return
         if is_tile(pointer):
             register_type(op.result.type)
-            self._pending[op.result] = None
+            self.pending[op.result] = None
             return
         element = element_type(op.result.type)
         address = self.b.inttoptr(self.scalars[pointer], c.POINTER)
@@ -553,91 +550,6 @@ class Program:
         self.scalars[op.result] = c.guarded(
             self.b, self.scalars[mask], lambda: c.load_scalar(self.b, address, element), otherwise
         )
-
-    def _store(self, op: Operation) -> None:
-        pointer, value = op.operands[:2]
-        if not is_tile(pointer):
-            self.flush()
-            address = self.b.inttoptr(self.scalars[pointer], c.POINTER)
-            condition = self.scalars[op.operands[2]] if len(op.operands) > 2 else ir.Constant(I1, 1)
-            self.note(op, "scalar", "whole" if len(op.operands) > 2 else "")
-            with self.b.if_then(condition):
-                c.store_scalar(self.b, self.scalars[value], address, element_type(value.type))
-            return
-        in_place = self._steps_through_memory(pointer)
-        self._prepare(op.operands, self._store_axis(op))
-        hazards = [
-            v
-            for v in self._closure(op.operands)
-            if v in self._pending and not (in_place and load_operands(definition(v))[0] is pointer)
-        ]
-        self.flush(but=self._closure(op.operands))
-        apart = self._apart(op, hazards)
-        if apart is None:
-            for value in hazards:
-                self.materialise(value)
-            self._store_tile(op)
-        else:
-            self._store_either_way(op, apart, hazards)
-
-    def _store_tile(self, op: Operation) -> None:
-        pointer = op.operands[0]
-        assert isinstance(pointer.type, TensorType)
-        nest = self.nest(op.operands, pointer.type.shape, op, self._store_axis(op))
-        nest.run(lambda index: memory.store(nest, op, index))
-
-    def _apart(self, op: Operation, hazards: Sequence[Value]) -> Any | None:
-        """i1: whether no load that a store depends on can see what it writes; None where that cannot be asked."""
-        ranges = Ranges(self)
-        stored = ranges.of(op.operands[0], mask_of(op)) if hazards else None
-        if stored is None:
-            return None
-        result: Any = ir.Constant(I1, 1)
-        accesses = dict.fromkeys(load_operands(definition(v))[:2] for v in hazards)
-        for pointers, mask in accesses:
-            loaded = ranges.of(pointers, mask)
-            if loaded is None:
-                return None
-            result = self.b.and_(result, ranges.are_apart(stored, loaded))
-        return result
-
-    def _store_either_way(self, op: Operation, apart: Any, hazards: Sequence[Value]) -> None:
-        """Loads computed in the store's own loop where they cannot overlap it, and before it otherwise."""
-        visited = self._closure(op.operands)
-        before = dict(self.buffers)
-        fused, separate, join = (self.new_block(n) for n in ("apart", "overlapping", "stored"))
-        self.b.cbranch(apart, fused, separate)
-        self.b.position_at_end(fused)
-        with self.scope():
-            self._store_tile(op)
-            kept = {value: buffer for value, buffer in self.buffers.items() if value not in before}
-        self.b.branch(join)
-        self.b.position_at_end(separate)
-        self.terse = True
-        with self.scope():
-            # What is needed afterwards has to be found in the same place whichever way was taken.
-            self.targets.update(kept)
-            for value in (*hazards, *kept):
-                self.materialise(value, kept[value].inner if value in kept else None)
-            self._store_tile(op)
-        self.terse = False
-        self.b.branch(join)
-        self.b.position_at_end(join)
-        self.buffers.update(kept)
-        for value in visited:
-            self._pending.pop(value, None)
-
-    def _store_axis(self, op: Operation) -> int | None:
-        pointer = op.operands[0]
-        assert isinstance(pointer.type, TensorType)
-        along = contiguous_axis(self, pointer)
-        return along if along is not None and pointer.type.shape[along] >= _WORTH_TURNING else None
-
-    def _steps_through_memory(self, pointer: Value) -> bool:
-        """Whether a tile of pointers is one row of addresses, no two of them equal, in order."""
-        assert isinstance(pointer.type, TensorType)
-        axes = [axis for axis, extent in enumerate(pointer.type.shape) if extent > 1]
-        return not axes or (len(axes) == 1 and steps(self, pointer)[axes[0]] not in (0, None))
 
     # ------------------------------------------------------------------------------------------------------ reshaping
 
@@ -660,7 +572,6 @@ _HANDLERS: dict[str, Handler] = {
     "tt.get_num_programs": Program._program_id,
     "tt.unsplat": Program._unsplat,
     "tt.load": Program._load,
-    "tt.store": Program._store,
     "tt.reshape": Program._reshape,
     "gpu.barrier": _nothing,
     "ttg.barrier": _nothing,
