@@ -137,7 +137,7 @@ def test_a_printer_that_does_not_give_the_generic_form_is_one_line(
 
 
 def test_the_interpreter_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "TRITON_INTERPRET=1 is set" in error(capsys)
 
 
