@@ -13,7 +13,6 @@ Where masks cut the tiles, the loops end as soon as what is left does not count 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,7 +36,9 @@ if TYPE_CHECKING:
     from esper_triton.cpu.lowering.program import Program
 
 _LINE = 64  # bytes of a cache line
-_WORTH_FETCHING = 2**17  # multiplications in a step from which the next one's operands are fetched meanwhile
+# The next step's operand is fetched during this one where that is long, or where it waits for memory anyway.
+_LONG_STEP = 2**17  # multiplications
+_FEW_USES = 16  # of each element in a step
 _UNROLL = 2  # steps of K in one turn of the loop
 
 
@@ -51,7 +52,7 @@ def lower_dot(program: Program, op: Operation) -> None:
     else:
         raise Unlowered(f"operands {names[0]} and {names[1]} with accumulator {names[2]}")
     limits = _limits(program, op)
-    upcoming = [tile for k in (0, 1) if (tile := _upcoming(program, op, op.operands[k])) is not None]
+    upcoming = [tile for k in (0, 1) if (tile := _upcoming(program, op, k)) is not None]
     accumulator = op.operands[2]
     assert isinstance(accumulator.type, TensorType)
     shape = accumulator.type.shape
@@ -152,9 +153,9 @@ class _Upcoming:
         nest.close()
 
 
-def _upcoming(program: Program, op: Operation, value: Value) -> _Upcoming | None:
-    """What is known of the tile that an operand will be in the loop's next step, where it is loaded from there."""
-    source = value.defining_op
+def _upcoming(program: Program, op: Operation, k: int) -> _Upcoming | None:
+    """What is known of the tile that operand `k` will be in the loop's next step, where it is worth fetching."""
+    source = op.operands[k].defining_op
     while source is not None and source.name in ("tt.trans", "arith.extf", "tt.fp_to_fp", "arith.extsi"):
         source = source.operands[0].defining_op
     if source is None or source.name != "tt.load" or source.block is not op.block or op.block is None:
@@ -165,8 +166,10 @@ def _upcoming(program: Program, op: Operation, value: Value) -> _Upcoming | None
         return None
     type_ = pointers.type
     assert isinstance(type_, TensorType)
-    work = math.prod(_type(op.result).shape) * _type(value).shape[-1]
-    if len(type_.shape) != 2 or work < _WORTH_FETCHING or not program.is_cheap(pointers):
+    if len(type_.shape) != 2 or not program.is_cheap(pointers):
+        return None
+    uses = _type(op.result).shape[1 - k]
+    if uses > _FEW_USES and uses * type_.size < _LONG_STEP:
         return None
     amount = advance_of(program, pointers, op.block.terminator.operands[pointers.index - 1])
     if amount is None:
