@@ -116,6 +116,25 @@ def test_integer_products_wrap_in_32_bits():
     assert (out == 2**31 - 1 + 16 * 2**14 - 2**32).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_infinite_and_largest_elements_and_those_that_are_no_numbers(dtype):
+    a, b = _drawn((16, 32), dtype, 1), _drawn((32, 32), dtype, 2)
+    largest = torch.finfo(dtype).max
+    a[1, 4], a[2, 7], a[3, 31], b[5, 6], b[8, 9] = float("inf"), -float("inf"), float("nan"), float("inf"), float("nan")
+    a[4, 10] = a[5, 11] = b[10, 12] = largest
+    a[6], b[:, 13] = 0, 2.0**-7
+    out = torch.full((16, 32), 77.0)
+    _product[(1,)](a, b, out, out, 16, 32, 32, False, False, False, tl.float32, "ieee")
+    expected = a.double() @ b.double()
+    beyond = expected.abs() > torch.finfo(torch.float32).max
+    expected[beyond] = expected[beyond].sign() * float("inf")
+    bound = 34 * 2.0**-24 * (a.double().abs() @ b.double().abs())
+    finite = expected.isfinite()
+    assert finite.any()
+    assert ((out.double() - expected).abs() <= bound)[finite].all()
+    assert torch.equal(out[~finite].nan_to_num(7.0), expected[~finite].float().nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("shape", [(128, 8, 8), (16, 128, 8), (8, 64, 256)], ids=str)
 def test_tiles_larger_than_any_block_of_registers(shape):
     m, n, k = shape

@@ -117,16 +117,17 @@ def _expected(way, a, b, bk, start_value, rows, cols, more_cols):
 @given(
     blocks=st.tuples(st.sampled_from([1, 16, 64]), st.sampled_from([8, 64]), st.sampled_from([1, 2, 16, 32])),
     steps=st.integers(1, 3), others=st.sampled_from(OTHERS), beyond=st.sampled_from([2.0, INFINITE]),
-    turned=st.tuples(st.booleans(), st.booleans()), data=st.data(),
+    turned=st.tuples(st.booleans(), st.booleans()), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    data=st.data(),
 )  # fmt: skip
 @settings(max_examples=8, deadline=None, derandomize=True)
-def test_a_product_is_what_it_would_be_of_whole_tiles(way, blocks, steps, others, beyond, turned, data):
+def test_a_product_is_what_it_would_be_of_whole_tiles(way, blocks, steps, others, beyond, turned, dtype, data):
     bm, bn, bk = blocks
     depth = bk * steps
     limits = {"left": depth, "right": depth, "rows": bm, "cols": bn, "more_cols": bn}
     drawn = {name: data.draw(st.integers(-2, limit + 2), name) for name, limit in limits.items()}
     generator = torch.Generator().manual_seed(depth)
-    a, b = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((bm, depth), (depth, bn)))
+    a, b = (torch.randint(-3, 4, shape, generator=generator).to(dtype) for shape in ((bm, depth), (depth, bn)))
     left, right = max(drawn["left"], 0), max(drawn["right"], 0)
     a[:, left:], b[right:] = float("nan"), float("nan")  # beyond a mask, where it must not be read
     a[:, right:left], b[left:right] = beyond, beyond  # which the other's zeros do not make zero if it is infinite

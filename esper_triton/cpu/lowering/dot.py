@@ -2,7 +2,8 @@
 
 Operands narrower than float32 are widened to it first: products of them are exact there, so this is at least as
 accurate as the hardware that Triton was made for. `inputPrecision` and `maxNumImpreciseAcc` ask for no
-more than that. Integers are multiplied and added in 32 bits, and wrap.
+more than that. Pairs of bfloat16 are multiplied as they are where the processor can (`dot_pairs`). Integers are
+multiplied and added in 32 bits, and wrap.
 
 A block of the result is a few rows of two vector registers: each step of the loop over K loads one line of the right
 operand and adds to every row its product with one element of the left one. Lines of the right operand follow one
@@ -24,6 +25,7 @@ from esper_triton.cpu.lowering.casts import float_to_float
 from esper_triton.cpu.lowering.chunks import ZERO, Buffer, Index, Uniform
 from esper_triton.cpu.lowering.control import advance_of
 from esper_triton.cpu.lowering.dot_extents import seen, steps_that_count
+from esper_triton.cpu.lowering.dot_pairs import add_pairs, can_pair, interleaved
 from esper_triton.cpu.lowering.layout import contiguous_axis
 from esper_triton.cpu.lowering.memory import load_operands
 from esper_triton.cpu.lowering.nest import Nest
@@ -51,18 +53,20 @@ def lower_dot(program: Program, op: Operation) -> None:
         compute = ScalarType("f64" if "f64" in names else "f32")
     else:
         raise Unlowered(f"operands {names[0]} and {names[1]} with accumulator {names[2]}")
+    accumulator = op.operands[2]
+    shape = _type(accumulator).shape
+    width = min(shape[-1], program.lanes * 4 // size_of(compute))
+    paired = can_pair(names[:2], width, _type(op.operands[0]).shape[-1])
+    element = ScalarType("bf16") if paired else compute
     limits = _limits(program, op)
     upcoming = [tile for k in (0, 1) if (tile := _upcoming(program, op, k)) is not None]
-    accumulator = op.operands[2]
-    assert isinstance(accumulator.type, TensorType)
-    shape = accumulator.type.shape
-    width = min(shape[-1], program.lanes * 4 // size_of(compute))
-    turned = _look_through_transposition(program, op, 0, compute)
-    _widen(op, 0, compute)
+    # Pairs of the left operand are to lie side by side.
+    turned = not paired and _look_through_transposition(program, op, 0, element)
+    _widen(op, 0, element)
     left = _Operand(program.materialise(op.operands[0]), turned)
     # Only now, since the left operand may be made of what the right one shows, and have put it into memory.
-    turned = _look_through_transposition(program, op, 1, compute)
-    _widen(op, 1, compute)
+    turned = _look_through_transposition(program, op, 1, element)
+    _widen(op, 1, element)
     right = _right_operand(program, op.operands[1], turned, width)
     if not program.is_light(accumulator):
         program.materialise(accumulator)
@@ -242,6 +246,9 @@ def _block(
     right_step = right.strides[0]
     element = left.buffer.element
     vector = sums[0].type
+    elements = memory_type(element)
+    if isinstance(vector, ir.VectorType):
+        elements = ir.VectorType(elements, vector.count)
 
     def element_at(pointer: LLVMValue, offset: int) -> LLVMValue:
         return nest.b.gep(pointer, [ir.Constant(I64, offset)], source_etype=memory_type(element))
@@ -259,13 +266,21 @@ def _block(
     totals: list[LLVMValue] = [nest.b.phi(vector) for _ in sums] if carried else list(sums)
     phis = totals
     here, there = moved(first, at.value, left_step), moved(line, at.value, right_step)
-    for step in range(unroll):
-        values = nest.b.load(element_at(there, step * right_step), typ=vector, align=size_of(element))
-        following = []
-        for k, total in enumerate(totals):
-            factor = c.load_scalar(nest.b, element_at(here, step * left_step + k * left_row), element)
-            following.append(_multiply_add(nest.b, factor, values, total))
-        totals = following
+    lines = [
+        nest.b.load(element_at(there, step * right_step), typ=elements, align=size_of(element))
+        for step in range(unroll)
+    ]
+    if str(element) == "bf16":
+        pairs = interleaved(nest.b, *lines)
+        factors = [
+            nest.b.load(element_at(here, k * left_row), typ=I32, align=size_of(element)) for k in range(len(sums))
+        ]
+        totals = [add_pairs(nest.b, factor, pairs, total) for factor, total in zip(factors, totals, strict=True)]
+    else:
+        for step, values in enumerate(lines):
+            at_step = [element_at(here, step * left_step + k * left_row) for k in range(len(sums))]
+            factors = [c.load_scalar(nest.b, pointer, element) for pointer in at_step]
+            totals = [_multiply_add(nest.b, f, values, total) for f, total in zip(factors, totals, strict=True)]
     nest.close(list(zip(phis, sums, totals, strict=True)) if carried else ())
     return totals
 
