@@ -207,13 +207,16 @@ def _emit(
     nest.width = width
     column = _open(nest, columns, width, limits.columns, lanes=columns > 1)
     line = right.address(nest.b, leading, ZERO, column)
+    at_once = rows <= _FEW_USES  # masks may well leave on less than a block of them
+    for tile in upcoming if at_once else ():
+        tile.fetch(nest, ZERO, column, rows, output.shape)
     for start, stop, height in _heights(nest.program, rows, width * size_of(compute)):
         row = _open(nest, stop, height, limits.rows, start)
         places = [(*leading, _shifted(nest, row, k), column) for k in range(height)]
         sums = [_converted(nest.b, nest.vector(op.operands[2], at), _element(op.operands[2]), compute) for at in places]
         for at in places:
             nest.visit(at)
-        for tile in upcoming if start == 0 else ():  # the few rows that remain may be late
+        for tile in upcoming if start == 0 and not at_once else ():  # the few rows that remain may be late
             tile.fetch(nest, row, column, height, output.shape)
         first = left.address(nest.b, leading, row, ZERO)
         for at, value in zip(places, _block(nest, left, right, first, line, sums, limits), strict=True):
