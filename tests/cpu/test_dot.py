@@ -109,10 +109,11 @@ def test_8_bit_floats_of_either_kind_are_multiplied_exactly(left, right, m, n, k
     _check(out, a, b, zero)
 
 
-def test_integer_products_wrap_in_32_bits():
-    a, b = torch.full((2, 16), -128, dtype=torch.int8), torch.full((16, 4), -128, dtype=torch.int8)
-    c, out = torch.full((2, 4), 2**31 - 1, dtype=torch.int32), torch.zeros((2, 4), dtype=torch.int32)
-    _product[(1,)](a, b, c, out, 2, 4, 16, False, False, True, tl.int32, "ieee")
+@pytest.mark.parametrize("n", [4, 16, 64])
+def test_integer_products_wrap_in_32_bits(n):
+    a, b = torch.full((2, 16), -128, dtype=torch.int8), torch.full((16, n), -128, dtype=torch.int8)
+    c, out = torch.full((2, n), 2**31 - 1, dtype=torch.int32), torch.zeros((2, n), dtype=torch.int32)
+    _product[(1,)](a, b, c, out, 2, n, 16, False, False, True, tl.int32, "ieee")
     assert (out == 2**31 - 1 + 16 * 2**14 - 2**32).all()
 
 

@@ -2,8 +2,8 @@
 
 Operands narrower than float32 are widened to it first: products of them are exact there, so this is at least as
 accurate as the hardware that Triton was made for. `inputPrecision` and `maxNumImpreciseAcc` ask for no
-more than that. Pairs of bfloat16 are multiplied as they are where the processor can (`dot_pairs`). Integers are
-multiplied and added in 32 bits, and wrap.
+more than that. Integers are multiplied and added in 32 bits, and wrap. Where the processor can, bfloat16 and 8-bit
+integers are multiplied in pairs instead (`dot_pairs`).
 
 A block of the result is a few rows of two vector registers: each step of the loop over K loads one line of the right
 operand and adds to every row its product with one element of the left one. Lines of the right operand follow one
@@ -25,7 +25,7 @@ from esper_triton.cpu.lowering.casts import float_to_float
 from esper_triton.cpu.lowering.chunks import ZERO, Buffer, Index, Uniform
 from esper_triton.cpu.lowering.control import advance_of
 from esper_triton.cpu.lowering.dot_extents import seen, steps_that_count
-from esper_triton.cpu.lowering.dot_pairs import add_pairs, can_pair, interleaved
+from esper_triton.cpu.lowering.dot_pairs import add_pairs, interleaved, is_paired, paired_type
 from esper_triton.cpu.lowering.layout import contiguous_axis
 from esper_triton.cpu.lowering.memory import load_operands
 from esper_triton.cpu.lowering.nest import Nest
@@ -56,12 +56,12 @@ def lower_dot(program: Program, op: Operation) -> None:
     accumulator = op.operands[2]
     shape = _type(accumulator).shape
     width = min(shape[-1], program.lanes * 4 // size_of(compute))
-    paired = can_pair(names[:2], width, _type(op.operands[0]).shape[-1])
-    element = ScalarType("bf16") if paired else compute
+    paired = paired_type(names[0], names[1], compute, width, _type(op.operands[0]).shape[-1])
+    element = paired or compute
     limits = _limits(program, op)
     upcoming = [tile for k in (0, 1) if (tile := _upcoming(program, op, k)) is not None]
     # Pairs of the left operand are to lie side by side.
-    turned = not paired and _look_through_transposition(program, op, 0, element)
+    turned = paired is None and _look_through_transposition(program, op, 0, element)
     _widen(op, 0, element)
     left = _Operand(program.materialise(op.operands[0]), turned)
     # Only now, since the left operand may be made of what the right one shows, and have put it into memory.
@@ -273,7 +273,7 @@ def _block(
         nest.b.load(element_at(there, step * right_step), typ=elements, align=size_of(element))
         for step in range(unroll)
     ]
-    if str(element) == "bf16":
+    if is_paired(element):
         pairs = interleaved(nest.b, *lines)
         factors = [
             nest.b.load(element_at(here, k * left_row), typ=I32, align=size_of(element)) for k in range(len(sums))
