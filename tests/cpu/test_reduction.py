@@ -341,3 +341,21 @@ def test_a_mapped_function_may_take_neighbours_together():
     _mapped_in_pairs[(1,)](x, y, out, SIZE=32)
     exchanged = x.reshape(16, 2).flip(1).reshape(32)
     assert torch.equal(out, exchanged + y)
+
+
+@triton.jit
+def _sums_before_and_after(x_ptr, out_ptr, DOUBLINGS: tl.constexpr, N: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, N))
+    before = tl.sum(x)
+    for _ in tl.static_range(DOUBLINGS):
+        x = x + x  # twice the same operand: as many paths as there are numbers of so many bits
+    after = tl.sum(x)
+    tl.store(out_ptr, before)
+    tl.store(out_ptr + 1, after)
+
+
+@pytest.mark.parametrize("doublings", [1, 31, 40])
+def test_a_tile_is_doubled_again_and_again_between_two_sums(doublings):
+    x, out = torch.arange(64, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    _sums_before_and_after[(1,)](x, out, DOUBLINGS=doublings, N=64)
+    assert out.tolist() == [2016.0, 2016.0 * 2**doublings]

@@ -10,6 +10,7 @@ what they share is loaded and computed once, and not kept in memory for the next
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _Chunks = list[Any]  # LLVM values of one chunk of every operand
 
 _REGISTERS = 8  # of vectors, for accumulators: half of what AVX2 has
+_FARTHEST = 256  # operations ahead that are searched for reductions to do along with one
 _DEEPEST = 32  # operations ahead that a reduction done along with an earlier one may depend on, one on the other
 # What comes between two reductions that are done together, besides arithmetic.
 _HARMLESS = {"arith.constant", "tt.addptr", "tt.load", *SHAPE_OPS}
@@ -52,25 +54,22 @@ def _alike(program: Program, op: Operation) -> Iterator[tuple[Operation, Element
     computed by now, with nothing between that touches memory or branches."""
     assert op.block is not None
     block = op.block.operations
-    ahead = block[block.index(op) :]
+    start = block.index(op)
+    ahead = block[start : start + _FARTHEST]
+    depths = {value: math.inf for each in ahead if not _is_arithmetic(each) for value in each.results}
     for other in ahead[1:]:
         if other.name == op.name and _shape_and_axis(other) == _shape_and_axis(op):
-            if other.results[0] not in program.scalars and all(
-                _is_ready(program, v, set(ahead), 0) for v in other.operands
-            ):
+            if other.results[0] not in program.scalars and all(depths.get(v, 0) <= _DEEPEST for v in other.operands):
                 yield other, ElementFunction(program, other)
         elif other.regions or (other.name not in TABLE and other.name not in _HARMLESS):
             return
+        elif _is_arithmetic(other):
+            depths[other.results[0]] = 1 + max((depths.get(v, 0) for v in other.operands), default=0)
 
 
-def _is_ready(program: Program, value: Value, ahead: set[Operation], depth: int) -> bool:
-    """Whether a value depends on none of the operations `ahead` but for element-wise arithmetic on tiles."""
-    op = value.defining_op
-    if op not in ahead:
-        return True
-    if not is_tile(value) or not is_lazy_operation(op) or op.name == "tt.load" or depth == _DEEPEST:
-        return False
-    return all(_is_ready(program, operand, ahead, depth + 1) for operand in op.operands)
+def _is_arithmetic(op: Operation) -> bool:
+    """Whether it computes a tile element by element, from nothing that is in memory."""
+    return len(op.results) == 1 and is_tile(op.results[0]) and is_lazy_operation(op) and op.name != "tt.load"
 
 
 def _shape_and_axis(op: Operation) -> tuple[Any, Any]:
