@@ -53,6 +53,31 @@ def test_reductions_of_one_shape_give_what_each_gives_alone(m, n, axis, seed, bl
 
 
 @triton.jit
+def _many(x_ptr, out_ptr, N: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, N))
+    a, b, c = tl.sum(x, 0), tl.sum(x * x, 0), tl.sum(x * 3, 0)
+    d, e, f = tl.max(x, 0), tl.min(x, 0), tl.sum(x - 1, 0)
+    g, h, i = tl.xor_sum(x, 0), tl.max(-x, 0), tl.sum(x + x, 0)
+    tl.store(out_ptr, a)
+    tl.store(out_ptr + 1, b)
+    tl.store(out_ptr + 2, c)
+    tl.store(out_ptr + 3, d)
+    tl.store(out_ptr + 4, e)
+    tl.store(out_ptr + 5, f)
+    tl.store(out_ptr + 6, g)
+    tl.store(out_ptr + 7, h)
+    tl.store(out_ptr + 8, i)
+
+
+def test_more_reductions_than_share_one_loop():
+    x, out = _draw(3, 256), torch.zeros(9, dtype=torch.int64)
+    _many[(1,)](x, out, N=256)
+    v = x.numpy()
+    expected = [v.sum(), (v * v).sum(), 3 * v.sum(), v.max(), v.min(), (v - 1).sum(), np.bitwise_xor.reduce(v)]
+    np.testing.assert_array_equal(out.numpy(), [*expected, -v.min(), 2 * v.sum()])
+
+
+@triton.jit
 def _sums_around_a_store(x_ptr, out_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     before = tl.sum(tl.load(x_ptr + i), 0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
@@ -31,6 +32,7 @@ _Chunks = list[Any]  # LLVM values of one chunk of every operand
 
 _REGISTERS = 8  # of vectors, for accumulators: half of what AVX2 has
 _FARTHEST = 256  # operations ahead that are searched for reductions to do along with one
+_TOGETHER = 4  # reductions at most, whose sums so far have to stay in registers
 _DEEPEST = 32  # operations ahead that a reduction done along with an earlier one may depend on, one on the other
 # What comes between two reductions that are done together, besides arithmetic.
 _HARMLESS = {"arith.constant", "tt.addptr", "tt.load", *SHAPE_OPS}
@@ -44,7 +46,8 @@ def lower_reduce(program: Program, op: Operation) -> None:
     combine = ElementFunction(program, op)
     together = {op: combine}
     if combine.in_lanes:
-        together |= {other: function for other, function in _alike(program, op) if function.in_lanes}
+        others = ((other, function) for other, function in _alike(program, op) if function.in_lanes)
+        together |= dict(islice(others, _TOGETHER - 1))
     _Reduction(program, together).lower()
     combine.finish()
 
