@@ -113,6 +113,8 @@ def _float8_bits(kind: Float8, value: float) -> int:
     sign = 0x80 if math.copysign(1.0, value) < 0 else 0
     if math.isinf(value):
         return sign | ((0x1F << 2) if kind is FLOAT8["f8E5M2"] else kind.nan)
+    if value == 0:  # whose exponent is none
+        return 0 if kind.unsigned_zero else sign
     exponent = max(math.frexp(value)[1] - 1, 1 - kind.bias)
     code = int(math.ldexp(abs(value), kind.mantissa - exponent)) + ((exponent + kind.bias - 1) << kind.mantissa)
     return 0 if code == 0 and kind.unsigned_zero else sign | code
