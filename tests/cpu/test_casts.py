@@ -161,3 +161,20 @@ def test_integers_become_small_floats_with_one_rounding(source, target, to):
     limit = 255 if source.itemsize == 1 else 32767
     x = torch.arange(-limit, limit, 7).to(source)
     torch.testing.assert_close(converted(x, target, to).double(), x.double().to(target).double(), rtol=0, atol=0)
+
+
+@triton.jit
+def negate_and_limit(x, negated, limited, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    values = tl.load(x + i)
+    tl.store(negated + i, -values)
+    tl.store(limited + i, tl.maximum(tl.minimum(values, tl.abs(values)), values))
+
+
+@pytest.mark.parametrize("type_", FLOAT8)
+def test_eight_bit_floats_are_taken_from_zero_and_chosen_from_infinities_included(type_):
+    x, negated, limited = codes(type_), torch.zeros(256, dtype=type_), torch.zeros(256, dtype=type_)
+    negate_and_limit[1,](x, negated, limited, BLOCK=256)
+    saturated = x.float().clamp(-FLOAT8[type_][1], FLOAT8[type_][1])
+    torch.testing.assert_close(negated.float(), 0 - saturated, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(limited.float(), x.float(), rtol=0, atol=0, equal_nan=True)

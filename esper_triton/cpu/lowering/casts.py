@@ -31,7 +31,7 @@ from esper_triton.cpu.lowering.types import (
 from esper_triton.cpu.lowering.vmath import Value, intrinsic, splat_constant, typed
 from esper_triton.cpu.mlir import Operation
 
-__all__ = ["CASTS", "float_to_float", "in_float32"]
+__all__ = ["CASTS", "chosen_in_float32", "float_to_float", "in_float32"]
 
 _TOWARDS_ZERO, _TO_NEAREST_EVEN = 0, 1  # triton's enum of rounding modes
 _BITS = {"f16": 16, "bf16": 16, "f32": 32, "f64": 64, **dict.fromkeys(FLOAT8, 8)}
@@ -67,6 +67,15 @@ def float_to_float(b: ir.IRBuilder, x: Value, source: str, target: str, *, towar
 def in_float32(b: ir.IRBuilder, name: str, args: Sequence[Value], f: Callable[..., Value]) -> Value:
     """`f` of arguments of MLIR's float type `name`, computed in float32 and rounded back."""
     return float_to_float(b, f(*(float_to_float(b, a, name, "f32") for a in args)), "f32", name)
+
+
+def chosen_in_float32(b: ir.IRBuilder, name: str, args: Sequence[Value], f: Callable[..., Value]) -> Value:
+    """Like `in_float32`, of an `f` whose value is one of its arguments or minus one: infinity stays what it is."""
+    if name != "f8E5M2":
+        return in_float32(b, name, args, f)
+    value = f(*(float_to_float(b, a, name, "f32") for a in args))
+    half = b.bitcast(b.fptrunc(value, typed(value, F16)), typed(value, I16))  # of whose bits these are the upper ones
+    return b.trunc(b.lshr(half, splat_constant(half.type, 8)), typed(value, I8))
 
 
 def _not_beyond(b: ir.IRBuilder, narrow: Value, x: Value) -> Value:

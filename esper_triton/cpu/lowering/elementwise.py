@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from esper_triton.cpu.lowering.casts import CASTS, float_to_float, in_float32
+from esper_triton.cpu.lowering.casts import CASTS, chosen_in_float32, float_to_float, in_float32
 from esper_triton.cpu.lowering.libdevice import emit_extern, function
 from esper_triton.cpu.lowering.types import (
     F16,
@@ -45,11 +45,11 @@ def _float_name(op: Operation) -> str:
     return element.name
 
 
-def _float_op(name: str, f: Callable[..., Value]) -> None:
+def _float_op(name: str, f: Callable[..., Value], widened: Callable[..., Value] = in_float32) -> None:
     def emit(b: ir.IRBuilder, op: Operation, args: list[Value]) -> Value:
         element = _float_name(op)
         if element in _IN_FLOAT32:
-            return in_float32(b, element, args, lambda *wide: f(b, *wide))
+            return widened(b, element, args, lambda *wide: f(b, *wide))
         return f(b, *args)
 
     TABLE[name] = emit
@@ -64,15 +64,15 @@ def _minmax(name: str) -> Callable[..., Value]:
 
 for _name, _method in {"addf": "fadd", "subf": "fsub", "mulf": "fmul", "divf": "fdiv", "remf": "frem"}.items():
     _float_op(f"arith.{_name}", lambda b, x, y, _m=_method: getattr(b, _m)(x, y))
-_float_op("arith.negf", lambda b, x: b.fneg(x))
+_float_op("arith.negf", lambda b, x: b.fneg(x), chosen_in_float32)
 for _name in ("maximum", "minimum", "maxnum", "minnum"):
-    _float_op(f"arith.{_name}f", _minmax(_name))
+    _float_op(f"arith.{_name}f", _minmax(_name), chosen_in_float32)
 for _name in ("tt.precise_divf", "tt.approx_divf"):
     _float_op(_name, lambda b, x, y: b.fdiv(x, y))
 _float_op("tt.precise_sqrt", lambda b, x: intrinsic(b, "sqrt", (x,)))
 _float_op("math.sqrt", lambda b, x: intrinsic(b, "sqrt", (x,)))
 _float_op("math.rsqrt", lambda b, x: b.fdiv(splat_constant(x.type, 1.0), intrinsic(b, "sqrt", (x,))))
-_float_op("math.absf", lambda b, x: intrinsic(b, "fabs", (x,)))
+_float_op("math.absf", lambda b, x: intrinsic(b, "fabs", (x,)), chosen_in_float32)
 _float_op("math.floor", lambda b, x: intrinsic(b, "floor", (x,)))
 _float_op("math.ceil", lambda b, x: intrinsic(b, "ceil", (x,)))
 _float_op("math.fma", lambda b, x, y, z: intrinsic(b, "fma", (x, y, z)))
@@ -187,7 +187,7 @@ def _clampf(b: ir.IRBuilder, op: Operation, args: list[Value]) -> Value:
             return _minmax("minimum")(b, _minmax("maximum")(b, x, low), high)
         return _minmax("minnum")(b, _minmax("maxnum")(b, x, low), high)
 
-    return in_float32(b, name, args, clamp) if name in _IN_FLOAT32 else clamp(*args)
+    return chosen_in_float32(b, name, args, clamp) if name in _IN_FLOAT32 else clamp(*args)
 
 
 def _high_half(b: ir.IRBuilder, op: Operation, args: list[Value]) -> Value:
