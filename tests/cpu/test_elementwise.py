@@ -382,3 +382,19 @@ def test_widened_indices_may_cancel(start):
     _cancelling[(1,)](x, out, value, start, N=64)
     assert torch.equal(out, x[4 * (start - 1) :][:64])
     assert (value == 3 * (start - 1)).all()
+
+
+@triton.jit
+def _fused(x_ptr, y_ptr, z_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, tl.fma(tl.load(x_ptr + at), tl.load(y_ptr + at), tl.load(z_ptr + at)))
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 2.0**-133), (torch.float16, 2.0**-24)], ids=str)
+def test_fused_products_and_sums_of_half_precision_are_rounded_once(dtype, least):
+    eps = EPS[dtype]
+    # The product is half-way between two numbers, and what is added decides.
+    z = torch.tensor([least, -least, 0.0, float("inf")], dtype=dtype)
+    out = torch.zeros(4, dtype=dtype)
+    _fused[(1,)](torch.full((4,), 1.5, dtype=dtype), torch.full((4,), 1 + eps, dtype=dtype), z, out, N=4)
+    assert out.tolist() == [1.5 + 2 * eps, 1.5 + eps, 1.5 + 2 * eps, float("inf")]

@@ -75,7 +75,30 @@ _float_op("math.rsqrt", lambda b, x: b.fdiv(splat_constant(x.type, 1.0), intrins
 _float_op("math.absf", lambda b, x: intrinsic(b, "fabs", (x,)), chosen_in_float32)
 _float_op("math.floor", lambda b, x: intrinsic(b, "floor", (x,)))
 _float_op("math.ceil", lambda b, x: intrinsic(b, "ceil", (x,)))
-_float_op("math.fma", lambda b, x, y, z: intrinsic(b, "fma", (x, y, z)))
+
+
+def _fma(b: ir.IRBuilder, op: Operation, args: list[Value]) -> Value:
+    element = _float_name(op)
+    if element in ("f32", "f64"):
+        return intrinsic(b, "fma", args)
+    # In f64 the product is exact, and the sum is rounded to odd: to nearest, then to the odd one of its two neighbours
+    # if anything was lost (Knuth's two-sum), which the second rounding then never takes for a tie.
+    x, y, z = (float_to_float(b, a, element, "f64") for a in args)
+    product = b.fmul(x, y)
+    total = b.fadd(product, z)
+    of_z = b.fsub(total, product)
+    lost = b.fadd(b.fsub(product, b.fsub(total, of_z)), b.fsub(z, of_z))
+    zero, integer = splat_constant(total.type, 0.0), typed(total, I64)
+    one, bits = splat_constant(integer, 1), b.bitcast(total, integer)
+    beyond = b.icmp_unsigned("==", b.fcmp_ordered(">", lost, zero), b.fcmp_ordered(">", total, zero))
+    inexact_and_even = b.and_(
+        b.fcmp_ordered("!=", lost, zero), b.icmp_unsigned("==", b.and_(bits, one), splat_constant(integer, 0))
+    )
+    odd = b.select(beyond, b.add(bits, one), b.sub(bits, one))
+    return float_to_float(b, b.bitcast(b.select(inexact_and_even, odd, bits), total.type), "f64", element)
+
+
+TABLE["math.fma"] = _fma
 
 
 def _int_op(name: str, method: str) -> None:
