@@ -25,7 +25,7 @@ from esper_triton.cpu.lowering.chunks import (
     to_register,
 )
 from esper_triton.cpu.lowering.elementwise import I1, I8, I32, I64, memory_type, register_type, size_of
-from esper_triton.cpu.lowering.vmath import Value, undefined
+from esper_triton.cpu.lowering.vmath import Value, call_out_of_line, undefined
 from esper_triton.cpu.mlir import Type
 
 _PAGE = 4096  # bytes: the smallest there is
@@ -105,7 +105,7 @@ def load_first(b: ir.IRBuilder, slot: Value, pointer: Value, count: Value, other
         return load_few(inner, slot, pointer, few, other, element, inline=False)
 
     name = f"load.{other.type.count}.{element}"
-    return _call(b, name, other.type, [slot, pointer, count, other], body)
+    return call_out_of_line(b, name, other.type, [slot, pointer, count, other], body)
 
 
 def store_few(b: ir.IRBuilder, slot: Value, value: Value, pointer: Value, count: Value, element: Type) -> None:
@@ -127,7 +127,7 @@ def _call_copy(b: ir.IRBuilder, target: Value, source: Value, count: Value, size
     def body(inner: ir.IRBuilder, target: Value, source: Value, count: Value) -> None:
         _copy_elements(inner, target, source, count, size, lanes)
 
-    _call(b, f"copy.{lanes}.{size}", ir.VoidType(), [target, source, count], body)
+    call_out_of_line(b, f"copy.{lanes}.{size}", ir.VoidType(), [target, source, count], body)
 
 
 def _copy_elements(b: ir.IRBuilder, target: Value, source: Value, count: Value, size: int, lanes: int) -> None:
@@ -210,7 +210,7 @@ def gather_all(b: ir.IRBuilder, addresses: Value, element: Type) -> Value:
         return vector
 
     name = f"gather.{width}.{result.element}"
-    return to_register(b, _call(b, name, result, [addresses], body), element)
+    return to_register(b, call_out_of_line(b, name, result, [addresses], body), element)
 
 
 def scatter_all(b: ir.IRBuilder, vector: Value, addresses: Value, element: Type) -> None:
@@ -223,26 +223,7 @@ def scatter_all(b: ir.IRBuilder, vector: Value, addresses: Value, element: Type)
             inner.store(inner.extract_element(values, ir.Constant(I32, lane)), pointer, align=size_of(element))
 
     name = f"scatter.{given.type.count}.{given.type.element}"
-    _call(b, name, ir.VoidType(), [given, addresses], body)
-
-
-def _call(
-    b: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[Value], body: Callable[..., Value | None]
-) -> Value:
-    """A call of a function of this module that `body` emits on first use: code that is too long to stand everywhere."""
-    module = b.function.module
-    function = module.globals.get(name)
-    if function is None:
-        function = ir.Function(module, ir.FunctionType(result, [arg.type for arg in args]), name)
-        function.linkage = "internal"
-        function.attributes.add("noinline")
-        inner = ir.IRBuilder(function.append_basic_block("entry"))
-        value = body(inner, *function.args)
-        if value is None:
-            inner.ret_void()
-        else:
-            inner.ret(value)
-    return b.call(function, args)
+    call_out_of_line(b, name, ir.VoidType(), [given, addresses], body)
 
 
 def gather(

@@ -13,8 +13,9 @@ from llvmlite import ir
 from esper_triton.cpu.lowering import vmath
 from esper_triton.cpu.lowering.casts import float_to_float, in_float32
 from esper_triton.cpu.lowering.special import SPECIAL, call_special
+from esper_triton.cpu.lowering.trigonometry import emit_cos, emit_sin
 from esper_triton.cpu.lowering.types import F32, F64, FLOAT8, I32, I64, Unlowered, element_type, register_type
-from esper_triton.cpu.lowering.vmath import Value, call, intrinsic, splat_constant, typed, undefined
+from esper_triton.cpu.lowering.vmath import Value, call, intrinsic, per_lane, splat_constant, typed
 from esper_triton.cpu.mlir import Operation
 
 __all__ = ["emit_extern", "function"]
@@ -23,6 +24,8 @@ _LIBM = frozenset(
     "acos acosh asin asinh atan atan2 atanh cbrt cos cosh erf erfc exp exp10 exp2 expm1 fmod hypot j0 j1 lgamma log "
     "log10 log1p log2 logb nextafter pow remainder sin sinh tan tanh tgamma y0 y1".split()
 )
+# Of float32, for all lanes at once.
+_VECTOR_FORMS = {**vmath.FLOAT32, "sin": emit_sin, "cos": emit_cos}
 
 
 def function(b: ir.IRBuilder, name: str, element: str, args: Sequence[Value]) -> Value:
@@ -30,24 +33,10 @@ def function(b: ir.IRBuilder, name: str, element: str, args: Sequence[Value]) ->
     if element in ("f16", "bf16", *FLOAT8):
         return in_float32(b, element, args, lambda *wide: function(b, name, "f32", wide))
     if element == "f64":
-        return _per_lane(b, name, args)
-    if name in vmath.FLOAT32:
-        return vmath.FLOAT32[name](b, args[0])
-    return _per_lane(b, f"{name}f", args)
-
-
-def _per_lane(b: ir.IRBuilder, symbol: str, args: Sequence[Value], result: ir.Type | None = None) -> Value:
-    # One lane at a time: for what is too rare to have a vector form here.
-    like = args[0].type
-    element = result or _scalar(args[-1].type)
-    if not isinstance(like, ir.VectorType):
-        return call(b, symbol, element, args)
-    vector = undefined(ir.VectorType(element, like.count))
-    for lane in range(like.count):
-        index = ir.Constant(I32, lane)
-        value = call(b, symbol, element, [b.extract_element(a, index) for a in args])
-        vector = b.insert_element(vector, value, index)
-    return vector
+        return per_lane(b, name, args)
+    if name in _VECTOR_FORMS:
+        return _VECTOR_FORMS[name](b, args[0])
+    return per_lane(b, f"{name}f", args)
 
 
 def _scalar(type_: ir.Type) -> ir.Type:
@@ -80,7 +69,7 @@ def _sum_of_squares(b: ir.IRBuilder, args: Sequence[Value]) -> Value:
         return intrinsic(b, "sqrt", (total,))
     total = args[0]
     for a in args[1:]:
-        total = _per_lane(b, "hypot", [total, a])
+        total = per_lane(b, "hypot", [total, a])
     return total
 
 
@@ -105,7 +94,7 @@ def _of_pi(sine: bool) -> Callable[..., Value]:
         quarters = b.fmul(intrinsic(b, "floor", (b.fmul(n, _c(x, 0.25)),)), _c(x, 4.0))
         quadrant = b.fsub(n, quarters)
         odd = b.or_(b.fcmp_ordered("==", quadrant, _c(x, 1.0)), b.fcmp_ordered("==", quadrant, _c(x, 3.0)))
-        s, c = _per_lane(b, "sin", [angle]), _per_lane(b, "cos", [angle])
+        s, c = per_lane(b, "sin", [angle]), per_lane(b, "cos", [angle])
         value = b.select(odd, c, s) if sine else b.select(odd, s, c)
         first, second = (2.0, 3.0) if sine else (1.0, 2.0)
         minus = b.or_(b.fcmp_ordered("==", quadrant, _c(x, first)), b.fcmp_ordered("==", quadrant, _c(x, second)))
@@ -192,7 +181,7 @@ def _directed(b: ir.IRBuilder, mode: str, value: Value, error: Value, target: ir
         return b.bitcast(b.sub(b.bitcast(narrow, integer), step), target)
     symbol = "nextafterf" if _scalar(target) == F32 else "nextafter"
     infinity = splat_constant(target, float("-inf" if mode == "rd" else "inf"))
-    return b.select(above if mode == "rd" else below, _per_lane(b, symbol, [narrow, infinity]), narrow)
+    return b.select(above if mode == "rd" else below, per_lane(b, symbol, [narrow, infinity]), narrow)
 
 
 def _two_sum(b: ir.IRBuilder, x: Value, y: Value) -> tuple[Value, Value]:
@@ -430,14 +419,14 @@ def emit_extern(b: ir.IRBuilder, op: Operation, args: list[Value]) -> Value:
         return intrinsic(b, "fptosi.sat", (whole,), typed(args[0], result))
     suffix = "f" if "f32" in elements else ""
     if float_only and base == "ilogb":
-        return _per_lane(b, f"ilogb{suffix}", args, I32)
+        return per_lane(b, f"ilogb{suffix}", args, I32)
     if base in ("ldexp", "scalbn") and elements[1:] == ["i32"]:
-        return _per_lane(b, f"{base}{suffix}", args, _scalar(args[0].type))
+        return per_lane(b, f"{base}{suffix}", args, _scalar(args[0].type))
     if base in ("jn", "yn") and elements[0] == "i32":
-        return _per_lane(b, f"{base}{suffix}", args)
+        return per_lane(b, f"{base}{suffix}", args)
     if base == "powi" and elements[1:] == ["i32"]:
         # In float64, where every int32 is a number.
-        power = _per_lane(
+        power = per_lane(
             b, "pow", [float_to_float(b, args[0], elements[0], "f64"), b.sitofp(args[1], typed(args[1], F64))]
         )
         return float_to_float(b, power, "f64", elements[0])

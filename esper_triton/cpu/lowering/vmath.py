@@ -139,12 +139,50 @@ def call(b: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[Value]) -> 
     return b.call(function, args)
 
 
+def call_out_of_line(
+    b: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[Value], body: Callable[..., Value | None]
+) -> Value:
+    """A call of a function of this module that `body` emits on first use: code that is too long to stand everywhere."""
+    module = b.function.module
+    function = module.globals.get(name)
+    if function is None:
+        function = ir.Function(module, ir.FunctionType(result, [arg.type for arg in args]), name)
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        inner = ir.IRBuilder(function.append_basic_block("entry"))
+        value = body(inner, *function.args)
+        if value is None:
+            inner.ret_void()
+        else:
+            inner.ret(value)
+    return b.call(function, args)
+
+
+def per_lane(b: ir.IRBuilder, symbol: str, args: Sequence[Value], result: ir.Type | None = None) -> Value:
+    """An external function of scalars, one lane at a time: for what is too rare to have a vector form here.
+
+    Args:
+        result: the scalar type it returns; that of the last argument where it is left out.
+    """
+    like = args[0].type
+    element = result or (args[-1].type.element if isinstance(like, ir.VectorType) else args[-1].type)
+    if not isinstance(like, ir.VectorType):
+        return call(b, symbol, element, args)
+    vector = undefined(ir.VectorType(element, like.count))
+    for lane in range(like.count):
+        index = ir.Constant(I32, lane)
+        value = call(b, symbol, element, [b.extract_element(a, index) for a in args])
+        vector = b.insert_element(vector, value, index)
+    return vector
+
+
 def fma(b: ir.IRBuilder, x: Value, y: Value, z: Value) -> Value:
     """x * y + z, fused where the CPU has an FMA unit (a program may not depend on which)."""
     return intrinsic(b, "fmuladd", (x, y, z))
 
 
-def _polynomial(b: ir.IRBuilder, x: Value, coefficients: Sequence[float]) -> Value:
+def polynomial(b: ir.IRBuilder, x: Value, coefficients: Sequence[float]) -> Value:
+    """The polynomial in x with these coefficients, the constant one first."""
     # Horner's rule: a chunk has several registers in flight already, so that latency is hidden without Estrin's scheme.
     result = splat_constant(x.type, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
@@ -186,7 +224,8 @@ def _scaled_by_avx512(b: ir.IRBuilder, x: Value, n: Value) -> Value:
     return parts[0]
 
 
-def _round_to_int(b: ir.IRBuilder, x: Value, scale: float) -> tuple[Value, Value]:
+def round_to_int(b: ir.IRBuilder, x: Value, scale: float) -> tuple[Value, Value]:
+    """The integer nearest to x * scale, as a float and as an int32; its magnitude is to be below 2^22."""
     # Adding 1.5 * 2^23 leaves the nearest integer of x * scale in the low mantissa bits; NaN gives an arbitrary integer
     # where a float-to-int conversion would be undefined.
     magic = splat_constant(x.type, 12582912.0)
@@ -205,19 +244,19 @@ def _clamped(b: ir.IRBuilder, x: Value, low: float, high: float) -> Value:
 def emit_exp(b: ir.IRBuilder, x: Value) -> Value:
     """exp(x): Cody-Waite reduction by multiples of ln 2."""
     x = _clamped(b, x, -105.0, 89.5)
-    n, exponent = _round_to_int(b, x, 1.4426950408889634)
+    n, exponent = round_to_int(b, x, 1.4426950408889634)
     r = fma(b, n, splat_constant(x.type, -0.693145751953125), x)  # ln 2 in 15 bits: n * high is exact
     r = fma(b, n, splat_constant(x.type, -1.4286068203094172e-06), r)
-    poly = fma(b, b.fmul(r, r), _polynomial(b, r, _EXP), r)
+    poly = fma(b, b.fmul(r, r), polynomial(b, r, _EXP), r)
     return _times_power_of_2(b, b.fadd(poly, splat_constant(x.type, 1.0)), n, exponent)
 
 
 def emit_exp2(b: ir.IRBuilder, x: Value) -> Value:
     """2**x: the reduction is exact."""
     x = _clamped(b, x, -151.0, 129.0)
-    n, exponent = _round_to_int(b, x, 1.0)
+    n, exponent = round_to_int(b, x, 1.0)
     r = b.fsub(x, n)
-    return _times_power_of_2(b, fma(b, r, _polynomial(b, r, _EXP2), splat_constant(x.type, 1.0)), n, exponent)
+    return _times_power_of_2(b, fma(b, r, polynomial(b, r, _EXP2), splat_constant(x.type, 1.0)), n, exponent)
 
 
 def _log_parts(b: ir.IRBuilder, x: Value) -> tuple[Value, Value, Value, Value]:
@@ -234,7 +273,7 @@ def _log_parts(b: ir.IRBuilder, x: Value) -> tuple[Value, Value, Value, Value]:
     s = b.fdiv(f, b.fadd(f, splat_constant(x.type, 2.0)))
     z = b.fmul(s, s)
     half_square = b.fmul(b.fmul(f, f), splat_constant(x.type, 0.5))
-    tail = b.fmul(s, fma(b, z, _polynomial(b, z, _LOG), half_square))
+    tail = b.fmul(s, fma(b, z, polynomial(b, z, _LOG), half_square))
     return exponent, f, half_square, tail
 
 
@@ -273,7 +312,7 @@ def emit_tanh(b: ir.IRBuilder, x: Value) -> Value:
     """tanh(x): a polynomial near 0, 1 - 2 / (exp(2|x|) + 1) elsewhere."""
     magnitude = intrinsic(b, "fabs", (x,))
     square = b.fmul(x, x)
-    small = fma(b, b.fmul(x, square), _polynomial(b, square, _TANH), x)
+    small = fma(b, b.fmul(x, square), polynomial(b, square, _TANH), x)
     one, two = splat_constant(x.type, 1.0), splat_constant(x.type, 2.0)
     growth = emit_exp(b, b.fmul(magnitude, two))
     large = intrinsic(b, "copysign", (b.fsub(one, b.fdiv(two, b.fadd(growth, one))), x))
@@ -284,9 +323,9 @@ def emit_tanh(b: ir.IRBuilder, x: Value) -> Value:
 def emit_erf(b: ir.IRBuilder, x: Value) -> Value:
     """erf(x): a polynomial up to 1, 1 - exp(log erfc(|x|)) beyond."""
     magnitude = intrinsic(b, "fabs", (x,))
-    small = fma(b, x, _polynomial(b, b.fmul(x, x), _ERF), x)
+    small = fma(b, x, polynomial(b, b.fmul(x, x), _ERF), x)
     bounded = _clamped(b, magnitude, 0.0, 4.1)  # erf(4.1) rounds to 1
-    complement = emit_exp(b, _polynomial(b, bounded, _LOG_ERFC))
+    complement = emit_exp(b, polynomial(b, bounded, _LOG_ERFC))
     large = intrinsic(b, "copysign", (b.fsub(splat_constant(x.type, 1.0), complement), x))
     return b.select(b.fcmp_ordered("<", magnitude, splat_constant(x.type, 1.0)), small, large)
 
