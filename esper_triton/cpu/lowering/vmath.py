@@ -312,12 +312,13 @@ def emit_tanh(b: ir.IRBuilder, x: Value) -> Value:
     """tanh(x): a polynomial near 0, 1 - 2 / (exp(2|x|) + 1) elsewhere."""
     magnitude = intrinsic(b, "fabs", (x,))
     square = b.fmul(x, x)
-    small = fma(b, b.fmul(x, square), polynomial(b, square, _TANH), x)
+    small = fma(b, b.fmul(magnitude, square), polynomial(b, square, _TANH), magnitude)
     one, two = splat_constant(x.type, 1.0), splat_constant(x.type, 2.0)
     growth = emit_exp(b, b.fmul(magnitude, two))
-    large = intrinsic(b, "copysign", (b.fsub(one, b.fdiv(two, b.fadd(growth, one))), x))
+    large = b.fsub(one, b.fdiv(two, b.fadd(growth, one)))
     # `<` is false for NaN, which then comes through `large`.
-    return b.select(b.fcmp_ordered("<", magnitude, splat_constant(x.type, 0.625)), small, large)
+    value = b.select(b.fcmp_ordered("<", magnitude, splat_constant(x.type, 0.625)), small, large)
+    return intrinsic(b, "copysign", (value, x))  # of the polynomial too: x + x * -0 is +0 for -0
 
 
 def emit_erf(b: ir.IRBuilder, x: Value) -> Value:
