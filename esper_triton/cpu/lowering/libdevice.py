@@ -407,7 +407,7 @@ def emit_extern(b: ir.IRBuilder, op: Operation, args: list[Value]) -> Value:
     found = _not_of_libm(name, elements, result)
     if found is not None:
         return found(b, *args)
-    base = name.removesuffix("f") if elements[-1] == "f32" else name
+    base = name.removesuffix("f") if "f32" in elements else name
     base = base.removesuffix("d") if base.removesuffix("d") in _CLASSES else base
     if match := _FAST.fullmatch(base):
         base = match[1]

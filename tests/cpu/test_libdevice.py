@@ -1,0 +1,214 @@
+"""Every function of `triton.language.extra.libdevice`, in every type that it is declared for."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import random
+import sys
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+
+import libdevice_reference as reference
+import mpmath
+import numpy as np
+import pytest
+import torch
+from triton.language import core
+from triton.language.extra.cuda import libdevice
+
+from esper_triton.cpu.errors import UnsupportedOperation
+
+COUNT = 64  # numbers that a function is tried on
+TYPES = {
+    "fp32": (torch.float32, np.float32), "fp64": (torch.float64, np.float64), "int32": (torch.int32, np.int32),
+    "int64": (torch.int64, np.int64), "uint32": (torch.uint32, np.uint32), "uint64": (torch.uint64, np.uint64),
+}  # fmt: skip
+# Float64 rounded otherwise than to the nearest, where the error of the nearest can be too small for a float64.
+REFUSED = {
+    f"{operation}_{mode}" for operation in ("div", "fma", "mul", "rcp", "sqrt") for mode in ("rz", "rd", "ru")
+}  # fmt: skip
+
+
+class _Declared(Exception):
+    """Raised with the table of a function's types and symbols."""
+
+
+def _declarations() -> list[tuple[str, tuple[str, ...], str]]:
+    """(name, types of arguments, type of result) of everything that libdevice declares."""
+
+    def tell(library, path, args, table, **_):
+        raise _Declared(table)
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "extern_elementwise", tell)
+        for name, function in vars(libdevice).items():
+            if not callable(function) or getattr(function, "__module__", "") != libdevice.__name__:
+                continue
+            count = len(inspect.signature(function).parameters) - 1
+            with pytest.raises(_Declared) as declared:
+                function(*[None] * count, _semantic=object())
+            for types, (_, result) in declared.value.args[0].items():
+                found.append((name, tuple(map(str, types)), str(result)))
+    return found
+
+
+DECLARATIONS = _declarations()
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """A module with one kernel per function: Triton reads kernels from files."""
+    lines = ["import triton, triton.language as tl", "from triton.language.extra import libdevice"]
+    for name, arity in {name: len(types) for name, types, _ in DECLARATIONS}.items():
+        pointers = [f"p{k}" for k in range(arity)]
+        loads = ", ".join(f"tl.load({pointer} + at)" for pointer in pointers)
+        lines += [
+            "@triton.jit",
+            f"def {name}({', '.join(pointers)}, out, N: tl.constexpr):",
+            "    at = tl.arange(0, N)",
+            f"    tl.store(out + at, libdevice.{name}({loads}).to(out.dtype.element_ty))",
+        ]
+    path = tmp_path_factory.mktemp("libdevice") / "libdevice_kernels.py"
+    Path(path).write_text("\n".join(lines), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("libdevice_kernels", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def _launch(kernels: ModuleType, name: str, columns: list[np.ndarray], result: str) -> np.ndarray:
+    out = torch.zeros(len(columns[0]), dtype=TYPES[result][0])
+    getattr(kernels, name)[(1,)](*map(torch.from_numpy, columns), out, N=len(columns[0]))
+    return out.numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+
+_UNIT = "asin acos atanh erfinv"
+_POSITIVE = "log log2 log10 log1p sqrt rsqrt y0 y1 yn lgamma tgamma pow fast_logf fast_log2f fast_log10f fast_powf"
+
+
+def _float(draw: random.Random, name: str, scalar: type[np.floating]) -> float:
+    base = name.split("_r")[0] if reference.directed(name) else name
+    if base in ("normcdfinv", "erfcinv"):
+        value = draw.choice([draw.uniform(0, 1), 10 ** draw.uniform(-30, 0)]) * (2 if base == "erfcinv" else 1)
+        value = min(value, 2 - 1e-6 if base == "erfcinv" else 1 - 1e-6)
+    elif base in _UNIT.split():
+        value = draw.choice([draw.uniform(-1, 1), draw.uniform(-1e-4, 1e-4)])
+    elif base == "acosh":
+        value = 1 + abs(draw.gauss(0, 4))
+    elif base in _POSITIVE.split() or (base in ("sqrt", "rsqrt") and base != name):
+        value = abs(draw.gauss(0, 4)) + 1e-3
+    elif "2" in name and reference.directed(name):  # a conversion to integers
+        value = draw.choice(
+            [draw.gauss(0, 4), draw.gauss(0, 1) * 2.0 ** draw.randint(0, 68), draw.randint(-9, 9) + 0.5]
+        )
+    elif reference.directed(name):
+        value = draw.gauss(0, 1) * 2.0 ** draw.randint(-20, 20)
+    else:
+        value = draw.choice([draw.gauss(0, 3), draw.gauss(0, 1e-3), float(draw.randint(-9, 9)) + 0.5])
+    return float(scalar(value or 1.5))
+
+
+def _argument(draw: random.Random, name: str, type_: str) -> float | int:
+    scalar = TYPES[type_][1]
+    if issubclass(scalar, np.floating):
+        return _float(draw, name, scalar)
+    if name in ("jn", "yn"):
+        return draw.randint(0, 6)
+    if name in ("ldexp", "scalbn"):
+        return draw.randint(-160, 130)
+    if name == "pow":
+        return draw.randint(-20, 20)
+    if name == "byte_perm":
+        return draw.randint(-(2**31), 2**31 - 1)
+    if name == "sad":
+        return draw.randint(0, 2**20)
+    limits = np.iinfo(scalar)
+    if name in ("int_as_float", "uint_as_float", "longlong_as_double", "hiloint2double"):
+        return draw.randint(0, int(limits.max) // 2)  # no NaN
+    small = draw.randint(max(-99, int(limits.min)), 99)
+    return draw.choice([small, draw.randint(int(limits.min), int(limits.max)), int(limits.min), int(limits.max)])
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+# Units in the last place; 2 where nothing is said. What has zeros apart from 0 is good to so many units of 1 there.
+ULPS = {
+    **dict.fromkeys(["j0", "j1", "y0", "y1", "jn", "yn", "lgamma", "tgamma"], 6),
+    **dict.fromkeys(["erfcx", "erfinv", "erfcinv", "normcdf", "normcdfinv", "cyl_bessel_i0", "cyl_bessel_i1"], 6),
+    **dict.fromkeys(["sinh", "cosh", "tanh", "acosh", "asinh", "atanh", "log1p", "expm1", "exp10", "cbrt", "erfc"], 3),
+    **dict.fromkeys(["rcbrt", "norm3d", "norm4d", "rnorm3d", "rnorm4d", "rhypot", "log10"], 3),
+}
+_CROSS_ZERO = {"j0", "j1", "jn", "y0", "y1", "yn", "lgamma", "normcdfinv", "erfcinv"}
+_ONCE = {  # rounded correctly
+    "abs", "floor", "ceil", "trunc", "rint", "nearbyint", "round", "saturatef", "logb", "fast_dividef", "copysign",
+    "fmod", "remainder", "fdim", "fma", "ldexp", "scalbn", "sqrt",
+}  # fmt: skip
+_ODD = {"ceil", "trunc", "rint", "nearbyint", "round", "fmod", "remainder"}  # f(-x) = -f(x), or a zero as if it were
+
+
+def _expected(name: str, types: tuple[str, ...], result: str, args: tuple[float | int, ...]):
+    """What is to come out: an integer or a float where it is certain, an mpf where `ULPS` are allowed."""
+    scalar = TYPES[result][1]
+    if name in reference.OF_INTEGERS and not types[0].startswith("fp"):
+        return reference.OF_INTEGERS[name](8 * TYPES[types[0]][1]().nbytes, types[0].startswith("int"), *args)
+    if name == "nextafter":
+        return np.nextafter(*map(scalar, args))
+    if rounding := reference.directed(name):
+        exact, mode = rounding
+        if issubclass(scalar, np.integer):
+            return reference.saturated(reference.whole(args[0], mode), np.iinfo(scalar).bits, "2u" not in name)
+        value = exact(*args)
+        return reference.rounded(value, mode, scalar) if value else scalar(0)
+    value = reference.EXPECTED[name](*args)
+    if issubclass(scalar, np.integer) or isinstance(value, float):
+        return value
+    if name in _ONCE:
+        value = reference.exactly(value)
+        return (
+            reference.rounded(value, "rn", scalar)
+            if value
+            else scalar(math.copysign(0.0, args[0] if name in _ODD else 1))
+        )
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "types", "result"), [pytest.param(*d, id=f"{d[0]}-{'-'.join(d[1])}") for d in DECLARATIONS]
+)
+def test_a_function_of_libdevice_gives_what_mathematics_says_or_is_refused(name, types, result, kernels):
+    draw = random.Random(f"{name} {types}")
+    rows = [tuple(_argument(draw, name, type_) for type_ in types) for _ in range(COUNT)]
+    columns = [np.array(column, TYPES[type_][1]) for column, type_ in zip(zip(*rows, strict=True), types, strict=True)]
+    if name in REFUSED and types[0] == "fp64":
+        with pytest.raises(UnsupportedOperation, match="rounded otherwise than to the nearest"):
+            _launch(kernels, name, columns, result)
+        return
+    found = _launch(kernels, name, columns, result)
+    with mpmath.workprec(reference.PRECISION):
+        for row, value in zip(rows, found, strict=True):
+            expected = _expected(name, types, result, row)
+            if not isinstance(expected, mpmath.mpf):
+                assert value == expected, f"{row}: {value!r} instead of {expected!r}"
+                assert np.signbit(value) == np.signbit(np.asarray(expected, value.dtype))
+                continue
+            nearest = reference.rounded(reference.exactly(expected), "rn", TYPES[result][1])
+            if np.isinf(nearest):
+                assert value == nearest
+                continue
+            scale = max(abs(nearest), nearest.dtype.type(1)) if name in _CROSS_ZERO else abs(nearest)
+            allowed = ULPS.get(name, 2) * Fraction(float(np.spacing(scale)))
+            allowed = Fraction(abs(float(nearest))) / 2**20 if name == "rcp64h" else allowed
+            error = abs(reference.exactly(expected) - Fraction(float(value)))
+            assert error <= allowed, (
+                f"{row}: {value!r} instead of {nearest!r}, {float(error / allowed):.2f} of the bound"
+            )
