@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 from llvmlite import ir
 
@@ -24,6 +25,7 @@ _LIBM = frozenset(
     "acos acosh asin asinh atan atan2 atanh cbrt cos cosh erf erfc exp exp10 exp2 expm1 fmod hypot j0 j1 lgamma log "
     "log10 log1p log2 logb nextafter pow remainder sin sinh tan tanh tgamma y0 y1".split()
 )
+_INFINITY = float("inf")
 # Of float32, for all lanes at once.
 _VECTOR_FORMS = {**vmath.FLOAT32, "sin": emit_sin, "cos": emit_cos}
 
@@ -66,6 +68,9 @@ def _sum_of_squares(b: ir.IRBuilder, args: Sequence[Value]) -> Value:
         total = b.fmul(wide[0], wide[0])
         for a in wide[1:]:
             total = intrinsic(b, "fma", (a, a, total))
+        # Infinite if any of them is, whatever the others are.
+        infinite = [b.fcmp_ordered("==", intrinsic(b, "fabs", (a,)), _c(a, _INFINITY)) for a in wide]
+        total = b.select(reduce(b.or_, infinite), _c(total, _INFINITY), total)
         return intrinsic(b, "sqrt", (total,))
     total = args[0]
     for a in args[1:]:
@@ -101,6 +106,8 @@ def _of_pi(sine: bool) -> Callable[..., Value]:
         value = b.select(minus, b.fneg(value), value)
         if sine:  # a zero has the sign of x
             value = b.select(b.fcmp_ordered("==", value, _c(x, 0.0)), intrinsic(b, "copysign", (_c(x, 0.0), x)), value)
+        else:  # +0 rather than -0
+            value = b.fadd(value, _c(x, 0.0))
         return b.fptrunc(value, narrow) if narrow != value.type else value
 
     return emit
@@ -191,6 +198,18 @@ def _two_sum(b: ir.IRBuilder, x: Value, y: Value) -> tuple[Value, Value]:
     return total, b.fadd(b.fsub(x, b.fsub(total, part)), b.fsub(y, part))
 
 
+def _rounded_sum(b: ir.IRBuilder, mode: str, x: Value, y: Value) -> tuple[Value, Value]:
+    """`_two_sum`, with the sign that a zero has if rounded as `mode` says: downwards, - unless both summands are +0."""
+    value, error = _two_sum(b, x, y)
+    if mode == "rd":
+        integer = typed(x, I64)
+        bits = b.or_(b.bitcast(x, integer), b.bitcast(y, integer))
+        nothing = b.icmp_unsigned("==", bits, splat_constant(integer, 0))
+        cancelled = b.and_(b.fcmp_ordered("==", value, _c(x, 0.0)), b.not_(nothing))
+        value = b.select(cancelled, _c(x, -0.0), value)
+    return value, error
+
+
 def _rounded(operation: str, mode: str, element: str) -> Callable[..., Value]:
     """add, sub, mul, div, fma, sqrt or rcp, rounded as `mode` says: in float64 with the sign of what is left over."""
 
@@ -204,7 +223,8 @@ def _rounded(operation: str, mode: str, element: str) -> Callable[..., Value]:
         x = wide[0]
         match operation:
             case "add" | "sub":
-                value, error = _two_sum(b, x, wide[1] if operation == "add" else b.fneg(wide[1]))
+                other = wide[1] if operation == "add" else b.fneg(wide[1])
+                value, error = _rounded_sum(b, mode, x, other)
                 if element == "f64":  # a finite sum beyond the largest number: infinity is too large
                     finite = [b.fcmp_ordered("<", intrinsic(b, "fabs", (a,)), _c(a, float("inf"))) for a in wide]
                     lost = b.and_(b.and_(*finite), b.fcmp_unordered("uno", error, error))
@@ -212,7 +232,7 @@ def _rounded(operation: str, mode: str, element: str) -> Callable[..., Value]:
             case "mul":
                 value, error = b.fmul(x, wide[1]), _c(x, 0.0)  # 48 bits: exact
             case "fma":
-                value, error = _two_sum(b, b.fmul(x, wide[1]), wide[2])
+                value, error = _rounded_sum(b, mode, b.fmul(x, wide[1]), wide[2])
             case "div" | "rcp":
                 over, under = (x, wide[1]) if operation == "div" else (_c(x, 1.0), x)
                 value = b.fdiv(over, under)
@@ -365,7 +385,6 @@ _WHOLE: dict[str, Callable[..., Value]] = {
     "double2loint": _word(0),
     "double2hiint": _word(32),
 }
-_INFINITY = float("inf")
 # Of one float, answered by an int32.
 _CLASSES: dict[str, Callable[[ir.IRBuilder, Value], Value]] = {
     "isnan": lambda b, x: b.fcmp_unordered("uno", x, x),

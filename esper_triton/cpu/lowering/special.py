@@ -82,27 +82,36 @@ class _Number:
         return _Number(self.b, intrinsic(self.b, "sqrt", (self.value,)))
 
 
-def _erfcinv(q: _Number) -> _Number:
+def _erfcinv_of_tail(q: _Number) -> _Number:
     # Halley's method on erfc(x) = q for q <= 1, from the rational approximation 26.2.22 of Abramowitz and Stegun.
-    p = q.where("<", 1.0, q, 2.0 - q)
-    t = (-2.0 * (0.5 * p).libm("log")).sqrt()
+    t = (-2.0 * (0.5 * q).libm("log")).sqrt()
     x = _SQRT_HALF * (t - (2.30753 + 0.27061 * t) / (1.0 + t * (0.99229 + 0.04481 * t)))
     for _ in range(3):
-        excess = x.libm("erfc") - p
+        excess = x.libm("erfc") - q
         x = x + excess / ((2.0 / _SQRT_PI) * (-(x * x)).libm("exp") - x * excess)
-    x = p.where("==", 0.0, math.inf, x)
-    return q.where("<", 1.0, x, -x)
+    return q.where("==", 0.0, math.inf, x)
+
+
+def _erfinv_of_middle(y: _Number) -> _Number:
+    # The series about 0, then Halley's method, for |y| <= 1/2.
+    square = y * y
+    x = (0.5 * _SQRT_PI) * y * (1.0 + square * (math.pi / 12 + square * (7 * math.pi**2 / 480)))
+    for _ in range(3):
+        excess = x.libm("erf") - y
+        x = x - excess / ((2.0 / _SQRT_PI) * (-(x * x)).libm("exp") + x * excess)
+    return y.where("==", 0.0, y, x)
+
+
+def _erfcinv(q: _Number) -> _Number:
+    # About 1 by erf, whose argument is exact there and has a relative error where erfc's has an absolute one.
+    y = 1.0 - q
+    tail = _erfcinv_of_tail(q.where("<", 1.0, q, 2.0 - q)).signed_as(y)
+    return abs(y).where("<", 0.5, _erfinv_of_middle(y), tail)
 
 
 def _erfinv(y: _Number) -> _Number:
-    square = y * y
-    # The series about 0, then Halley's method; near 1 by the complement, which erf cannot tell from 1.
-    small = (0.5 * _SQRT_PI) * y * (1.0 + square * (math.pi / 12 + square * (7 * math.pi**2 / 480)))
-    for _ in range(3):
-        excess = small.libm("erf") - y
-        small = small - excess / ((2.0 / _SQRT_PI) * (-(small * small)).libm("exp") + small * excess)
-    small = y.where("==", 0.0, y, small)
-    return abs(y).where("<", 0.5, small, _erfcinv(1.0 - abs(y)).signed_as(y))
+    # Near 1 by the complement, which erf cannot tell from 1.
+    return abs(y).where("<", 0.5, _erfinv_of_middle(y), _erfcinv_of_tail(1.0 - abs(y)).signed_as(y))
 
 
 def _erfcx(x: _Number) -> _Number:
@@ -128,7 +137,7 @@ def _normcdf(x: _Number) -> _Number:
 
 
 def _normcdfinv(p: _Number) -> _Number:
-    return -math.sqrt(2.0) * _erfcinv(2.0 * p)
+    return 0.0 - math.sqrt(2.0) * _erfcinv(2.0 * p)  # 0 rather than -0 of 1/2
 
 
 def _bessel_i(order: int) -> Callable[[_Number], _Number]:
