@@ -21,10 +21,14 @@ def _apply(x_ptr, out_ptr, n, F: tl.constexpr, BLOCK: tl.constexpr):
         x = x.to(tl.float32)
     if F == "exp":
         y = tl.exp(x)
+    elif F == "expm1":
+        y = libdevice.expm1(x)
     elif F == "exp2":
         y = tl.exp2(x)
     elif F == "log":
         y = tl.log(x)
+    elif F == "log1p":
+        y = libdevice.log1p(x)
     elif F == "log2":
         y = tl.log2(x)
     elif F == "sin":
@@ -48,8 +52,10 @@ def _erf(x):
 
 REFERENCE = {
     "exp": np.exp,
+    "expm1": np.expm1,
     "exp2": np.exp2,
     "log": np.log,
+    "log1p": np.log1p,
     "log2": np.log2,
     "sin": np.sin,
     "cos": np.cos,
@@ -61,8 +67,10 @@ REFERENCE = {
 # mpmath's functions fail at infinities and zeros, which the test of float64 leaves to numpy.
 EXACT = {
     "exp": mpmath.exp,
+    "expm1": mpmath.expm1,
     "exp2": lambda x: mpmath.mpf(2) ** x,
     "log": mpmath.log,
+    "log1p": mpmath.log1p,
     "log2": lambda x: mpmath.log(x, 2),
     "sin": mpmath.sin,
     "cos": mpmath.cos,

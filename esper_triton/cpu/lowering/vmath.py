@@ -243,12 +243,28 @@ def _clamped(b: ir.IRBuilder, x: Value, low: float, high: float) -> Value:
 
 def emit_exp(b: ir.IRBuilder, x: Value) -> Value:
     """exp(x): Cody-Waite reduction by multiples of ln 2."""
-    x = _clamped(b, x, -105.0, 89.5)
+    n, exponent, growth = _exp_parts(b, _clamped(b, x, -105.0, 89.5))
+    return _times_power_of_2(b, b.fadd(growth, splat_constant(x.type, 1.0)), n, exponent)
+
+
+def emit_expm1(b: ir.IRBuilder, x: Value) -> Value:
+    """exp(x) - 1: with exp's reduction, 2^n * growth + (2^n - 1)."""
+    _, exponent, growth = _exp_parts(b, _clamped(b, x, -20.0, 88.9))  # beyond, it is infinite or rounds to -1
+    integer = exponent.type
+    bits = b.shl(b.add(exponent, splat_constant(integer, 126)), splat_constant(integer, 23))
+    half = b.bitcast(bits, x.type)  # of 2^n, which may be 2^128
+    result = fma(b, growth, half, b.fsub(half, splat_constant(x.type, 0.5)))
+    # Without the detour where n is 0: half of the least number is none.
+    result = b.select(b.icmp_signed("==", exponent, splat_constant(integer, 0)), growth, b.fadd(result, result))
+    return intrinsic(b, "copysign", (result, x))  # -0 has become +0
+
+
+def _exp_parts(b: ir.IRBuilder, x: Value) -> tuple[Value, Value, Value]:
+    """(n, n as an integer, exp(r) - 1) with x = n * ln 2 + r, |r| <= ln(2)/2."""
     n, exponent = round_to_int(b, x, 1.4426950408889634)
     r = fma(b, n, splat_constant(x.type, -0.693145751953125), x)  # ln 2 in 15 bits: n * high is exact
     r = fma(b, n, splat_constant(x.type, -1.4286068203094172e-06), r)
-    poly = fma(b, b.fmul(r, r), polynomial(b, r, _EXP), r)
-    return _times_power_of_2(b, b.fadd(poly, splat_constant(x.type, 1.0)), n, exponent)
+    return n, exponent, fma(b, b.fmul(r, r), polynomial(b, r, _EXP), r)
 
 
 def emit_exp2(b: ir.IRBuilder, x: Value) -> Value:
@@ -259,22 +275,34 @@ def emit_exp2(b: ir.IRBuilder, x: Value) -> Value:
     return _times_power_of_2(b, fma(b, r, polynomial(b, r, _EXP2), splat_constant(x.type, 1.0)), n, exponent)
 
 
+_SQRT_HALF = 0x3F3504F3  # as bits of a float32
+
+
 def _log_parts(b: ir.IRBuilder, x: Value) -> tuple[Value, Value, Value, Value]:
     """(e, f, hfsq, s * (hfsq + R)) with log(x) = e * ln 2 + f - (hfsq - last): fdlibm's arrangement."""
-    integer = typed(x, I32)
     tiny = b.fcmp_ordered("<", x, splat_constant(x.type, 1.1754943508222875e-38))
     x = b.select(tiny, b.fmul(x, splat_constant(x.type, 8388608.0)), x)
     bias = b.select(tiny, splat_constant(x.type, -23.0), splat_constant(x.type, 0.0))
-    sqrt_half = splat_constant(integer, 0x3F3504F3)
-    offset = b.sub(b.bitcast(x, integer), sqrt_half)
-    exponent = b.fadd(b.sitofp(b.ashr(offset, splat_constant(integer, 23)), x.type), bias)
-    mantissa = b.bitcast(b.add(b.and_(offset, splat_constant(integer, 0x7FFFFF)), sqrt_half), x.type)
+    exponent, mantissa = _split(b, x)
     f = b.fsub(mantissa, splat_constant(x.type, 1.0))
-    s = b.fdiv(f, b.fadd(f, splat_constant(x.type, 2.0)))
+    return b.fadd(exponent, bias), f, *_log_near_1(b, f)
+
+
+def _split(b: ir.IRBuilder, x: Value) -> tuple[Value, Value]:
+    """(e, m) with x = 2^e * m and sqrt(1/2) <= m < sqrt(2), of a normal number."""
+    integer = typed(x, I32)
+    offset = b.sub(b.bitcast(x, integer), splat_constant(integer, _SQRT_HALF))
+    exponent = b.sitofp(b.ashr(offset, splat_constant(integer, 23)), x.type)
+    mantissa = b.add(b.and_(offset, splat_constant(integer, 0x7FFFFF)), splat_constant(integer, _SQRT_HALF))
+    return exponent, b.bitcast(mantissa, x.type)
+
+
+def _log_near_1(b: ir.IRBuilder, f: Value) -> tuple[Value, Value]:
+    """(hfsq, s * (hfsq + R)) with log(1 + f) = f - (hfsq - last)."""
+    s = b.fdiv(f, b.fadd(f, splat_constant(f.type, 2.0)))
     z = b.fmul(s, s)
-    half_square = b.fmul(b.fmul(f, f), splat_constant(x.type, 0.5))
-    tail = b.fmul(s, fma(b, z, polynomial(b, z, _LOG), half_square))
-    return exponent, f, half_square, tail
+    half_square = b.fmul(b.fmul(f, f), splat_constant(f.type, 0.5))
+    return half_square, b.fmul(s, fma(b, z, polynomial(b, z, _LOG), half_square))
 
 
 def _log_specials(b: ir.IRBuilder, x: Value, result: Value) -> Value:
@@ -290,6 +318,23 @@ def emit_log(b: ir.IRBuilder, x: Value) -> Value:
     low = b.fsub(half_square, fma(b, e, splat_constant(x.type, 1.4286068203094172e-06), tail))
     result = fma(b, e, splat_constant(x.type, 0.693145751953125), b.fsub(f, low))
     return _log_specials(b, x, result)
+
+
+def emit_log1p(b: ir.IRBuilder, x: Value) -> Value:
+    """log(1 + x), with what 1 + x was rounded by as a correction: log(u + c) = log(u) + c / u."""
+    one = splat_constant(x.type, 1.0)
+    u = b.fadd(x, one)
+    part = b.fsub(u, x)
+    lost = b.fadd(b.fsub(x, b.fsub(u, part)), b.fsub(one, part))
+    e, mantissa = _split(b, u)
+    near = b.fcmp_ordered("==", e, splat_constant(x.type, 0.0))
+    f = b.select(near, x, b.fsub(mantissa, one))  # near 0 nothing is lost
+    half_square, tail = _log_near_1(b, f)
+    correction = fma(b, e, splat_constant(x.type, 1.4286068203094172e-06), b.fdiv(lost, u))
+    small = b.fsub(f, b.fsub(half_square, tail))
+    large = b.fsub(f, b.fsub(half_square, b.fadd(correction, tail)))
+    large = fma(b, e, splat_constant(x.type, 0.693145751953125), large)
+    return _log_specials(b, u, b.select(near, small, large))
 
 
 def emit_log2(b: ir.IRBuilder, x: Value) -> Value:
@@ -333,8 +378,10 @@ def emit_erf(b: ir.IRBuilder, x: Value) -> Value:
 
 FLOAT32: dict[str, Callable[[ir.IRBuilder, Value], Value]] = {
     "exp": emit_exp,
+    "expm1": emit_expm1,
     "exp2": emit_exp2,
     "log": emit_log,
+    "log1p": emit_log1p,
     "log2": emit_log2,
     "tanh": emit_tanh,
     "erf": emit_erf,
