@@ -143,6 +143,8 @@ def test_functions_of_float64_are_within_2_ulp(name):
             1 + draw.normal(0, 0.05, 400),
             draw.uniform(-800, 800, 400),
             draw.normal(0, 1, 200) * 1e-5,
+            # Where glibc's tanh is off by more than 2.
+            np.array([float.fromhex("-0x1.defce1c7e2658p-3"), float.fromhex("0x1.dd6ea3cfa715p-3")]),
             np.array(SPECIAL),
         ]
     )

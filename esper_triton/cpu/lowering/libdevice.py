@@ -35,7 +35,7 @@ def function(b: ir.IRBuilder, name: str, element: str, args: Sequence[Value]) ->
     if element in ("f16", "bf16", *FLOAT8):
         return in_float32(b, element, args, lambda *wide: function(b, name, "f32", wide))
     if element == "f64":
-        return per_lane(b, name, args)
+        return vmath.FLOAT64[name](b, args[0]) if name in vmath.FLOAT64 else per_lane(b, name, args)
     if name in _VECTOR_FORMS:
         return _VECTOR_FORMS[name](b, args[0])
     return per_lane(b, f"{name}f", args)
