@@ -212,7 +212,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--launches", type=int, default=10**6, help="launches after which memory is compared")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument(
-        "--output", type=Path, help="a folder: everything, with cpu-backend.json and cpu-backend.png there"
+        "--output",
+        type=Path,
+        help="a folder: everything, with cpu-speed.md, cpu-backend.json and cpu-backend.png there",
     )
     options = parser.parse_args()
     options.kernels = chosen(options.kernels, cpu_cases.NAMES, "kernel")
@@ -279,6 +281,7 @@ def main() -> None:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if options.output:
         cpu_report.plot(rows, options.output / "cpu-backend.png")
+        (options.output / "cpu-speed.md").write_text(cpu_report.markdown(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python bench/cpu_interpreter.py NAME ELEMENTS
 
 An interpreted launch takes a time that does not depend on its grid (it copies tensors) and some milliseconds for each
-program. Both follow from two launches, of the first program and of the first four.
+program. Both follow from two launches, of the first program and of the first eight. Small grids are run whole.
 """
 
 import json
@@ -13,7 +13,7 @@ import time
 
 import cpu_cases
 
-_FEW, _MORE, _TIMES = 1, 4, 3
+_FEW, _MORE, _WHOLE, _TIMES = 1, 8, 16, 3
 
 
 def programs(grid: tuple[int, ...]) -> int:
@@ -34,7 +34,7 @@ def seconds(launch: cpu_cases.Launch, grid: tuple[int, ...]) -> float:
 def estimate_us(case: cpu_cases.Case) -> float:
     total = 0.0
     for launch in case.launches(case.outputs()):
-        if programs(launch.grid) <= _MORE:
+        if programs(launch.grid) <= _WHOLE:
             total += seconds(launch, launch.grid)
             continue
         few, more = seconds(launch, (_FEW,)), seconds(launch, (_MORE,))

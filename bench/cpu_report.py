@@ -17,6 +17,12 @@ COST_TARGETS = (
 )
 
 
+_COLUMNS = (
+    "kernel", "threads", "outputs", "Triton", "over eager", "over Inductor C++", "of copy", "of MKL", "sanitizer",
+    "interpreter",
+)  # fmt: skip
+
+
 def _geometric(values: list[float]) -> float:
     return statistics.geometric_mean(values)
 
@@ -122,6 +128,46 @@ def show(figures: dict, console: Console) -> None:
         value = f"{line['value']:.3g}"
         targets.add_row(line["what"], value, line["target"], "met" if line["met"] else "MISSED", line["note"])
     console.print(targets)
+
+
+def markdown(figures: dict) -> str:
+    """The same tables as a page of documentation."""
+    machine = figures["machine"]
+    settings = ", ".join(f"{name}={value}" for name, value in machine["settings"].items())
+    lines = [
+        "# Speed of the CPU backend",
+        "",
+        "Made by `bench/cpu_backend.py --output docs`, which says how it measures.",
+        "",
+        f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, triton {machine['triton']}, "
+        f"Python {machine['python']}; {settings}; {machine['clock']}.",
+        "",
+        "![Speed over torch eager and over Inductor](cpu-backend.png)",
+        "",
+        "## Kernels",
+        "",
+        "Medians in us, and how many times as long the rivals take, with the middle half of the samples.",
+        "",
+        f"| {' | '.join(_COLUMNS)} |",
+        "| --- " * len(_COLUMNS) + "|",
+    ]
+    for row in figures["kernels"]:
+        cells = [row["kernel"], str(row["threads"]), "given" if row["preallocated"] else "new"]
+        cells.append(_cell(row, "triton_us", ".0f"))
+        for name in ("eager", "inductor"):
+            spread = row.get(f"{name}_spread")
+            cells.append(f"{row[f'{name}_ratio']:.2f} ({spread[0]:.2f}-{spread[1]:.2f})" if spread else "")
+        cells += [_cell(row, "of_copy", ".2f"), _cell(row, "of_mkl", ".2f")]
+        cells += [_cell(row, "sanitized_ratio", ".1f"), _cell(row, "interpreter_ratio", ".0f")]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Costs", "", "| | |", "| --- | --- |"]
+    for name, value in figures["costs"].items():
+        lines.append(f"| {name} | {value:.3g} |" if isinstance(value, float) else f"| {name} | {value} |")
+    lines += ["", "## Targets", "", "| | found | target | | |", "| --- | --- | --- | --- | --- |"]
+    for line in figures["summary"]:
+        met = "met" if line["met"] else "missed"
+        lines.append(f"| {line['what']} | {line['value']:.3g} | {line['target']} | {met} | {line['note']} |")
+    return "\n".join(lines) + "\n"
 
 
 def _cell(row: dict, key: str, form: str) -> str:
