@@ -106,7 +106,7 @@ def _normal_quantile(p: float) -> Number:
     return mpmath.sqrt(2) * mpmath.erfinv(2 * mpmath.mpf(p) - 1)
 
 
-_SAME = "exp exp10 log log2 log10 sin cos tan pow"  # as the fast functions of float32
+_SAME = "exp exp10 log log2 log10 sin cos tan tanh pow"  # as the fast functions of float32
 EXPECTED: dict[str, Callable[..., Number]] = {
     **{name: getattr(mpmath, name) for name in (
         "exp sin cos tan sinpi cospi cosh sinh tanh atan asin acos log log10 log1p acosh asinh atanh expm1 erf erfinv "

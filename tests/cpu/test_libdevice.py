@@ -1,4 +1,4 @@
-"""Every function of `triton.language.extra.libdevice`, in every type that it is declared for."""
+"""Every function of `triton.language.extra.libdevice`, in every type that it is declared for: none is refused."""
 
 from __future__ import annotations
 
@@ -16,19 +16,15 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton.language import core
 from triton.language.extra.cuda import libdevice
-
-from esper_triton.cpu.errors import UnsupportedOperation
 
 COUNT = 64  # numbers that a function is tried on
 TYPES = {
     "fp32": (torch.float32, np.float32), "fp64": (torch.float64, np.float64), "int32": (torch.int32, np.int32),
     "int64": (torch.int64, np.int64), "uint32": (torch.uint32, np.uint32), "uint64": (torch.uint64, np.uint64),
-}  # fmt: skip
-# Float64 rounded otherwise than to the nearest, where the error of the nearest can be too small for a float64.
-REFUSED = {
-    f"{operation}_{mode}" for operation in ("div", "fma", "mul", "rcp", "sqrt") for mode in ("rz", "rd", "ru")
 }  # fmt: skip
 
 
@@ -185,14 +181,10 @@ def _expected(name: str, types: tuple[str, ...], result: str, args: tuple[float 
 @pytest.mark.parametrize(
     ("name", "types", "result"), [pytest.param(*d, id=f"{d[0]}-{'-'.join(d[1])}") for d in DECLARATIONS]
 )
-def test_a_function_of_libdevice_gives_what_mathematics_says_or_is_refused(name, types, result, kernels):
+def test_a_function_of_libdevice_gives_what_mathematics_says(name, types, result, kernels):
     draw = random.Random(f"{name} {types}")
     rows = [tuple(_argument(draw, name, type_) for type_ in types) for _ in range(COUNT)]
     columns = [np.array(column, TYPES[type_][1]) for column, type_ in zip(zip(*rows, strict=True), types, strict=True)]
-    if name in REFUSED and types[0] == "fp64":
-        with pytest.raises(UnsupportedOperation, match="rounded otherwise than to the nearest"):
-            _launch(kernels, name, columns, result)
-        return
     found = _launch(kernels, name, columns, result)
     with mpmath.workprec(reference.PRECISION):
         for row, value in zip(rows, found, strict=True):
@@ -302,7 +294,7 @@ def _neighbours(x: np.floating) -> list[np.floating]:
 @pytest.mark.parametrize("name", list(dict.fromkeys(name for name, *_ in SPECIAL)))
 def test_zeros_infinities_and_nan_lead_where_the_standard_says(name, type_, kernels):
     arity = next(len(args) for other, args, _ in SPECIAL if other == name)
-    if (name, (type_,) * arity, type_) not in DECLARATIONS or (name in REFUSED and type_ == "fp64"):
+    if (name, (type_,) * arity, type_) not in DECLARATIONS:
         return
     scalar = TYPES[type_][1]
     cases = [(args, result) for other, args, result in SPECIAL if other == name]
@@ -314,3 +306,22 @@ def test_zeros_infinities_and_nan_lead_where_the_standard_says(name, type_, kern
         told = f"{name}{tuple(args)} = {value!r}, not {expected!r}"
         assert value in _neighbours(expected) or (np.isnan(value) and np.isnan(expected)), told
         assert np.signbit(value) == np.signbit(expected) or expected != 0, told
+
+
+@triton.jit
+def _rounded_both_ways(x_ptr, y_ptr, out_ptr):
+    x, y = tl.load(x_ptr), tl.load(y_ptr)
+    tl.store(out_ptr, libdevice.div_rd(x, y))
+    tl.store(out_ptr + 1, x / y)
+    tl.store(out_ptr + 2, libdevice.div_ru(x, y))
+    tl.store(out_ptr + 3, x / y)
+
+
+def test_a_rounding_mode_holds_for_one_operation_and_for_scalars_too():
+    out = torch.zeros(4, dtype=torch.float64)
+    for x, y in ((1.0, 3.0), (2.0, 3.0)):  # one is rounded up to the nearest, one down
+        _rounded_both_ways[(1,)](torch.tensor([x]).double(), torch.tensor([y]).double(), out)
+        down, nearest, up, again = out.tolist()
+        assert down < Fraction(x) / Fraction(y) < up == math.nextafter(down, 2)
+        assert nearest == again == x / y
+        assert torch.tensor([x]).double().div(y).item() == x / y  # nor is the mode left behind

@@ -13,6 +13,7 @@ from llvmlite import ir
 
 from esper_triton.cpu.lowering import vmath
 from esper_triton.cpu.lowering.casts import float_to_float, in_float32
+from esper_triton.cpu.lowering.rounding import float_of_integer, rounded
 from esper_triton.cpu.lowering.special import SPECIAL, call_special
 from esper_triton.cpu.lowering.trigonometry import emit_cos, emit_sin
 from esper_triton.cpu.lowering.types import F32, F64, FLOAT8, I32, I64, Unlowered, element_type, register_type
@@ -160,102 +161,6 @@ _FLOAT: dict[str, Callable[..., Value]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- rounding in a direction
-
-
-def _directed(b: ir.IRBuilder, mode: str, value: Value, error: Value, target: ir.Type) -> Value:
-    """value + error, which lies between the neighbours of `value`, as type `target`, rounded as `mode` says.
-
-    Args:
-        mode: rn (to nearest), rz (towards zero), rd (down) or ru (up). error: only its sign counts.
-    """
-    narrow = b.fptrunc(value, target) if value.type != target else value
-    if mode == "rn":
-        return narrow
-    back, difference, zero = narrow, error, _c(value, 0.0)
-    if value.type != target:
-        back = b.fpext(narrow, value.type)
-        difference = b.fsub(value, back)  # NaN if both are infinite, and then no step is taken
-        difference = b.select(b.fcmp_ordered("==", difference, zero), error, difference)
-    below, above = b.fcmp_ordered(">", difference, zero), b.fcmp_ordered("<", difference, zero)
-    if mode == "rz":
-        # A zero is the result of something too small for its type, and both neighbours are on the same side.
-        negative = b.fcmp_ordered("<", back, zero)
-        step = b.select(negative, b.zext(below, typed(value, I64)), b.zext(above, typed(value, I64)))
-        step = b.select(b.fcmp_ordered("==", back, zero), splat_constant(step.type, 0), step)
-        integer = typed(value, I32 if _scalar(target) == F32 else I64)
-        step = b.trunc(step, integer) if integer != step.type else step
-        return b.bitcast(b.sub(b.bitcast(narrow, integer), step), target)
-    symbol = "nextafterf" if _scalar(target) == F32 else "nextafter"
-    infinity = splat_constant(target, float("-inf" if mode == "rd" else "inf"))
-    return b.select(above if mode == "rd" else below, per_lane(b, symbol, [narrow, infinity]), narrow)
-
-
-def _two_sum(b: ir.IRBuilder, x: Value, y: Value) -> tuple[Value, Value]:
-    """x + y as the nearest number and the rest (Knuth, The Art of Computer Programming 4.2.2); finite sums only."""
-    total = b.fadd(x, y)
-    part = b.fsub(total, x)
-    return total, b.fadd(b.fsub(x, b.fsub(total, part)), b.fsub(y, part))
-
-
-def _rounded_sum(b: ir.IRBuilder, mode: str, x: Value, y: Value) -> tuple[Value, Value]:
-    """`_two_sum`, with the sign that a zero has if rounded as `mode` says: downwards, - unless both summands are +0."""
-    value, error = _two_sum(b, x, y)
-    if mode == "rd":
-        integer = typed(x, I64)
-        bits = b.or_(b.bitcast(x, integer), b.bitcast(y, integer))
-        nothing = b.icmp_unsigned("==", bits, splat_constant(integer, 0))
-        cancelled = b.and_(b.fcmp_ordered("==", value, _c(x, 0.0)), b.not_(nothing))
-        value = b.select(cancelled, _c(x, -0.0), value)
-    return value, error
-
-
-def _rounded(operation: str, mode: str, element: str) -> Callable[..., Value]:
-    """add, sub, mul, div, fma, sqrt or rcp, rounded as `mode` says: in float64 with the sign of what is left over."""
-
-    def emit(b: ir.IRBuilder, *args: Value) -> Value:
-        target = args[0].type
-        if mode == "rn" and operation != "rsqrt":
-            return _plain(b, operation, args)
-        wide = [b.fpext(a, typed(a, F64)) for a in args] if element == "f32" else list(args)
-        if element == "f64" and operation not in ("add", "sub"):
-            raise Unlowered(f"{operation} of float64 rounded otherwise than to the nearest")
-        x = wide[0]
-        match operation:
-            case "add" | "sub":
-                other = wide[1] if operation == "add" else b.fneg(wide[1])
-                value, error = _rounded_sum(b, mode, x, other)
-                if element == "f64":  # a finite sum beyond the largest number: infinity is too large
-                    finite = [b.fcmp_ordered("<", intrinsic(b, "fabs", (a,)), _c(a, float("inf"))) for a in wide]
-                    lost = b.and_(b.and_(*finite), b.fcmp_unordered("uno", error, error))
-                    error = b.select(lost, intrinsic(b, "copysign", (_c(x, 1.0), b.fneg(value))), error)
-            case "mul":
-                value, error = b.fmul(x, wide[1]), _c(x, 0.0)  # 48 bits: exact
-            case "fma":
-                value, error = _rounded_sum(b, mode, b.fmul(x, wide[1]), wide[2])
-            case "div" | "rcp":
-                over, under = (x, wide[1]) if operation == "div" else (_c(x, 1.0), x)
-                value = b.fdiv(over, under)
-                rest = intrinsic(b, "fma", (b.fneg(value), under, over))
-                error = b.select(b.fcmp_ordered("<", under, _c(x, 0.0)), b.fneg(rest), rest)
-            case "sqrt":
-                value = intrinsic(b, "sqrt", (x,))
-                error = intrinsic(b, "fma", (b.fneg(value), value, x))
-            case "rsqrt":
-                value, error = _inverse(b, intrinsic(b, "sqrt", (x,))), _c(x, 0.0)
-            case _:
-                raise Unlowered(f"{operation} with a rounding mode")
-        return _directed(b, mode, value, error, target)
-
-    return emit
-
-
-def _plain(b: ir.IRBuilder, operation: str, args: Sequence[Value]) -> Value:
-    if operation in ("add", "sub", "mul", "div"):
-        return getattr(b, f"f{operation}")(*args)
-    return _inverse(b, args[0]) if operation == "rcp" else intrinsic(b, operation, args)
-
-
 # --------------------------------------------------------------------------------------------- conversions and integers
 
 
@@ -263,19 +168,6 @@ def _float_to_int(b: ir.IRBuilder, x: Value, mode: str, signed: bool, result: ir
     rounding = {"rn": "rint", "rz": "trunc", "rd": "floor", "ru": "ceil"}[mode]
     whole = intrinsic(b, rounding, (x,))
     return intrinsic(b, f"fpto{'s' if signed else 'u'}i.sat", (whole,), typed(x, result))
-
-
-def _int_to_float(b: ir.IRBuilder, x: Value, mode: str, signed: bool, target: ir.Type) -> Value:
-    convert = b.sitofp if signed else b.uitofp
-    wide, result = typed(x, F64), typed(x, target)
-    if mode == "rn":
-        return convert(x, result)
-    if _scalar(x.type) == I32:  # exact in float64
-        value = convert(x, wide)
-        return _directed(b, mode, value, _c(value, 0.0), result)
-    low = b.uitofp(b.and_(x, splat_constant(x.type, 0x7FF)), wide)
-    value, error = _two_sum(b, convert(b.and_(x, splat_constant(x.type, ~0x7FF)), wide), low)
-    return _directed(b, mode, value, error, result)
 
 
 def _byte_perm(b: ir.IRBuilder, x: Value, y: Value, selector: Value) -> Value:
@@ -470,11 +362,13 @@ def _not_of_libm(name: str, elements: Sequence[str], result: ir.Type) -> Callabl
     if match := _CONVERSION.fullmatch(name):
         source, target, mode = match["from"], match["to"], match["mode"]
         if source in ("float", "double") and target in ("float", "double"):
-            return lambda b, x: _directed(b, mode, x, _c(x, 0.0), typed(x, F32))
+            return lambda b, x: rounded(b, "cast", mode, [x], typed(x, F32))
         if source in ("float", "double"):
             return lambda b, x: _float_to_int(b, x, mode, not target.startswith("u"), result)
-        return lambda b, x: _int_to_float(b, x, mode, not source.startswith("u"), result)
+        return lambda b, x: float_of_integer(b, x, mode, not source.startswith("u"), _scalar(result))
     if match := _ROUNDED.fullmatch(name):
         operation = match["operation"].removesuffix("f")
-        return _rounded("fma" if operation == "fma" else operation, match["mode"], elements[0])
+        if operation == "rsqrt":  # of float32, to nearest: in float64, and rounded once more
+            return lambda b, x: b.fptrunc(_FLOAT["rsqrt"](b, b.fpext(x, typed(x, F64))), x.type)
+        return lambda b, *args: rounded(b, operation, match["mode"], args)
     return None
