@@ -123,8 +123,8 @@ def wrapped(numbers: list[int], to: Element, shape: tuple[int, ...]) -> np.ndarr
 
 
 def as_tensor(x: np.ndarray, element: Element) -> torch.Tensor:
-    """Values, which the type has, as a tensor."""
-    tensor = torch.from_numpy(np.ascontiguousarray(x))
+    """Values, which the type has, as a tensor with memory of its own."""
+    tensor = torch.from_numpy(np.array(x, order="C"))
     return tensor.to(element.torch) if element.is_float or element.kind == "bool" else tensor
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from drawn_tiles import BF16, F16, F32, F64, INTS, UINTS, Element, as_tensor, as_values, assert_same, rounded, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,6 +80,45 @@ def test_floats_are_added_and_exchanged(op, dtype):
         assert old.tolist() == [1.5, -2.0, 1.0, 0.25]
 
 
+ELEMENTS = {
+    **dict.fromkeys([*INTS[2:], *UINTS[2:]], (*UFUNCS, "xchg")),
+    **dict.fromkeys([F16, BF16], ("add",)),
+    **dict.fromkeys([F32, F64], ("add", "max", "min", "xchg")),
+}
+
+
+def combined(op: str, old, new, element: Element):
+    """What is in memory after an operation; -0 is below +0."""
+    if op == "xchg":
+        return new
+    if element.is_float and op != "add":
+        return (max if op == "max" else min)(old, new, key=lambda x: (x, np.copysign(1.0, x)))
+    result = UFUNCS[op](old, new)
+    return rounded(result, element) if element.is_float else result
+
+
+@pytest.mark.parametrize("element", ELEMENTS, ids=str)
+@given(seed=st.integers(0, 2**31), n=st.integers(0, 32))
+@settings(max_examples=6, deadline=None)
+@np.errstate(all="ignore")
+def test_every_operation_on_every_type_with_limits_and_infinities(element, seed, n):
+    rng = np.random.default_rng(seed)
+    for op in ELEMENTS[element]:
+        start, value = values(rng, element, 7), values(rng, element, 32)
+        if op in ("max", "min") and element.is_float:
+            start, value = np.where(np.isnan(start), 1.0, start), np.where(np.isnan(value), -1.0, value)
+        index = rng.integers(0, 7, 32)
+        memory, old = as_tensor(start, element), as_tensor(np.ones(32, dtype=element.numpy), element)
+        _rmw[(1,)](memory, torch.from_numpy(index), as_tensor(value, element), old, n, OP=op, BLOCK=32)
+        expected, expected_old = start.copy(), np.ones(32, dtype=element.numpy)
+        for k, place in enumerate(index[:n]):
+            expected_old[k] = expected[place]
+            expected[place] = combined(op, expected[place], value[k], element)
+        assert_same(as_values(memory, element), expected, f"{op} of {element}")
+        if not (element.is_float and op in ("max", "min")):  # of which Triton makes two, one for either sign
+            assert_same(as_values(old, element), expected_old, f"what was there before {op} of {element}")
+
+
 @pytest.mark.parametrize("op", ["max", "min"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_floats_of_either_sign_are_compared_as_numbers(op, dtype):
@@ -138,7 +178,12 @@ def _swap_if(x_ptr, compare_ptr, new_ptr, old_ptr, BLOCK: tl.constexpr):
     tl.store(old_ptr + at, old)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int16, torch.int32, torch.int64, torch.uint32, torch.uint64, torch.float16, torch.bfloat16, torch.float32,
+     torch.float64],
+    ids=str,
+)  # fmt: skip
 def test_compare_and_swap_of_a_tile(dtype):
     x = torch.tensor([1, 2, 3, 4]).to(dtype)
     old = torch.zeros(4, dtype=dtype)

@@ -302,6 +302,15 @@ BATCH = 3  # sets of values that each compiled kernel is run on
 )
 @settings(max_examples=7, deadline=None, phases=PHASES)
 def test_every_operation_on_a_whole_tile(element, shape, kind, axis, keep, stride, index_type, seed):
+    check(element, shape, kind, axis, keep, stride, index_type, seed)
+
+
+@np.errstate(all="ignore")  # numpy warns of signalling NaN
+def check(
+    element: Element, shape: tuple[int, ...], kind: str, axis: int, keep: bool, stride: int, index_type: Element,
+    seed: int,
+) -> None:  # fmt: skip
+    """Run a kernel of all operations that fit, on several sets of values, and compare."""
     rng, axis, total = np.random.default_rng(seed), axis % len(shape), int(np.prod(shape))
     names = [name for name, op in OPERATIONS.items() if op.operand == kind and op.accepts(element) and op.fits(shape)]
     results = [OPERATIONS[name].result(element) for name in names]
