@@ -100,10 +100,9 @@ def _apply(OP: tl.constexpr, x, index, AXIS: tl.constexpr, KEEP: tl.constexpr, H
     elif OP == "view":
         r = x.reshape((x.numel // HALF, HALF))
     elif OP == "join":
-        r = tl.join(x, index)
+        r = tl.join(x, x)
     elif OP == "split":
-        left, right = tl.split(tl.reshape(x, (x.numel // 2, 2)))
-        r = tl.where(left == left, right, right)
+        _, r = tl.split(tl.reshape(x, (x.numel // 2, 2)))
     elif OP == "interleave":
         r = tl.interleave(x, x)
     elif OP == "cat":
@@ -264,6 +263,7 @@ OPERATIONS: dict[str, Whole] = {
     "permute": Whole(lambda x, axis, index, t: x.transpose(2, 0, 1), fits=rank(3)),
     "ravel": Whole(lambda x, axis, index, t: x),
     "view": Whole(lambda x, axis, index, t: x),
+    "join": Whole(lambda x, axis, index, t: np.stack([x, x], -1)),
     "split": Whole(lambda x, axis, index, t: x.reshape(-1)[1::2], fits=lambda shape: np.prod(shape) > 1),
     "interleave": Whole(lambda x, axis, index, t: np.repeat(x, 2, -1)),
     "cat": Whole(lambda x, axis, index, t: np.concatenate([x, x]), fits=rank(1)),
