@@ -183,14 +183,15 @@ class Layout:
 
 
 def shapes() -> st.SearchStrategy[tuple[int, int]]:
-    """(rows, columns), powers of two; 0 rows for a tile of one dimension."""
-    return st.tuples(st.sampled_from([0, 0, 1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8, 16, 32, 64]))
+    """(rows, columns), powers of two; 0 rows for a tile of one dimension, 0 columns as well for a number."""
+    tiles = st.tuples(st.sampled_from([0, 0, 1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8, 16, 32, 64]))
+    return st.one_of(tiles, tiles, tiles, st.just((0, 0)))
 
 
 @st.composite
 def layouts(draw: st.DrawFn, shape: tuple[int, int], *, apart: bool = False) -> Layout:
     """Rows or columns that are contiguous, padded, backwards, or transposed; unless `apart`, repeated as well."""
-    rows, columns = max(shape[0], 1), shape[1]
+    rows, columns = max(shape[0], 1), max(shape[1], 1)
     sign = st.sampled_from([1, 1, -1])
     step, padding = draw(st.sampled_from([1, 1, 1, 2, 3])), draw(st.sampled_from([0, 0, 1, 5]))
     if draw(st.sampled_from([True, True, False])):

@@ -138,7 +138,9 @@ def _apply(OP: tl.constexpr, x, y, z, TO: tl.constexpr):
 
 @triton.jit
 def _at(row, column, M: tl.constexpr, N: tl.constexpr):
-    if M == 0:
+    if N == 0:
+        at = row * 0
+    elif M == 0:
         at = tl.arange(0, N) * column
     else:
         at = tl.arange(0, M)[:, None] * row + tl.arange(0, N)[None, :] * column
