@@ -1,8 +1,8 @@
 """From parsed TTIR to LLVM IR: one entry function per kernel that runs a range of programs.
 
-`elementwise` and `vmath` emit arithmetic, `chunks` memory accesses, `nest` loop nests over a tile, `reduction` and
-`dot` the operations that need loops of their own, `control` branches and loops, `program` the order of it all. This
-module makes the entry function.
+`elementwise`, `vmath`, `trigonometry`, `libdevice` and `rounding` emit arithmetic, `chunks` memory accesses, `nest`
+loop nests over a tile, `reduction` and `dot` the operations that need loops of their own, `control` branches and loops,
+`program` the order of it all. This module makes the entry function.
 """
 
 from __future__ import annotations
