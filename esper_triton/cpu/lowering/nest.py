@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
-from esper_triton.cpu.lowering import lanewise, memory
+from esper_triton.cpu.lowering import indices, lanewise, memory
 from esper_triton.cpu.lowering.chunks import ZERO, Affine, Buffer, Chunk, Index, Lanes, Prefix, Uniform
 from esper_triton.cpu.lowering.elementwise import (
     I1,
@@ -27,7 +27,6 @@ from esper_triton.cpu.lowering.elementwise import (
     size_of,
 )
 from esper_triton.cpu.lowering.vmath import Value as LLVMValue
-from esper_triton.cpu.lowering.vmath import intrinsic
 from esper_triton.cpu.mlir import Dense, Operation, PointerType, TensorType, Value
 
 if TYPE_CHECKING:
@@ -444,7 +443,7 @@ class Nest:
         if not any(at.lanes for at in index):
             assert isinstance(chunk, Uniform)
             return chunk.value
-        if not _is_inexact(chunk):
+        if not indices.is_inexact(chunk):
             return c.as_vector(self.builder(index), chunk, self.width)
         key = _key(value, index)
         if key not in self._exact:
@@ -454,7 +453,7 @@ class Nest:
     def exact(self, value: Value, index: tuple[Index, ...]) -> Chunk:
         """The chunk, in a form that holds the exact value of every lane."""
         chunk = self.chunk(value, index)
-        return Lanes(self.vector(value, index)) if _is_inexact(chunk) else chunk
+        return Lanes(self.vector(value, index)) if indices.is_inexact(chunk) else chunk
 
     def _widened(self, value: Value, index: tuple[Index, ...]) -> LLVMValue:
         """Lane by lane, from the operands' exact values."""
@@ -472,7 +471,7 @@ class Nest:
             return self.program.emit(op, b, vectors)
         element = element_type(value.type)
         assert isinstance(element, PointerType)
-        pointers = self._add_pointer(b, Lanes(vectors[0]), Lanes(vectors[1]), size_of(element.pointee))
+        pointers = indices.add_pointer(b, Lanes(vectors[0]), Lanes(vectors[1]), size_of(element.pointee), self.width)
         return c.as_vector(b, pointers, self.width)
 
     def _compute(self, value: Value, index: tuple[Index, ...]) -> Chunk:
@@ -483,7 +482,7 @@ class Nest:
             return buffer.read(b, index, self.width)
         if value in program.shifted:
             initial, amount = program.shifted[value]
-            return self._add(b, self.chunk(initial, index), Uniform(amount), 1)
+            return indices.add(b, self.chunk(initial, index), Uniform(amount), 1, self.width)
         op = value.defining_op
         assert op is not None, f"block argument {value.name} has no buffer"
         match op.name:
@@ -510,7 +509,7 @@ class Nest:
                     pointer, offset = (self.exact(operand, index) for operand in op.operands)
                 element = element_type(value.type)
                 assert isinstance(element, PointerType)
-                return self._add_pointer(b, pointer, offset, size_of(element.pointee))
+                return indices.add_pointer(b, pointer, offset, size_of(element.pointee), self.width)
         return self._elementwise(op, index, b)
 
     def _constant(self, op: Operation, b: ir.IRBuilder, index: tuple[Index, ...]) -> Chunk:
@@ -520,129 +519,15 @@ class Nest:
             return Uniform(constant(op.result.type, dense.value))
         return self.program.constant_buffer(op).read(b, index, self.width)
 
-    def _add(self, b: ir.IRBuilder, x: Chunk, y: Chunk, sign: int) -> Chunk:
-        assert not isinstance(x, Prefix)
-        assert not isinstance(y, Prefix)
-        if isinstance(x, Lanes) or isinstance(y, Lanes):
-            combine = b.add if sign > 0 else b.sub
-            moved = y if isinstance(x, Lanes) else x
-            run = x.run if isinstance(x, Lanes) else y.run if isinstance(y, Lanes) and sign > 0 else None
-            if run is not None:
-                run = replace(run, base=combine(run.base, moved.value)) if isinstance(moved, Uniform) else None
-            return Lanes(combine(c.as_vector(b, x, self.width), c.as_vector(b, y, self.width)), run)
-        base_x, base_y = (v.value if isinstance(v, Uniform) else v.base for v in (x, y))
-        step = (x.step if isinstance(x, Affine) else 0) + sign * (y.step if isinstance(y, Affine) else 0)
-        base = (b.add if sign > 0 else b.sub)(base_x, base_y)
-        assumed = [v for v in (x, y) if isinstance(v, Affine) and v.assumed]
-        # With steps that cancel, what was assumed may still not hold: it stays in a form that remembers it.
-        if not step and not assumed:
-            return Uniform(base)
-        return Affine(base, step, assumed=bool(assumed), certain=assumed[0].certain if len(assumed) == 1 else None)
-
-    def _add_pointer(self, b: ir.IRBuilder, pointer: Chunk, offset: Chunk, size: int) -> Chunk:
-        scale = ir.Constant(I64, size)
-        assert not isinstance(offset, Prefix)
-        if isinstance(offset, Lanes):
-            wide = offset.value
-            run = offset.run
-            if wide.type.element != I64:
-                wide = b.sext(wide, ir.VectorType(I64, self.width))
-                run = run and replace(run, base=b.sext(run.base, I64))
-            run = run and replace(run, base=b.mul(run.base, scale), step=run.step * size)
-            return self._add(b, pointer, Lanes(b.mul(wide, c.splat(b, scale, self.width)), run), 1)
-        base = offset.value if isinstance(offset, Uniform) else offset.base
-        widened = base.type != I64
-        base = b.mul(b.sext(base, I64) if widened else base, scale)
-        scaled: Chunk = Uniform(base)
-        if isinstance(offset, Affine):
-            scaled = Affine(base, offset.step * size, assumed=offset.assumed or (widened and not offset.fits))
-        return self._add(b, pointer, scaled, 1)
-
     def _elementwise(self, op: Operation, index: tuple[Index, ...], b: ir.IRBuilder) -> Chunk:
         emit = partial(self.program.emit, op)
         operands = [self.chunk(operand, index) for operand in op.operands]
         if all(isinstance(operand, Uniform) for operand in operands):
             return Uniform(emit(b, [operand.value for operand in operands if isinstance(operand, Uniform)]))
-        affine = self._affine(op, operands, b)
+        affine = indices.affine(op, operands, b, self.width)
         if affine is not None:
             return affine
         return Lanes(emit(b, [self.vector(operand, index) for operand in op.operands]))
-
-    def _affine(self, op: Operation, operands: list[Chunk], b: ir.IRBuilder) -> Chunk | None:
-        """Index arithmetic that keeps its scalar form; None where it cannot."""
-        if any(isinstance(operand, Lanes) for operand in operands):
-            return self._with_run(op, operands, b)
-        first = operands[0]
-        match op.name:
-            case "arith.addi" | "arith.subi" if register_type(op.result.type) != I1:
-                return self._add(b, first, operands[1], 1 if op.name == "arith.addi" else -1)
-            case "arith.muli":
-                for x, y in (operands, reversed(operands)):
-                    if isinstance(x, Affine) and isinstance(y, Uniform) and isinstance(y.value, ir.Constant):
-                        step = x.step * y.value.constant
-                        # Steps that cancelled leave an assumed tile with step 0, and a base that counts.
-                        if step or x.assumed:
-                            return Affine(b.mul(x.base, y.value), step, assumed=x.assumed, certain=x.certain)
-                        return Uniform(y.value)
-            case "arith.cmpi":
-                return self._prefix(op.attributes["predicate"], first, operands[1], b)
-            case "arith.andi" if register_type(op.result.type) == I1:
-                for x, y in (operands, reversed(operands)):
-                    if isinstance(x, Prefix) and isinstance(y, Prefix):
-                        return x.both(b, y)
-                    if isinstance(x, Prefix) and isinstance(y, Uniform):
-                        return Prefix(b.select(y.value, x.count, ir.Constant(I64, 0)), x.certain)
-            case "arith.extsi" if isinstance(first, Affine):
-                wide = b.sext(first.base, register_type(op.result.type))
-                if first.fits:
-                    return Affine(wide, first.step, fits=True)
-                certain = None if first.assumed or first.step != 1 else self._before_wrap(first, b)
-                return Affine(wide, first.step, assumed=True, certain=certain)
-        return None
-
-    def _with_run(self, op: Operation, operands: list[Chunk], b: ir.IRBuilder) -> Chunk | None:
-        """Index arithmetic on what may turn out to count up; None for any other."""
-        first = operands[0]
-        if op.name == "arith.extsi" and isinstance(first, Lanes) and first.run is not None:
-            wide = register_type(op.result.type)
-            run = replace(first.run, base=b.sext(first.run.base, wide))
-            return Lanes(b.sext(first.value, ir.VectorType(wide, self.width)), run)
-        if op.name == "arith.addi" and register_type(op.result.type) != I1:
-            for x, y in (operands, reversed(operands)):
-                if isinstance(x, Lanes) and x.run is not None and isinstance(y, Uniform):
-                    return self._add(b, x, y, 1)
-        return None
-
-    def _prefix(self, predicate: int, first: Chunk, second: Chunk, b: ir.IRBuilder) -> Chunk | None:
-        """The comparison of indices that count up by one with a bound; None for any other."""
-        if predicate in (4, 5):  # bound > index, bound >= index
-            predicate, first, second = predicate - 2, second, first
-        if predicate not in (2, 3) or not (
-            isinstance(first, Affine) and first.step == 1 and isinstance(second, Uniform)
-        ):
-            return None
-        bound, base = (v if v.type == I64 else b.sext(v, I64) for v in (second.value, first.base))
-        saturated = second.value.type == I64  # might wrap, and a mask must not come on by that
-        count = intrinsic(b, "ssub.sat", (bound, base)) if saturated else b.sub(bound, base)
-        if predicate == 3:
-            one = ir.Constant(I64, 1)
-            count = intrinsic(b, "sadd.sat", (count, one)) if saturated else b.add(count, one)
-        if first.fits:
-            return Prefix(count)
-        if first.assumed:
-            return Prefix(count, ir.Constant(I64, 0) if first.certain is None else first.certain)
-        return Prefix(count, self._before_wrap(first, b))
-
-    def _before_wrap(self, chunk: Affine, b: ir.IRBuilder) -> LLVMValue:
-        """How many lanes (i64) of a chunk that counts up by one come before its type's largest value."""
-        bits = chunk.base.type.width
-        largest = ir.Constant(I64, (1 << (bits - 1)) - 1)
-        return intrinsic(b, "ssub.sat", (largest, chunk.base if bits == 64 else b.sext(chunk.base, I64)))
-
-
-def _is_inexact(chunk: Chunk) -> bool:
-    """Whether lanes that wrapped around would not be what the chunk says."""
-    return isinstance(chunk, Prefix) or (isinstance(chunk, Affine) and chunk.assumed)
 
 
 def _moved(index: Sequence[Index], axis: int, at: Index) -> tuple[Index, ...]:
