@@ -132,6 +132,19 @@ def _saturate(b: ir.IRBuilder, x: Value) -> Value:
     return intrinsic(b, "minimumnum", (intrinsic(b, "maximumnum", (x, _c(x, 0.0))), _c(x, 1.0)))
 
 
+def _cbrt(b: ir.IRBuilder, x: Value) -> Value:
+    if _scalar(x.type) != F64:
+        return function(b, "cbrt", "f32", [x])
+    # libm's is a few units off in float64. One step of Newton's mends that where no power underflows or overflows.
+    y = function(b, "cbrt", "f64", [x])
+    square = b.fmul(y, y)
+    excess = intrinsic(b, "fma", (square, y, b.fneg(x)))
+    better = b.fsub(y, b.fdiv(excess, b.fmul(square, _c(x, 3.0))))
+    size = intrinsic(b, "fabs", (x,))
+    usual = b.and_(b.fcmp_ordered(">", size, _c(x, 1e-290)), b.fcmp_ordered("<", size, _c(x, 1e300)))
+    return b.select(usual, better, y)
+
+
 def _high_word_only(b: ir.IRBuilder, x: Value) -> Value:
     # An approximation of 1/x whose lower half is zero.
     bits = b.bitcast(_inverse(b, x), typed(x, I64))
@@ -154,7 +167,8 @@ _FLOAT: dict[str, Callable[..., Value]] = {
     "norm4d": _norm,
     "rnorm3d": _rnorm,
     "rnorm4d": _rnorm,
-    "rcbrt": lambda b, x: _inverse(b, function(b, "cbrt", "f64" if _scalar(x.type) == F64 else "f32", [x])),
+    "cbrt": _cbrt,
+    "rcbrt": lambda b, x: _inverse(b, _cbrt(b, x)),
     "sinpi": _of_pi(sine=True),
     "cospi": _of_pi(sine=False),
     **{name: _special(name) for name in SPECIAL},
