@@ -1,5 +1,6 @@
 # `make demo` and `make test` need Python 3.11 (or later) and make; they install everything else into .venv on first use.
-# Every path here is relative, so that a checkout may lie in a folder with spaces in its name.
+# Every path here is relative, so that a checkout may lie in a folder with spaces in its name (where torch's own C++ builds
+# fail, which two of the tests need).
 
 PYTHON ?= python3.11 python3
 VENV := .venv

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.language.extra import libdevice
 
 from esper_triton.cpu import compiler
 from esper_triton.cpu.errors import LaunchError, UnsupportedOperation
@@ -115,10 +114,9 @@ def test_threads_of_python_launch_and_compile_at_once(rng):
 
 
 @triton.jit
-def uses_a_rounding_mode(x_ptr, N: tl.constexpr):
-    x = tl.load(x_ptr + tl.arange(0, N)).to(tl.float64)
-    y = libdevice.sqrt_ru(x) + 1  # named here, though it would be computed for the store
-    tl.store(x_ptr + tl.arange(0, N), y.to(tl.float32))
+def exchanges_a_bool(x_ptr, N: tl.constexpr):
+    old = tl.atomic_xchg(x_ptr.to(tl.pointer_type(tl.int1)), True)
+    tl.store(x_ptr + tl.arange(0, N), old.to(tl.float32))
 
 
 @triton.jit
@@ -131,7 +129,7 @@ def uses_inline_assembly(x_ptr, N: tl.constexpr):
 @pytest.mark.parametrize(
     ("kernel", "args", "constants", "operation", "line"),
     [
-        (uses_a_rounding_mode, lambda: (torch.zeros(32),), {"N": 32}, "tt.extern_elementwise", 3),
+        (exchanges_a_bool, lambda: (torch.zeros(32),), {"N": 32}, "tt.atomic_rmw", 2),
         (uses_inline_assembly, lambda: (torch.zeros(32),), {"N": 32}, "tt.elementwise_inline_asm", 3),
     ],
     ids=lambda value: getattr(value, "__name__", None),
