@@ -68,6 +68,7 @@ _CHEAP = {
 
 # Of one instruction or two.
 _ARITHMETIC = {"arith.addf", "arith.subf", "arith.mulf", "arith.negf", "arith.extf", "arith.truncf"}
+_SOON = 256  # operations after a reduction among which all that needs a row again must be
 _LIGHT = 8  # lazy tiles that a chunk may be made of where it is computed inside of unrolled code
 
 
@@ -358,7 +359,7 @@ class Program:
                 needed_later
                 and user is not None
                 and user.name == "tt.reduce"
-                and self._may_be_loaded_again(value, axis)
+                and self._may_be_loaded_again(value, axis, user)
             ):
                 self.pending[value] = None
             elif (wanted or needed_later) and not self.is_cheap(value):
@@ -366,12 +367,22 @@ class Program:
         accesses = [op for op in (*operations, user) if op is not None and op.name in ("tt.load", "tt.store")]
         return Nest(self, shape, keep, [] if self.terse else accesses, axis)
 
-    def _may_be_loaded_again(self, value: Value, axis: int | None) -> bool:
-        """Whether a lazy tile is neighbours in memory, which are read as fast as a copy of them would be."""
+    def _may_be_loaded_again(self, value: Value, axis: int | None, user: Operation) -> bool:
+        """Whether a lazy tile is neighbours in memory, which are read as fast as a copy of them would be, and `user` is
+        followed by all that needs it before anything is stored: a store would have to make the copy after all."""
         op = definition(value) if value not in self.shifted else None
         if op is None or op.name != "tt.load" or axis is None or self._contiguous_load(value) != axis:
             return False
-        return all(self.is_cheap(operand) for operand in op.operands)
+        if not all(self.is_cheap(operand) for operand in op.operands):
+            return False
+        missing = {u for u in value.users if u not in self._done}
+        assert user.block is not None
+        start = user.block.operations.index(user) + 1
+        for other in user.block.operations[start : start + _SOON]:
+            missing.discard(other)
+            if not missing or other.name == "tt.store":
+                break
+        return not missing
 
     def materialise(self, value: Value, inner: int | None = None, panel: int | None = None) -> Buffer:
         """The tile in scratch memory, computed now unless it is there already.
