@@ -121,7 +121,8 @@ def explain(target: str, args: Iterable[str] = (), constexprs: Iterable[str] = (
 
 def _access(op: Operation, forms: tuple[Form, ...]) -> Access:
     place = op.location
-    accessed = op.results[0] if op.results else op.operands[1]
+    # What a poll gives is whether it saw the value that it was to wait for.
+    accessed = op.results[0] if op.results and op.name != "tt.atomic_poll" else op.operands[1]
     return Access(
         file=place.file if place else None,
         line=place.line if place else None,

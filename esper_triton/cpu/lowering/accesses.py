@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from esper_triton.cpu.mlir import Operation
 
 # Operations that access the memory of the kernel's arguments, by what they are called.
-OPERATIONS = {"tt.load": "load", "tt.store": "store", "tt.atomic_rmw": "atomic", "tt.atomic_cas": "atomic"}
+OPERATIONS = {
+    "tt.load": "load", "tt.store": "store", "tt.atomic_rmw": "atomic", "tt.atomic_cas": "atomic",
+    "tt.atomic_load": "atomic", "tt.atomic_store": "atomic", "tt.atomic_poll": "atomic",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ _LIGHT = 6  # instructions per chunk up to which the loop would wait for a singl
 
 def lower_reduce(program: Program, op: Operation) -> None:
     """Reduce along `axis`; a result of rank 0 is a scalar."""
-    if op.results[0] in program.scalars or op.results[0] in program.buffers:
-        return  # with an earlier one
+    if _is_done(program, op):
+        return
     combine = ElementFunction(program, op)
     together = {op: combine}
     if combine.in_lanes:
@@ -62,12 +62,17 @@ def _alike(program: Program, op: Operation) -> Iterator[tuple[Operation, Element
     depths = {value: math.inf for each in ahead if not _is_arithmetic(each) for value in each.results}
     for other in ahead[1:]:
         if other.name == op.name and _shape_and_axis(other) == _shape_and_axis(op):
-            if other.results[0] not in program.scalars and all(depths.get(v, 0) <= _DEEPEST for v in other.operands):
+            if not _is_done(program, other) and all(depths.get(v, 0) <= _DEEPEST for v in other.operands):
                 yield other, ElementFunction(program, other)
         elif other.regions or (other.name not in TABLE and other.name not in _HARMLESS):
             return
         elif _is_arithmetic(other):
             depths[other.results[0]] = 1 + max((depths.get(v, 0) for v in other.operands), default=0)
+
+
+def _is_done(program: Program, op: Operation) -> bool:
+    """Whether a reduction was computed along with an earlier one."""
+    return op.results[0] in program.scalars or op.results[0] in program.buffers
 
 
 def _is_arithmetic(op: Operation) -> bool:

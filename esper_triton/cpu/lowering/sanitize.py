@@ -19,6 +19,7 @@ from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering import lanewise
+from esper_triton.cpu.lowering.accesses import OPERATIONS
 from esper_triton.cpu.lowering.chunks import Affine
 from esper_triton.cpu.lowering.elementwise import I1, I32, I64, element_type, size_of
 from esper_triton.cpu.lowering.memory import load_operands
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
 
 ACCESS = "esper.access"
 
-_ACCESSES = {
-    "tt.load": "load", "tt.store": "store", "tt.atomic_rmw": "atomic", "tt.atomic_cas": "atomic",
-    "tt.atomic_load": "atomic", "tt.atomic_store": "atomic", "tt.atomic_poll": "atomic",
-}  # fmt: skip
 _MASK = {"tt.store": 2, "tt.atomic_rmw": 2, "tt.atomic_load": 1, "tt.atomic_store": 2}  # which operand it is
 _EXCHANGE = 10  # Triton's RMWOp
 _WAITS = {"tt.atomic_cas", "tt.atomic_load", "tt.atomic_poll"}
@@ -66,7 +63,7 @@ class _Insertion:
             for op in block.operations:
                 for nested in op.regions:
                     self.into(nested, locked)
-                if op.name in _ACCESSES:
+                if op.name in OPERATIONS:
                     marks = ("after a lock" if locked else "alone") if self._race and op.name == "tt.store" else ""
                     output.append(_check(op, block, self._arguments, marks))
                 output.append(op)
@@ -94,7 +91,7 @@ def _check(op: Operation, block: Block, arguments: Sequence[Value], marks: str) 
     (argument,) = origin if len(origin) == 1 else (None,)
     known = argument in arguments
     attributes = {
-        "access": _ACCESSES[op.name],
+        "access": OPERATIONS[op.name],
         "argument": arguments.index(argument) if known and argument is not None else None,
         "name": argument.name.lstrip("%") if known and argument is not None else "",
         "marks": marks,

@@ -73,9 +73,8 @@ class Streams:
             return False
         function = op
         while function.name != "tt.func":
-            assert function.block is not None
-            assert function.block.region.parent is not None
-            function = function.block.region.parent
+            assert function.parent is not None
+            function = function.parent
         if function not in self._read:
             self._read[function] = self._origins_of_loads(function)
         read, written = self._read[function], origins(op.operands[0])
@@ -99,11 +98,11 @@ class Streams:
         total: LLVMValue = ir.Constant(I64, tile.size * size_of(tile.element))
         for axis in range(3):
             total = b.mul(total, b.zext(program.grid[f"size{axis}"], I64))
-        block = op.block
-        while block is not None and (loop := block.region.parent) is not None:
-            if loop.name == "scf.for":
-                total = b.mul(total, self._steps(b, loop))
-            block = loop.block
+        around = op.parent
+        while around is not None:
+            if around.name == "scf.for":
+                total = b.mul(total, self._steps(b, around))
+            around = around.parent
         enough = b.icmp_unsigned(">=", total, ir.Constant(I64, last_level_cache_bytes()))
         return b.select(enough, ir.Constant(I64, _LINE - 1), ir.Constant(I64, -1))
 
