@@ -368,8 +368,8 @@ def make_transpose(count: int, randn) -> Case:
     cols = count // rows
     x = randn(rows, cols)
     # Long rows, which memory is read faster in; a tile fits the second-level cache.
-    blocks = {"BLOCK_R": 64, "BLOCK_C": 256}
-    grid = (triton.cdiv(rows, 64), triton.cdiv(cols, 256))
+    blocks = {"BLOCK_R": 64, "BLOCK_C": 512}
+    grid = (triton.cdiv(rows, 64), triton.cdiv(cols, 512))
     return Case(
         name=f"transpose {rows}x{cols}",
         inputs=(x,),

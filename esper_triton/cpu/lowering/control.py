@@ -17,6 +17,7 @@ from esper_triton.cpu.lowering.elementwise import I64, TABLE, constant, element_
 from esper_triton.cpu.lowering.memory import is_volatile
 from esper_triton.cpu.lowering.nest import definition, is_elementwise, is_lazy_operation, is_tile
 from esper_triton.cpu.lowering.traps import end_of_step
+from esper_triton.cpu.lowering.updates import may_be_early
 from esper_triton.cpu.mlir import Block, Operation, PointerType, TensorType, Value
 
 if TYPE_CHECKING:
@@ -116,9 +117,12 @@ def lower_for(program: Program, op: Operation) -> None:
     program.scalars[counter] = index
     for argument, first, phi, advance in zip(arguments, initial, phis, advances, strict=True):
         _bind(program, argument, first, phi, advance)
-    for yielded, other in zip(yields, spare_phis, strict=True):
+    for argument, yielded, other in zip(arguments, yields, spare_phis, strict=True):
         if other is not None and _can_target(program, yielded, body):
             program.targets[yielded] = other
+        elif argument in in_place and may_be_early(argument, yielded, body):
+            assert isinstance(yielded.type, TensorType)
+            program.updates[yielded] = Buffer(other, yielded.type.shape, yielded.type.element)
     following = []
     copies: dict[tuple[int, ...], list[tuple[Value, Buffer]]] = {}
     with program.scope():

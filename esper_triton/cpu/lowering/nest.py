@@ -30,6 +30,7 @@ from esper_triton.cpu.lowering.vmath import Value as LLVMValue
 from esper_triton.cpu.mlir import Dense, Operation, PointerType, TensorType, Value
 
 if TYPE_CHECKING:
+    from esper_triton.cpu.lowering.ahead import Upcoming
     from esper_triton.cpu.lowering.program import Program
 
 _BLOCK, _WIDE_BLOCK = 8, 16  # rows and columns that are turned at once; and where a register holds a cache line
@@ -125,6 +126,7 @@ class Nest:
         self.shape = tuple(shape)
         self.axis = lane_axis(self.shape) if axis is None else axis
         self._kept = dict(keep or {})
+        self.accesses = frozenset(accesses)
         self._accesses = [op for op in accesses if memory.mask_of(op) is not None]
         self.builders: list[ir.IRBuilder] = [program.b]
         self._open: list[_Loop | None] = []
@@ -280,6 +282,12 @@ class Nest:
             self.close()
         for _ in range(opened):
             self.close()
+
+    def fetch(self, tiles: Sequence[Upcoming], index: tuple[Index, ...]) -> None:
+        """Ask for what the loop's next step will load of `tiles` at `index`, if that is a whole chunk."""
+        if not self.is_split:
+            for tile in tiles:
+                tile.fetch(self, index)
 
     def leave_on(self, masks: Iterable[Value], index: tuple[Index, ...]) -> None:
         """Take it from here that masks are on in every lane at `index`."""

@@ -25,6 +25,7 @@ from llvmlite import ir
 from esper_triton.cpu.errors import UnsupportedOperation
 from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering.accesses import Form, Record
+from esper_triton.cpu.lowering.ahead import Ahead, Upcoming
 from esper_triton.cpu.lowering.atomics import lower_volatile_load
 from esper_triton.cpu.lowering.chunks import Buffer
 from esper_triton.cpu.lowering.elementwise import (
@@ -52,6 +53,7 @@ from esper_triton.cpu.lowering.nest import (
     operand_axis,
 )
 from esper_triton.cpu.lowering.streaming import Streams
+from esper_triton.cpu.lowering.updates import updates_along
 from esper_triton.cpu.mlir import Block, Dense, Operation, PointerType, TensorType, Value
 
 _ALIGNMENT = 64  # of buffers: a cache line
@@ -138,6 +140,8 @@ class Program:
         self._done: set[Operation] = set()  # what loop nests have computed, or used, so far
         self.terse = False  # whether little code matters more than fast code, since it will hardly ever run
         self.streams = Streams(self)
+        self._ahead = Ahead(self)
+        self.updates: dict[Value, Buffer] = {}  # see `updates`
         self.targets: dict[Value, Any] = {}  # where a root's result is wanted, if somewhere particular
 
     def note(
@@ -348,8 +352,10 @@ class Program:
         """
         axis = lane_axis(shape) if axis is None else axis
         visits = self.prepare(roots, axis)
+        ready = {value for value, visit in visits.items() if not visit.elsewhere}
+        updates, steps = updates_along(self, user, ready, axis)
         operations = dict.fromkeys(definition(value) for value in visits if value not in self.shifted)
-        self._done.update((*operations, *also) if user is None else (*operations, user, *also))
+        self._done.update((*operations, *also, *steps) if user is None else (*operations, user, *also, *steps))
         keep = {}
         for value in visits:
             self.pending.pop(value, None)
@@ -364,6 +370,8 @@ class Program:
                 self.pending[value] = None
             elif (wanted or needed_later) and not self.is_cheap(value):
                 keep[value] = self.new_buffer(value, inner=inner if wanted else axis, panel=panel if wanted else None)
+        keep |= updates
+        self.buffers |= updates
         accesses = [op for op in (*operations, user) if op is not None and op.name in ("tt.load", "tt.store")]
         return Nest(self, shape, keep, [] if self.terse else accesses, axis)
 
@@ -441,13 +449,19 @@ class Program:
         tiles are computed before any is written.
         """
         nest = self.nest([value for value, _ in tiles], tiles[0][1].shape, user)
+        upcoming = self.upcoming(user, nest)
 
         def chunk(index: tuple[c.Index, ...]) -> None:
+            nest.fetch(upcoming, index)
             chunks = [nest.exact(value, index) for value, _ in tiles]
             for computed, (_, buffer) in zip(chunks, tiles, strict=True):
                 buffer.write(nest.b, index, computed, nest.width)
 
         nest.run(chunk)
+
+    def upcoming(self, user: Operation, nest: Nest) -> list[Upcoming]:
+        """What a nest made for `user` is to fetch for the next step of the loop around it."""
+        return self._ahead.share(user, nest, self._done)
 
     def _write(self, value: Value, buffer: Buffer) -> None:
         nest = self.nest([value], buffer.shape, None)
