@@ -27,7 +27,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from esper_triton.cpu.place import Placed, place
-from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS
+from esper_triton.cpu.trap import FRAME_CLAIMS, FRAME_SLOTS, FRAME_STATUS
 from esper_triton.cpu.watchdog import WATCHED
 
 __all__ = ["KernelTable", "Launch", "unavailable", "use_threads"]
@@ -404,6 +404,11 @@ run_parallel:
   %frame_num_threads = getelementptr ptr, ptr %frame, i64 5
   store ptr %thread_num, ptr %frame_thread_num
   store ptr %num_threads, ptr %frame_num_threads
+  %claims = alloca i64, i64 %threads, align 16
+  %claims_size = mul i64 %threads, 8
+  call void @llvm.memset.p0.i64(ptr %claims, i8 0, i64 %claims_size, i1 false)
+  %frame_claims = getelementptr ptr, ptr %frame, i64 {FRAME_CLAIMS}
+  store ptr %claims, ptr %frame_claims
   %threads32 = trunc i64 %threads to i32
   call void %parallel(ptr %entry_point, ptr %frame, i32 %threads32, i32 0)
   br label %ran

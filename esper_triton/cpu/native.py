@@ -1,6 +1,6 @@
 """Loads the object code of a kernel into this process and runs it over a grid.
 
-The entry point has the C signature `void symbol(Frame *)`. A frame is sixteen 8-byte slots:
+The entry point has the C signature `void symbol(Frame *)`. A frame is seventeen 8-byte slots:
 
 | slot | type | content |
 | --- | --- | --- |
@@ -13,9 +13,10 @@ The entry point has the C signature `void symbol(Frame *)`. A frame is sixteen 8
 | 10 | `char *` | where in the source it trapped: line, file, message |
 | 11 to 14 | `int64` | numbers that belong to the status |
 | 15 | `int64 *` | for code that checks its accesses: the storages it may reach, see `storages`; null: everything |
+| 16 | `int64 *` | for each thread, how many programs of its range have been claimed so far: 0 to begin with |
 
 With more than one thread, `GOMP_parallel` of the libgomp that torch brought along calls the entry point once on each
-thread of torch's own pool, and each thread takes its share of the programs.
+thread of torch's own pool, and the threads share the programs (see `lowering.entry`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from esper_triton.cpu.forking import forked
 from esper_triton.cpu.launcher import KernelTable, Launch
 from esper_triton.cpu.place import GLOBAL_OFFSET_TABLE, Placed, address_in_process, place
 from esper_triton.cpu.storages import StorageTable
-from esper_triton.cpu.trap import FRAME_SLOTS, FRAME_STATUS, FRAME_STORAGES, failure
+from esper_triton.cpu.trap import FRAME_CLAIMS, FRAME_SLOTS, FRAME_STATUS, FRAME_STORAGES, failure
 from esper_triton.cpu.watchdog import WATCHED, limit_s, watch
 from esper_triton.cpu.work import programs_per_thread
 
@@ -212,17 +213,19 @@ class NativeKernel:
         return run
 
     def _run(self, frame: Any, programs: int, num_threads: int | None) -> None:
-        openmp = None
+        openmp, threads = None, 1
         if programs > 1 and num_threads != 1 and not forked() and "torch" in sys.modules:
             worthwhile = programs // self._code.programs_per_thread + 1
-            num_threads = min(num_threads or sys.modules["torch"].get_num_threads(), programs, worthwhile)
-            openmp = _openmp() if num_threads > 1 else None
+            threads = min(num_threads or sys.modules["torch"].get_num_threads(), programs, worthwhile)
+            openmp = _openmp() if threads > 1 else None
         with watch(frame, limit) if (limit := WATCHED.value and limit_s()) else nullcontext():
             if openmp is None:
                 self._code.entry(ctypes.addressof(frame))
             else:
                 parallel, frame[4], frame[5] = openmp
-                parallel(self.address, ctypes.addressof(frame), num_threads, 0)
+                claims = (ctypes.c_int64 * threads)()
+                frame[FRAME_CLAIMS] = ctypes.addressof(claims)
+                parallel(self.address, ctypes.addressof(frame), threads, 0)
         if frame[FRAME_STATUS]:
             self.failed(bytes(frame))
 

@@ -24,13 +24,14 @@ from esper_triton.cpu.errors import (
     write_race,
 )
 
-__all__ = ["FRAME_REPORT", "FRAME_SLOTS", "FRAME_STATUS", "FRAME_STORAGES", "Status", "failure"]
+__all__ = ["FRAME_CLAIMS", "FRAME_REPORT", "FRAME_SLOTS", "FRAME_STATUS", "FRAME_STORAGES", "Status", "failure"]
 
 # Slots of a frame: see `native`.
 FRAME_STATUS = 6
 FRAME_REPORT = 7  # program id x, y, z; address of the place's text; four numbers
 FRAME_STORAGES = 15
-FRAME_SLOTS = 16
+FRAME_CLAIMS = 16
+FRAME_SLOTS = 17
 
 
 class Status(IntEnum):

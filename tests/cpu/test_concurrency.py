@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch.utils.data import DataLoader, Dataset
 
-from esper_triton.cpu import prepare
+from esper_triton.cpu import deadline, prepare
 from esper_triton.cpu.driver import CPUDriver
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -240,3 +240,49 @@ def test_the_workers_of_a_data_loader_launch_kernels():
     assert check(2)
     batches = torch.cat(list(DataLoader(Squares(), batch_size=2, num_workers=2, multiprocessing_context="fork")))
     assert torch.equal(batches, (torch.arange(6.0) ** 2)[:, None].expand(6, 200))
+
+
+@pytest.fixture
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@triton.jit
+def first_waits_for_all_others(arrived, out, EACH: tl.constexpr):
+    program = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+    total = tl.num_programs(0) * tl.num_programs(1)
+    if program == 0:
+        while tl.atomic_add(arrived, 0) < total - 1:
+            pass
+    else:
+        tl.atomic_add(arrived, 1)
+    i = program * EACH + tl.arange(0, EACH)
+    tl.store(out + i, tl.load(out + i) + i)
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("grid", [(2,), (40,), (7, 5)])
+def test_a_thread_goes_on_with_what_another_has_not_begun(grid):
+    # With few programs a piece is one of them, so that the one who waits holds no other back.
+    n = 16 * int(torch.tensor(grid).prod())
+    arrived, out = torch.zeros(1, dtype=torch.int32), torch.zeros(n, dtype=torch.int64)
+    with deadline(20):
+        first_waits_for_all_others[grid](arrived, out, EACH=16)
+    assert torch.equal(out, torch.arange(n))  # each program ran once
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("programs", [2, 3, 63, 64, 65, 1000])
+def test_every_program_runs_once_however_ranges_are_divided(programs):
+    @triton.jit
+    def count(out, EACH: tl.constexpr):
+        i = tl.program_id(0) * EACH + tl.arange(0, EACH)
+        tl.store(out + i, tl.load(out + i) + 1)
+
+    counts = torch.zeros(programs * 2048, dtype=torch.int32)
+    for _ in range(20):
+        count[(programs,)](counts, EACH=2048)
+    assert (counts == 20).all()
