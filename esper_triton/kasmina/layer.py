@@ -16,6 +16,7 @@ from esper_triton.kasmina import loading
 from esper_triton.kasmina.adoption import Adopted, adopt_class, host_class, release_class
 from esper_triton.kasmina.cache import KernelCache
 from esper_triton.kasmina.dispatch import Dispatch
+from esper_triton.kasmina.events import Observer, Transition
 from esper_triton.kasmina.kinds import Chunking, kind_of, seed_spans
 from esper_triton.kasmina.lifecycle import SeedLifecycleState, check_transition
 from esper_triton.kasmina.plan import make_plan
@@ -236,7 +237,9 @@ class KasminaLayer(Adopted):
                 cache = KernelCache.process()
                 cache.record_failure(seed.kernel.manifest.id, id(self._kasmina))
                 cache.discard(seed.kernel.key)
+                source, artifact_id = seed.state, seed.artifact_id
                 seed.kernel, seed.alpha, seed.state = None, 0.0, _S.ERROR_RECOVERY
+                self._tell(seed, source, artifact_id)
         if failed:
             self._rebuild()
 
@@ -362,7 +365,8 @@ class KasminaLayer(Adopted):
 
     def _move(self, seed: Seed, state: SeedLifecycleState) -> None:
         check_transition(self._kasmina.name, seed.index, seed.state, state)
-        seed.state = state
+        source, seed.state = seed.state, state
+        artifact_id = seed.artifact_id
         if state in _WITHOUT_KERNEL:
             self._release(seed)
         if state is _S.DORMANT:
@@ -371,6 +375,22 @@ class KasminaLayer(Adopted):
             seed.alpha = 0.0
         for parameter in seed.parameters.values():
             parameter.requires_grad_(not state.is_frozen)
+        self._tell(seed, source, artifact_id)
+
+    def _tell(self, seed: Seed, source: SeedLifecycleState, artifact_id: str | None) -> None:
+        record = self._kasmina
+        event = Transition(
+            layer=record.name, seed=seed.index, source=source, target=seed.state, artifact_id=artifact_id
+        )
+        for observer in tuple(record.observers):
+            observer(event)
+
+    def on_transition(self, observer: Observer) -> Callable[[], None]:
+        """Calls `observer` after every transition of this layer's seeds, on the thread that commits it, and returns what
+        ends that. A copy of the layer has no observers."""
+        observers = self._kasmina.observers
+        observers.append(observer)
+        return lambda: observers.remove(observer) if observer in observers else None
 
     @staticmethod
     def _release(seed: Seed) -> None:

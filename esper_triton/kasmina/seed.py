@@ -10,6 +10,7 @@ from torch import nn
 
 from esper_triton.contracts.manifest import Manifest
 from esper_triton.kasmina.cache import CacheKey
+from esper_triton.kasmina.events import Observer
 from esper_triton.kasmina.kinds import Chunking, Kind
 from esper_triton.kasmina.launcher import KernelProgram
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
@@ -110,13 +111,14 @@ class LayerRecord:
     telemetry_enabled: bool
     forward_calls_active: int = 0
     warned_of_recording: bool = False
+    observers: list[Observer] = field(default_factory=list)  # of this process: neither copied nor pickled
     prior_forward: Any = None  # an instance `forward` that the host had before a seed became active
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerRecord:
         fields = dict(vars(self))
         fields["seeds"] = copy.deepcopy(self.seeds, memo)
-        fields["prior_forward"] = None  # travels in the instance dictionary
+        fields |= {"prior_forward": None, "observers": []}  # the first travels in the instance dictionary
         return LayerRecord(**fields)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"prior_forward": None}
+        return vars(self) | {"prior_forward": None, "observers": []}
