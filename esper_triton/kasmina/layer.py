@@ -386,8 +386,8 @@ class KasminaLayer(Adopted):
             observer(event)
 
     def on_transition(self, observer: Observer) -> Callable[[], None]:
-        """Calls `observer` after every transition of this layer's seeds, on the thread that commits it, and returns what
-        ends that. A copy of the layer has no observers."""
+        """Calls `observer` after every transition of this layer's seeds, on the thread that commits it, and returns
+        what ends that. A copy of the layer has no observers."""
         observers = self._kasmina.observers
         observers.append(observer)
         return lambda: observers.remove(observer) if observer in observers else None
