@@ -42,6 +42,7 @@ from drawn_tiles import (
 )
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from releases import RELEASE
 
 PHASES = (
     Phase.reuse,
@@ -163,7 +164,7 @@ def _elementwise(
     y = tl.load(y_ptr + _at(y_row, y_column, M, N), mask=read, other=1.0)
     z = tl.load(z_ptr + _at(z_row, z_column, M, N), mask=read, other=1.0)
     for k in tl.static_range(len(OPS)):
-        tl.store(outs[k] + _at(out_row, out_column, M, N), _apply(OPS[k], x, y, z, TO), mask=write)
+        tl.store(outs[k] + _at(out_row, out_column, M, N), _apply(tl.constexpr(OPS[k]), x, y, z, TO), mask=write)
 
 
 Values = np.ndarray
@@ -334,7 +335,9 @@ def every(a: Element, b: Element) -> bool:
 
 
 def negated(x: Values, y: Values, z: Values, t: Element) -> Values:
-    """0 - x, which makes +0 of +0: so Triton has it on every device."""
+    """-x since Triton 3.8; before that 0 - x, which makes +0 of +0, on every device."""
+    if t.is_float and RELEASE >= (3, 8):
+        return -x
     return arithmetic(np.subtract, lambda a, b: a - b)(np.zeros_like(x), x, z, t)
 
 

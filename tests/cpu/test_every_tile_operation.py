@@ -30,9 +30,13 @@ from drawn_tiles import (
 )
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from releases import RELEASE
 
 # Not shrinking: every step of it would compile, and a failure tells the operation and its operand.
 PHASES = (Phase.reuse, Phase.generate)
+
+
+_REORDERS = tl.constexpr(RELEASE < (3, 9))  # since then tl.cat keeps the order
 
 
 @triton.jit
@@ -106,7 +110,7 @@ def _apply(OP: tl.constexpr, x, index, AXIS: tl.constexpr, KEEP: tl.constexpr, H
     elif OP == "interleave":
         r = tl.interleave(x, x)
     elif OP == "cat":
-        r = tl.cat(x, x, can_reorder=True)
+        r = tl.cat(x, x, can_reorder=_REORDERS)
     elif OP == "expand":
         r = tl.broadcast_to(tl.expand_dims(x, 0), TWICE)
     return r
@@ -121,7 +125,7 @@ def _whole_tiles(
     x = tl.reshape(tl.load(x_ptr + at * stride, mask=tl.load(mask_ptr + at), other=0.0), SHAPE)
     index = tl.reshape(tl.load(index_ptr + at), SHAPE)
     for k in tl.static_range(len(OPS)):
-        r = _apply(OPS[k], x, index, AXIS, KEEP, HALF, TWICE)
+        r = _apply(tl.constexpr(OPS[k]), x, index, AXIS, KEEP, HALF, TWICE)
         if len(r.shape) == 0:
             tl.store(outs[k], r)
         else:
@@ -229,6 +233,11 @@ def rank(*ranks: int) -> Callable[[tuple[int, ...]], bool]:
     return lambda shape: len(shape) in ranks
 
 
+def has_histogram(t: Element) -> bool:
+    """Of integers; since Triton 3.9 of those of 32 bits only."""
+    return not t.is_float and (t.bits == 32 if RELEASE >= (3, 9) else t.bits >= 8)
+
+
 OPERATIONS: dict[str, Whole] = {
     "sum": Whole(sums, is_standard, result=of_sum, operand="small"),
     "sum_all": Whole(sum_of_all, is_standard, result=of_sum, operand="small"),
@@ -258,7 +267,7 @@ OPERATIONS: dict[str, Whole] = {
     "flip": Whole(lambda x, axis, index, t: np.flip(x, axis), is_number_of_a_byte_or_more, lambda shape: shape != (1,)),
     "gather": Whole(lambda x, axis, index, t: np.take_along_axis(x, index.astype(np.int64), axis)),
     "histogram": Whole(lambda x, axis, index, t: np.bincount((x & 7).astype(np.int64), minlength=8),
-                       lambda t: not t.is_float and t.bits >= 8, rank(1), lambda t: INDEX),
+                       has_histogram, rank(1), lambda t: INDEX),
     "trans": Whole(lambda x, axis, index, t: x.T, fits=rank(2)),
     "permute": Whole(lambda x, axis, index, t: x.transpose(2, 0, 1), fits=rank(3)),
     "ravel": Whole(lambda x, axis, index, t: x),
@@ -337,10 +346,16 @@ def check(
 
 
 @triton.jit
-def _smooth(x_ptr, softmax_ptr, sigmoid_ptr, M: tl.constexpr, N: tl.constexpr, AXIS: tl.constexpr):
+def _smooth(
+    x_ptr, softmax_ptr, sigmoid_ptr, M: tl.constexpr, N: tl.constexpr, AXIS: tl.constexpr, KEEP: tl.constexpr
+):  # fmt: skip
     at = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
     x = tl.load(x_ptr + at)
-    tl.store(softmax_ptr + at, tl.softmax(x, AXIS, keep_dims=True))
+    if KEEP:  # since Triton 3.9 they are kept in any case
+        softmax = tl.softmax(x, AXIS, keep_dims=True)
+    else:
+        softmax = tl.softmax(x, AXIS)
+    tl.store(softmax_ptr + at, softmax)
     tl.store(sigmoid_ptr + at, tl.sigmoid(x))
 
 
@@ -352,7 +367,7 @@ def _smooth(x_ptr, softmax_ptr, sigmoid_ptr, M: tl.constexpr, N: tl.constexpr, A
 def test_softmax_and_sigmoid(dtype, eps, m, n, axis, seed):
     x = np.random.default_rng(seed).uniform(-8, 8, (m, n)).astype(np.float32)
     softmax, sigmoid = torch.zeros((m, n), dtype=dtype), torch.zeros((m, n), dtype=dtype)
-    _smooth[(1,)](torch.from_numpy(x).to(dtype), softmax, sigmoid, M=m, N=n, AXIS=axis)
+    _smooth[(1,)](torch.from_numpy(x).to(dtype), softmax, sigmoid, M=m, N=n, AXIS=axis, KEEP=RELEASE < (3, 9))
     exact = np.exp(x.astype(np.longdouble) - x.max(axis, keepdims=True))
     # Differences of up to 16 are off by half a unit, exponentials by two, and sums of 64 by 63 halves at most.
     bound = (16 + 2 * 4 + 64) * eps
