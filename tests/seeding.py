@@ -4,7 +4,9 @@ works."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,6 +67,20 @@ def copy_artifact(source: Urza, destination: Urza, artifact_id: str, **changes: 
     artifact, blobs = source.load(artifact_id)
     manifest = artifact.manifest.model_copy(update=changes)
     return destination.commit(manifest, blobs).id
+
+
+def break_launches(monkeypatch: pytest.MonkeyPatch, layer: KasminaLayer, seed: int, *, forward: bool = True) -> None:
+    """Makes every launch of a seed's kernel, forward or backward, raise, whichever way a call goes."""
+    kernel = layer._kasmina.seeds[seed].kernel
+    assert kernel is not None
+    which = "_forward" if forward else "_backward"
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("the launch failed")
+
+    launches = [replace(launch, run=broken) for launch in getattr(kernel.program, which)]
+    monkeypatch.setattr(kernel.program, which, launches)
+    layer._rebuild()  # what was prepared before holds the launches that work
 
 
 def flip_one_byte(store: Urza, artifact_id: str) -> None:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from esper_triton.kasmina.plan import Contribution, Plan, matrix
 
-__all__ = ["SeedBlend"]
+__all__ = ["SeedBlend", "seed_backward"]
 
 
 class SeedBlend(torch.autograd.Function):
@@ -56,7 +56,7 @@ class SeedBlend(torch.autograd.Function):
             active = contribution.active
             span = slice(active.start, active.stop)
             try:
-                to_h, to_x, to_parameters = _seed_backward(contribution, g[:, span], h2[:, span], x2, own, kept_tensors)
+                to_h, to_x, to_parameters = seed_backward(contribution, g[:, span], h2[:, span], x2, own, kept_tensors)
             except Exception as error:
                 active.seed.fault(error)
                 parameter_grads.extend(None for _ in own)
@@ -79,7 +79,7 @@ class SeedBlend(torch.autograd.Function):
         )
 
 
-def _seed_backward(
+def seed_backward(
     contribution: Contribution,
     g: Tensor,
     h: Tensor,
@@ -87,6 +87,8 @@ def _seed_backward(
     parameters: dict[str, Tensor],
     saved: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Gradients with respect to the seed's span of h, [rows, width of the span], to x, [rows, width of x], where the
+    seed reads it, and to its parameters, given that of its span of the output."""
     active = contribution.active
     inputs = {"h": h} if x is None else {"h": h, "x": x}
     to_inputs, to_parameters = active.program.backward(g, inputs, parameters, active.alpha, saved)

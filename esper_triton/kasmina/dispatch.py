@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from esper_triton.kasmina.autograd import SeedBlend
+from esper_triton.kasmina.lifecycle import SeedLifecycleState
+from esper_triton.kasmina.operator import blend, name_plan
 from esper_triton.kasmina.plan import ActiveSeed, Contribution, Plan, matrix
+from esper_triton.kasmina.prepared import Prepared, prepare
 from esper_triton.kasmina.seed import LayerRecord
 
 __all__ = ["Dispatch"]
@@ -32,16 +35,38 @@ class Dispatch:
         self.record = record
         self.host_forward = host_forward
         self.plan = plan
+        self._name = name_plan(plan)
+        self._is_final = all(active.seed.state is SeedLifecycleState.FOSSILIZED for active in plan.seeds)
+        self._reads_x = any("x" in active.program.inputs for active in plan.seeds)
+        self._prepared: Prepared | None = None  # for the shapes of the last call that could be prepared
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         h = self.host_forward(*args, **kwargs)
-        self.record.forward_calls_active += 1
         x = args[0] if args else next(iter(kwargs.values()), None)
+        if torch.compiler.is_compiling():
+            return self._in_graph(h, x)
+        self.record.forward_calls_active += 1
+        prepared = self._prepared
+        if prepared is not None and prepared.fits(h, x):
+            return prepared(h, x if self._reads_x else None)
         if _is_recorded():
             self._warn_of_recording()
             _count_misses(self.plan.seeds)
             return h
+        if type(h) is Tensor and not h.is_nested and all(_fits(self.plan, active, x, h) for active in self.plan.seeds):
+            self._prepared = prepare(self.plan, h, x)
         return _dispatch(self.plan, x, h)
+
+    def _in_graph(self, h: Any, x: Any) -> Any:
+        """The call as `torch.compile` and `torch.export` record it."""
+        if torch.compiler.is_exporting() and not self._is_final:
+            # What is exported outlives the plan of a seed that goes on changing.
+            self._warn_of_recording()
+            _count_misses(self.plan.seeds)
+            return h
+        if not _fits_in_graph(self.plan, h, x if self._reads_x else None):
+            return h
+        return blend(self.plan, self._name, h, x if self._reads_x else None)
 
     def _warn_of_recording(self) -> None:
         if not self.record.warned_of_recording:
@@ -54,10 +79,7 @@ class Dispatch:
 
 def _is_recorded() -> bool:
     """Whether operations are being written down (`torch.jit.trace`, `make_fx`, `torch.export`) instead of only being
-    run. A kernel writes to memory behind torch's back, so the record would hold an output that nothing has written.
-    `torch.compile` is no case of it: it leaves the kernel's call out of its graph."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+    run. A kernel writes to memory behind torch's back, so the record would hold an output that nothing has written."""
     return torch._C._is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
@@ -99,7 +121,7 @@ def _blend(plan: Plan, x: Any, h: Any) -> tuple[Tensor, list[Contribution], Tens
     with torch.no_grad():
         h2 = matrix(h)
         out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-        contributions = _run(plan, fitting, matrix(x) if reads_x else None, h2, out.view(h2.shape))
+        contributions = run_seeds(plan, fitting, matrix(x) if reads_x else None, h2, out.view(h2.shape))
     return (out, contributions, x if reads_x else None) if contributions else None
 
 
@@ -108,9 +130,24 @@ def _is_plain(value: Any) -> bool:
     # wrapped, or that carries a tangent, needs a rule that a kernel does not have.
     if type(value) is not Tensor and type(value) is not nn.Parameter:
         return False
-    if torch.compiler.is_compiling():
-        return True
     return not torch._C._functorch.is_functorch_wrapped_tensor(value) and forward_ad._current_level < 0
+
+
+def _fits_in_graph(plan: Plan, h: Any, x: Any) -> bool:
+    """`_fits` of every seed, for tensors that stand for others in a graph."""
+    if not isinstance(h, Tensor) or h.dim() == 0 or h.shape[-1] != plan.width:
+        return False
+    if any(h.dtype != active.program.dtype for active in plan.seeds) or h.device != plan.seeds[0].alpha.device:
+        return False
+    if x is None:
+        return True
+    return (
+        isinstance(x, Tensor)
+        and x.dtype == h.dtype
+        and x.device == h.device
+        and x.shape[:-1] == h.shape[:-1]
+        and all(x.shape[-1] == active.program.x_width for active in plan.seeds if "x" in active.program.inputs)
+    )
 
 
 def _fits(plan: Plan, active: ActiveSeed, x: Any, h: Any) -> bool:
@@ -133,7 +170,9 @@ def _fits(plan: Plan, active: ActiveSeed, x: Any, h: Any) -> bool:
     )
 
 
-def _run(plan: Plan, fitting: Sequence[ActiveSeed], x: Tensor | None, h: Tensor, out: Tensor) -> list[Contribution]:
+def run_seeds(
+    plan: Plan, fitting: Sequence[ActiveSeed], x: Tensor | None, h: Tensor, out: Tensor
+) -> list[Contribution]:
     """Writes the blend into `out`, [rows, width], and returns what the seeds that ran leave for backward."""
     if plan.overlapping:
         out.copy_(h)

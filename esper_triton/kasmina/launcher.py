@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from operator import itemgetter
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +17,7 @@ from esper_triton.contracts.errors import ArtifactRefused
 from esper_triton.contracts.expressions import Expression
 from esper_triton.contracts.manifest import LAUNCH_FORMAT, KernelStatus, LaunchStep, Manifest
 
-__all__ = ["X_DIM", "KernelProgram", "check_machine", "check_runs_here"]
+__all__ = ["X_DIM", "Bound", "BoundLaunch", "KernelProgram", "check_machine", "check_runs_here"]
 
 X_DIM = "d_in"
 """Symbol of the width of `x`, in blueprints that read it."""
@@ -116,6 +119,30 @@ class _Launch:
     grid: tuple[_Extent, _Extent, _Extent]
 
 
+class BoundLaunch(NamedTuple):
+    """One launch for a fixed number of rows. `pick` takes its arguments from the values of a call; with the grid before
+    them they are what `run` takes."""
+
+    run: Callable[..., None]
+    grid: tuple[int, int, int]
+    pick: Callable[[Sequence[int]], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The launches of one direction for a fixed number of rows and fixed row strides.
+
+    A call's values are `constants` and then the addresses of the tensors `order`, as integers. `shapes` and `dtypes`
+    say what the caller is to allocate: what forward saves, or what backward writes and its scratch memory.
+    """
+
+    launches: tuple[BoundLaunch, ...]
+    constants: tuple[int, ...]
+    order: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """Everything of a call that depends on the number of rows alone."""
@@ -141,6 +168,8 @@ class KernelProgram:
         self.width = manifest.width
         self.code_bytes = sum(kernel.code_bytes for kernel in kernels.values())
         self.inputs: tuple[str, ...] = {"x": ("x",), "h": ("h",), "xh": ("x", "h")}[manifest.input]
+        # `h` is blended with even where the kernel computes from `x` alone.
+        self.tensors_read = ("h", "x") if "x" in self.inputs else ("h",)
         self._widths = {"h": manifest.width, "out": manifest.width, "grad_out": manifest.width}
         self.x_width = _x_width(manifest) if "x" in self.inputs else None
         if self.x_width is not None:
@@ -232,6 +261,70 @@ class KernelProgram:
             for grad in parameter_grads.values():
                 grad.zero_()
         return input_grads, {name: grad.to(self.dtype) for name, grad in parameter_grads.items()}
+
+    def saved_shapes(self, rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor that `forward` saves; `rows` may be symbolic."""
+        return {
+            name: (tuple(extent(rows) for extent in shape), self._dtypes[name]) for name, shape in self._saved.items()
+        }
+
+    def bind_forward(self, rows: int, strides: Mapping[str, int]) -> Bound:
+        """The launches of `forward` with everything settled that does not change from call to call, for a caller that
+        has checked its tensors: [rows, width] in the artifact's dtype with unit stride in the last dimension.
+
+        Args:
+            rows: at least 1.
+            strides: row strides, in elements, of `h`, `out` and, where it is read, `x`.
+
+        Raises ValueError for a tensor that is too long for a kernel that indexes with 32 bits.
+        """
+        sizes = self._sizes_for(rows)
+        order = (*self.tensors_read, "out", "alpha", *self.manifest.parameters, *sizes.saved)
+        return self._bound(self._forward, sizes.forward_grids, rows, strides, order, sizes.saved)
+
+    def bind_backward(self, rows: int, strides: Mapping[str, int]) -> Bound:
+        """As `bind_forward`, of `backward`. `strides`: of `h`, `grad_out` and `x`; gradients are contiguous."""
+        sizes = self._sizes_for(rows)
+        shapes: dict[str, tuple[int, ...]] = {f"grad_{name}": (rows, self._widths[name]) for name in self.input_grads}
+        shapes |= {f"grad_{name}": record.shape for name, record in self.manifest.parameters.items()}
+        shapes |= sizes.scratch
+        order = (*self.tensors_read, "grad_out", "alpha", *self.manifest.parameters, *sizes.saved, *shapes)
+        strides = {**strides, **{f"grad_{name}": self._widths[name] for name in self.input_grads}}
+        return self._bound(self._backward, sizes.backward_grids, rows, strides, order, shapes, sizes.saved)
+
+    def _bound(
+        self,
+        launches: Sequence[_Launch],
+        grids: Sequence[tuple[int, int, int]],
+        rows: int,
+        strides: Mapping[str, int],
+        order: tuple[str, ...],
+        shapes: Mapping[str, tuple[int, ...]],
+        saved: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    ) -> Bound:
+        contiguous = {name: math.prod(shape[1:]) for name, shape in (*shapes.items(), *saved.items())}
+        strides = {**contiguous, **strides}
+        constants = [rows]
+        picks = []
+        for launch in launches:
+            pick: list[int] = []
+            for argument in launch.arguments:
+                if argument.kind == "rows":
+                    pick.append(0)
+                elif argument.kind == "pointer":
+                    pick.append(-len(order) + order.index(argument.tensor))
+                else:
+                    stride = strides[argument.tensor]
+                    _check_reach(argument, rows, stride)
+                    pick.append(len(constants))
+                    constants.append(stride)
+            picks.append(_picking(pick))
+        bound = tuple(
+            BoundLaunch(launch.run, grid, pick)
+            for launch, grid, pick in zip(launches, grids, picks, strict=True)
+            if min(grid) > 0
+        )
+        return Bound(bound, tuple(constants), order, dict(shapes), {name: self._dtypes[name] for name in shapes})
 
     def _shapes(self, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[_Extent, ...]]:
         dims = self.manifest.dims
@@ -359,14 +452,22 @@ class KernelProgram:
                     values.append(rows)
                 else:
                     stride = tensors[argument.tensor].stride(0)
-                    # A kernel that indexes with 32 bits would wrap around and write outside of the tensor.
-                    if argument.kind == "stride32" and rows * stride >= _INT32_LIMIT:
-                        raise ValueError(
-                            f"{argument.tensor} spans {rows} rows of stride {stride}, more than 2**31 elements"
-                        )
+                    _check_reach(argument, rows, stride)
                     values.append(stride)
             if min(grid) > 0:
                 launch.run(*grid, *values)
+
+
+def _check_reach(argument: _Argument, rows: int, stride: int) -> None:
+    """A kernel that indexes with 32 bits would wrap around and write outside of the tensor."""
+    if argument.kind == "stride32" and rows * stride >= _INT32_LIMIT:
+        raise ValueError(f"{argument.tensor} spans {rows} rows of stride {stride}, more than 2**31 elements")
+
+
+def _picking(indices: Sequence[int]) -> Callable[[Sequence[int]], tuple[int, ...]]:
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    return lambda values: tuple(values[index] for index in indices)
 
 
 def _x_width(manifest: Manifest) -> int:

@@ -27,7 +27,7 @@ class ActiveSeed:
     parameters: dict[str, nn.Parameter]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Who writes which columns. `gaps` are the columns of no active seed. With `overlapping` spans every seed's own
     blend goes to a temporary and its difference from the host's span is added (law 2's sum)."""
