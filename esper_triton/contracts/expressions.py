@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 __all__ = ["Expression", "ExpressionError", "evaluate", "symbols"]
 
@@ -33,6 +34,7 @@ class ExpressionError(ValueError):
     """The text is not an expression of the grammar above, or names a symbol that has no value."""
 
 
+@lru_cache(maxsize=1024)  # artifacts repeat the same few
 def _parse(text: str) -> ast.expr:
     if len(text) > _MAX_LENGTH:
         raise ExpressionError(f"expression of {len(text)} characters; at most {_MAX_LENGTH} are allowed")

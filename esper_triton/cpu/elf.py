@@ -7,7 +7,8 @@ and nothing else.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 __all__ = [
     "EM_AARCH64",
@@ -38,8 +39,7 @@ _SHT_SYMTAB, _SHT_RELA, _SHT_NOBITS, _SHT_REL, _SHN_UNDEF, _SHN_XINDEX, _STT_FUN
 _SHF_WRITE, _SHF_ALLOC, _SHF_EXECINSTR = 1, 2, 4
 
 
-@dataclass(frozen=True)
-class Symbol:
+class Symbol(NamedTuple):
     """One entry of the symbol table.
 
     Attributes:
@@ -55,8 +55,7 @@ class Symbol:
     section: int = 0
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """One section header. `info` and `link` mean what the type says; sizes and offsets are in bytes."""
 
     name_offset: int
@@ -83,8 +82,7 @@ class Section:
         return bool(self.flags & _SHF_EXECINSTR)
 
 
-@dataclass(frozen=True)
-class Relocation:
+class Relocation(NamedTuple):
     """A place that an address is to be written to: `offset` bytes into section `target`, as `type` says."""
 
     target: int
@@ -121,7 +119,9 @@ def symbols(data: bytes) -> list[Symbol]:
     return [symbol for symbol in symbol_table(data) if symbol.name]
 
 
-def symbol_table(data: bytes) -> list[Symbol]:
+# Whoever loads an object asks for its tables several times.
+@lru_cache(maxsize=4)
+def symbol_table(data: bytes) -> tuple[Symbol, ...]:
     """The whole symbol table, so that relocations can index it; empty when there is none.
 
     Raises:
@@ -130,16 +130,16 @@ def symbol_table(data: bytes) -> list[Symbol]:
     found_sections = sections(data)
     table = next((s for s in found_sections if s.type == _SHT_SYMTAB), None)
     if table is None:
-        return []
+        return ()
     if table.entry_size != _SYMBOL.size or table.size % _SYMBOL.size:
         raise ValueError(f"ELF symbol table has entries of {table.entry_size} bytes, expected {_SYMBOL.size}")
     if table.link >= len(found_sections):
         raise ValueError(f"ELF symbol table names section {table.link} of {len(found_sections)}")
     names = content(data, found_sections[table.link])
-    return [
+    return tuple(
         Symbol(_string(names, name_offset), home != _SHN_UNDEF, info & 15 == _STT_FUNC, value, size, home)
         for name_offset, info, _, home, value, size in _SYMBOL.iter_unpack(content(data, table))
-    ]
+    )
 
 
 def relocations(data: bytes) -> list[Relocation]:
@@ -197,7 +197,8 @@ def _header(data: bytes) -> tuple[int, ...]:
     return fields
 
 
-def sections(data: bytes) -> list[Section]:
+@lru_cache(maxsize=4)
+def sections(data: bytes) -> tuple[Section, ...]:
     """Every section header, in the file's order.
 
     Raises:
@@ -206,7 +207,7 @@ def sections(data: bytes) -> list[Section]:
     header = _header(data)
     offset, entry_size, count = header[6], header[11], header[12]
     if not offset:
-        return []
+        return ()
     if entry_size != _SECTION.size:
         raise ValueError(f"ELF section headers are {entry_size} bytes each, expected {_SECTION.size}")
     if not count:  # the count did not fit 16 bits; the first header has it in its size
@@ -215,12 +216,12 @@ def sections(data: bytes) -> list[Section]:
         count = _SECTION.unpack_from(data, offset)[5]
     if offset + count * _SECTION.size > len(data):
         raise ValueError(f"ELF file of {len(data)} bytes cannot hold {count} section headers at {offset}")
-    return [
+    return tuple(
         Section(name, kind, flags, start, size, link, info, alignment, entry)
         for name, kind, flags, _, start, size, link, info, alignment, entry in _SECTION.iter_unpack(
             data[offset : offset + count * _SECTION.size]
         )
-    ]
+    )
 
 
 def content(data: bytes, part: Section) -> bytes:
