@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from esper_triton.kasmina.plan import Contribution, Plan, matrix
+from esper_triton.kasmina.plan import Contribution, Plan
+from esper_triton.kasmina.views import from_matrix, matrix
 
 __all__ = ["SeedBlend", "seed_backward"]
 
@@ -48,9 +49,10 @@ class SeedBlend(torch.autograd.Function):
         saved = [{name: next(kept) for name in names} for names in ctx.saved_names]
         _, _, _, needs_h, needs_x, *needs_parameters = ctx.needs_input_grad
 
-        g, h2, x2 = matrix(grad_out), matrix(h), None if x is None else matrix(x)
+        dim = ctx.plan.feature_dim
+        g, h2, x2 = matrix(grad_out, dim), matrix(h, dim), None if x is None else matrix(x, dim)
         grad_h = g.clone(memory_format=torch.contiguous_format) if needs_h else None
-        grad_x = torch.zeros_like(x2) if needs_x and x2 is not None else None
+        grad_x = torch.zeros_like(x2, memory_format=torch.contiguous_format) if needs_x and x2 is not None else None
         parameter_grads: list[Tensor | None] = []
         for contribution, own, kept_tensors in zip(ctx.contributions, parameters, saved, strict=True):
             active = contribution.active
@@ -73,8 +75,8 @@ class SeedBlend(torch.autograd.Function):
             None,
             None,
             None,
-            None if grad_h is None else grad_h.view(h.shape),
-            None if grad_x is None else grad_x.view(x.shape),
+            None if grad_h is None else from_matrix(grad_h, h, dim),
+            None if grad_x is None else from_matrix(grad_x, x, dim),
             *(grad if needed else None for grad, needed in zip(parameter_grads, needs_parameters, strict=True)),
         )
 

@@ -19,9 +19,10 @@ from torch.autograd import forward_ad
 from esper_triton.kasmina.autograd import SeedBlend
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.operator import blend, name_plan
-from esper_triton.kasmina.plan import ActiveSeed, Contribution, Plan, matrix
+from esper_triton.kasmina.plan import ActiveSeed, Contribution, Plan
 from esper_triton.kasmina.prepared import Prepared, prepare
 from esper_triton.kasmina.seed import LayerRecord
+from esper_triton.kasmina.views import empty_output, matches, matrix, settle
 
 __all__ = ["Dispatch"]
 
@@ -41,8 +42,14 @@ class Dispatch:
         self._prepared: Prepared | None = None  # for the shapes of the last call that could be prepared
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        h = self.host_forward(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        plan, result = self.plan, self.host_forward(*args, **kwargs)
+        x = args[0] if args else kwargs.get(plan.x_name)
+        if plan.first_of_tuple and type(result) is tuple:
+            return (self._blended(x, result[0]), *result[1:])
+        return self._blended(x, result)
+
+    def _blended(self, x: Any, h: Any) -> Any:
+        """The host's output with every seed's share."""
         if torch.compiler.is_compiling():
             return self._in_graph(h, x)
         self.record.forward_calls_active += 1
@@ -119,9 +126,10 @@ def _blend(plan: Plan, x: Any, h: Any) -> tuple[Tensor, list[Contribution], Tens
         return None
     reads_x = any("x" in active.program.inputs for active in fitting)
     with torch.no_grad():
-        h2 = matrix(h)
-        out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-        contributions = run_seeds(plan, fitting, matrix(x) if reads_x else None, h2, out.view(h2.shape))
+        h2 = matrix(h, plan.feature_dim)
+        out, out2 = empty_output(h, plan.feature_dim)
+        contributions = run_seeds(plan, fitting, matrix(x, plan.feature_dim) if reads_x else None, h2, out2)
+        settle(out, out2, plan.feature_dim)
     return (out, contributions, x if reads_x else None) if contributions else None
 
 
@@ -135,24 +143,24 @@ def _is_plain(value: Any) -> bool:
 
 def _fits_in_graph(plan: Plan, h: Any, x: Any) -> bool:
     """`_fits` of every seed, for tensors that stand for others in a graph."""
-    if not isinstance(h, Tensor) or h.dim() == 0 or h.shape[-1] != plan.width:
+    if not isinstance(h, Tensor) or not matches(h, plan.width, plan.feature_dim):
         return False
     if any(h.dtype != active.program.dtype for active in plan.seeds) or h.device != plan.seeds[0].alpha.device:
         return False
     if x is None:
         return True
+    widths = {active.program.x_width for active in plan.seeds if active.program.x_width is not None}
     return (
         isinstance(x, Tensor)
         and x.dtype == h.dtype
         and x.device == h.device
-        and x.shape[:-1] == h.shape[:-1]
-        and all(x.shape[-1] == active.program.x_width for active in plan.seeds if "x" in active.program.inputs)
+        and all(matches(x, width, plan.feature_dim, like=h) for width in widths)
     )
 
 
 def _fits(plan: Plan, active: ActiveSeed, x: Any, h: Any) -> bool:
     program = active.program
-    if not _is_plain(h) or h.layout is not torch.strided or h.dim() == 0 or h.shape[-1] != plan.width:
+    if not _is_plain(h) or h.layout is not torch.strided or not matches(h, plan.width, plan.feature_dim):
         return False
     if h.dtype != program.dtype or h.device != active.alpha.device:
         return False
@@ -164,9 +172,8 @@ def _fits(plan: Plan, active: ActiveSeed, x: Any, h: Any) -> bool:
         and x.layout is torch.strided
         and x.dtype == program.dtype
         and x.device == h.device
-        and x.dim() == h.dim()
-        and x.shape[:-1] == h.shape[:-1]
-        and x.shape[-1] == program.x_width
+        and program.x_width is not None
+        and matches(x, program.x_width, plan.feature_dim, like=h)
     )
 
 

@@ -2,57 +2,107 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-__all__ = ["Chunking", "Kind", "kind_of", "seed_spans"]
+__all__ = ["OUT_PROJ_REASON", "Chunking", "Kind", "kind_of", "seed_spans"]
 
 Chunking = Literal["features", "whole"]
 
+OUT_PROJ_REASON = (
+    "nn.MultiheadAttention uses the weight of its out_proj and never calls it, so a seed there would be ignored; "
+    "target the attention itself"
+)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Kind:
-    """Widths of a module's last dimensions. `x_width` is None where the input is not a float matrix or is not known."""
+    """What dispatch needs to know of a host.
+
+    `width` features lie in dimension `feature_dim` of the output: counted from the end (negative), or 1. A module that
+    gives a tuple (`first_of_tuple`) has its output in the first place. `x_width` is the width of its input in the same
+    dimension where every row of the output comes from a row of the input at the same place, and None elsewhere.
+    `x_name` is the name of that argument, which is the first; empty where it has none.
+    """
 
     width: int
-    x_width: int | None
+    x_width: int | None = None
+    feature_dim: int = -1
+    first_of_tuple: bool = False
+    x_name: str = ""
+
+
+def _convolution(module: _ConvNd, spatial_dims: int) -> Kind:
+    return Kind(
+        width=module.out_channels,
+        x_width=module.in_channels if _keeps_every_size(module) else None,
+        feature_dim=-1 - spatial_dims,  # from the end: an input without a batch dimension is taken too
+    )
+
+
+def _keeps_every_size(module: _ConvNd) -> bool:
+    if any(stride != 1 for stride in module.stride) or any(module.output_padding):
+        return False
+    if isinstance(module.padding, str):
+        return module.padding == "same"
+    reach = [dilation * (size - 1) for dilation, size in zip(module.dilation, module.kernel_size, strict=True)]
+    return all(2 * padding == r for padding, r in zip(module.padding, reach, strict=True))
+
+
+def _last(width: int) -> Kind:
+    return Kind(width=width, x_width=width)
+
+
+def _channels(width: int, feature_dim: int = 1) -> Kind:
+    return Kind(width=width, x_width=width, feature_dim=feature_dim)
 
 
 _KINDS: dict[type[nn.Module], Callable[[Any], Kind]] = {
-    nn.Linear: lambda m: Kind(m.out_features, m.in_features),
-    nn.Embedding: lambda m: Kind(m.embedding_dim, None),
-    nn.LayerNorm: lambda m: Kind(m.normalized_shape[-1], m.normalized_shape[-1]),
-    nn.RMSNorm: lambda m: Kind(m.normalized_shape[-1], m.normalized_shape[-1]),
+    nn.Linear: lambda m: Kind(width=m.out_features, x_width=m.in_features),
+    nn.Bilinear: lambda m: Kind(width=m.out_features),  # two inputs, of which none is x
+    nn.Conv1d: lambda m: _convolution(m, 1),
+    nn.Conv2d: lambda m: _convolution(m, 2),
+    nn.Conv3d: lambda m: _convolution(m, 3),
+    nn.ConvTranspose1d: lambda m: _convolution(m, 1),
+    nn.ConvTranspose2d: lambda m: _convolution(m, 2),
+    nn.ConvTranspose3d: lambda m: _convolution(m, 3),
+    nn.Embedding: lambda m: Kind(width=m.embedding_dim),
+    nn.EmbeddingBag: lambda m: Kind(width=m.embedding_dim),
+    nn.LayerNorm: lambda m: _last(m.normalized_shape[-1]),
+    nn.RMSNorm: lambda m: _last(m.normalized_shape[-1]),
+    nn.GroupNorm: lambda m: _channels(m.num_channels),
+    nn.BatchNorm1d: lambda m: _channels(m.num_features),
+    nn.BatchNorm2d: lambda m: _channels(m.num_features),
+    nn.BatchNorm3d: lambda m: _channels(m.num_features),
+    nn.SyncBatchNorm: lambda m: _channels(m.num_features),
+    nn.InstanceNorm1d: lambda m: _channels(m.num_features, -2),
+    nn.InstanceNorm2d: lambda m: _channels(m.num_features, -3),
+    nn.InstanceNorm3d: lambda m: _channels(m.num_features, -4),
+    nn.MultiheadAttention: lambda m: Kind(width=m.embed_dim, x_width=m.embed_dim, first_of_tuple=True),
 }
 
 # Refused even with `features=`: the reason, for the message.
 _REFUSED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((NonDynamicallyQuantizableLinear,), OUT_PROJ_REASON),
     (
-        (NonDynamicallyQuantizableLinear,),
-        "nn.MultiheadAttention uses the weight of its out_proj and never calls it, so a seed there would be ignored; "
-        "target a layer around the attention instead",
+        (nn.RNNBase, nn.LSTMCell),
+        "it returns its hidden state beside its output, and a seed on the output alone would leave the two at odds; "
+        "target the layer that reads it",
     ),
-    (
-        (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-        "its features are in dimension 1, and seeds work on features in the last dimension",
-    ),
-    (
-        (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm),
-        "its features are in dimension 1, and seeds work on features in the last dimension",
-    ),
-    ((nn.MultiheadAttention, nn.RNNBase), "it returns a tuple, and seeds work on one tensor"),
     ((nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict), "it is a container and has no forward"),
 )
 
 
 def kind_of(module: nn.Module, features: int | None = None) -> Kind:
-    """Widths of `module`, or of a tensor-to-tensor module that is not known here when `features` gives its last
+    """What `module` gives, or a tensor-to-tensor module that is not known here when `features` gives its last
     dimension.
 
     Raises TypeError with the reason for a module whose output a seed cannot work on, ValueError for a wrong `features`.
@@ -63,12 +113,13 @@ def kind_of(module: nn.Module, features: int | None = None) -> Kind:
             raise TypeError(f"{name} cannot be adopted: {reason}")
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         raise TypeError(f"{name} cannot be adopted before its first forward: its features are not known yet")
+    x_name = _first_argument(module)
     for known, read in _KINDS.items():
         if isinstance(module, known):
             kind = read(module)
             if features is not None and features != kind.width:
                 raise ValueError(f"{name} has {kind.width} output features, features={features} was given")
-            return kind
+            return replace(kind, x_name=x_name)
     if features is None:
         kinds = ", ".join(known.__name__ for known in _KINDS)
         raise TypeError(
@@ -77,7 +128,16 @@ def kind_of(module: nn.Module, features: int | None = None) -> Kind:
         )
     if features < 1:
         raise ValueError(f"features must be at least 1, found {features}")
-    return Kind(features, None)
+    return Kind(width=features, x_name=x_name)
+
+
+def _first_argument(module: nn.Module) -> str:
+    """What the host's forward calls its first argument, for calls by keyword. A subclass may call it otherwise."""
+    try:
+        first = next(iter(inspect.signature(module.forward).parameters.values()), None)
+    except (TypeError, ValueError):  # a callable without a signature
+        return ""
+    return first.name if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD else ""
 
 
 def seed_spans(width: int, num_seeds: int, chunking: Chunking) -> tuple[tuple[int, int], ...]:

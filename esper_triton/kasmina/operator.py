@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from esper_triton.kasmina.autograd import seed_backward
-from esper_triton.kasmina.plan import ActiveSeed, Contribution, Plan, matrix
+from esper_triton.kasmina.plan import ActiveSeed, Contribution, Plan
+from esper_triton.kasmina.views import empty_output, from_matrix, matrix, settle
 
 __all__ = ["blend", "name_plan"]
 
@@ -72,11 +73,11 @@ def _forward(
     from esper_triton.kasmina.dispatch import run_seeds  # which imports this module
 
     plan = _plan(name)
-    out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    h2 = matrix(h)
-    contributions = {
-        id(c.active): c for c in run_seeds(plan, plan.seeds, None if x is None else matrix(x), h2, out.view(h2.shape))
-    }
+    dim = plan.feature_dim
+    h2, x2 = matrix(h, dim), None if x is None else matrix(x, dim)
+    out, out2 = empty_output(h, dim)
+    contributions = {id(c.active): c for c in run_seeds(plan, plan.seeds, x2, h2, out2)}
+    settle(out, out2, dim)
     saved = []
     for active, tensor, shape, dtype in _saved_shapes(plan, h2.shape[0]):
         contribution = contributions.get(id(active))
@@ -98,7 +99,7 @@ def _forward_fake(
         torch.empty(shape, dtype=dtype, device=h.device)
         for _, _, shape, dtype in _saved_shapes(plan, h.numel() // plan.width)
     ]
-    return torch.empty(h.shape, dtype=h.dtype, device=h.device), saved
+    return torch.empty_like(h), saved
 
 
 def _backward(
@@ -111,9 +112,10 @@ def _backward(
     name: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     plan = _plan(name)
-    g, h2, x2 = matrix(grad_out), matrix(h), None if x is None else matrix(x)
+    dim = plan.feature_dim
+    g, h2, x2 = matrix(grad_out, dim), matrix(h, dim), None if x is None else matrix(x, dim)
     grad_h = g.clone(memory_format=torch.contiguous_format)
-    grad_x = torch.zeros_like(x2) if x2 is not None else h.new_empty(0)
+    grad_x = h.new_empty(0) if x2 is None else torch.zeros_like(x2, memory_format=torch.contiguous_format)
     grads: list[Tensor] = []
     values, kept = iter(parameters), iter(saved)
     own: dict[int, dict[str, Tensor]] = {}
@@ -143,7 +145,7 @@ def _backward(
         if to_x is not None:
             grad_x += to_x
         grads += [to_parameters[parameter] for parameter in named]
-    return grad_h.view(h.shape), grad_x if x is None else grad_x.view(x.shape), grads
+    return from_matrix(grad_h, h, dim), grad_x if x is None else from_matrix(grad_x, x, dim), grads
 
 
 def _backward_fake(
@@ -155,12 +157,15 @@ def _backward_fake(
     saved: Sequence[Tensor],
     name: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    grad_x = h.new_empty(0) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return (
-        torch.empty(h.shape, dtype=h.dtype, device=h.device),
-        grad_x,
-        [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in parameters],
-    )
+    plan = _plan(name)
+
+    def empty(like: Tensor) -> Tensor:
+        width = like.shape[plan.feature_dim]
+        matrix = torch.empty((like.numel() // width, width), dtype=like.dtype, device=like.device)
+        return from_matrix(matrix, like, plan.feature_dim)
+
+    grads = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
+    return empty(h), h.new_empty(0) if x is None else empty(x), grads
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:

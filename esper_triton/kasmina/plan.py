@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from esper_triton.kasmina.launcher import KernelProgram
 from esper_triton.kasmina.seed import LayerRecord, Seed
 
-__all__ = ["ActiveSeed", "Contribution", "Plan", "make_plan", "matrix"]
+__all__ = ["ActiveSeed", "Contribution", "Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Plan:
     blend goes to a temporary and its difference from the host's span is added (law 2's sum)."""
 
     width: int
+    feature_dim: int  # of the host's output and of x, as in `Kind`
+    x_name: str
+    first_of_tuple: bool
     seeds: tuple[ActiveSeed, ...]
     gaps: tuple[tuple[int, int], ...]
     overlapping: bool
@@ -67,6 +70,9 @@ def make_plan(record: LayerRecord, alpha_of: Callable[[int], Tensor], device: to
         end = max(end, stop)
     return Plan(
         width=record.kind.width,
+        feature_dim=record.kind.feature_dim,
+        x_name=record.kind.x_name,
+        first_of_tuple=record.kind.first_of_tuple,
         seeds=seeds,
         gaps=tuple(gaps),
         overlapping=any(after[0] < before[1] for before, after in itertools.pairwise(ordered)),
@@ -74,9 +80,3 @@ def make_plan(record: LayerRecord, alpha_of: Callable[[int], Tensor], device: to
         # On another device a launch returns before it has run, and its end cannot be read without a sync.
         timed=record.telemetry_enabled and device.type == "cpu",
     )
-
-
-def matrix(tensor: Tensor) -> Tensor:
-    """[rows, width] with unit stride in the last dimension; a view wherever that is possible."""
-    matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

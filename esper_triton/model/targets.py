@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from esper_triton.contracts.errors import nearest
-from esper_triton.kasmina.kinds import Chunking, kind_of, seed_spans
+from esper_triton.kasmina.kinds import OUT_PROJ_REASON, Chunking, kind_of, seed_spans
 
 __all__ = ["Target", "resolve_targets"]
 
@@ -41,6 +41,7 @@ def resolve_targets(
         found = False
         for name in names:
             try:
+                _check_is_called(named, name)
                 seed_spans(kind_of(named[name]).width, seeds_per_layer, chunking)
             except (TypeError, ValueError) as error:
                 refused.append(f"{name!r}: {error}")
@@ -52,6 +53,13 @@ def resolve_targets(
             reasons = "; ".join(refused[:_MANY_REASONS]) + more
             raise ValueError(f"target {_show(target)} matches no layer that can be adopted: {reasons}")
     return {name: module for name, module in model.named_modules() if id(module) in chosen}
+
+
+def _check_is_called(named: dict[str, nn.Module], name: str) -> None:
+    """Raises TypeError for a module whose weight its parent uses without calling it."""
+    parent, _, own = name.rpartition(".")
+    if own == "out_proj" and isinstance(named[parent], nn.MultiheadAttention):
+        raise TypeError(f"{type(named[name]).__name__} cannot be adopted: {OUT_PROJ_REASON}")
 
 
 def _matches(target: Target, named: dict[str, nn.Module]) -> list[str]:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from esper_triton.kasmina.kinds import kind_of, seed_spans
+from esper_triton.kasmina.kinds import Kind, kind_of, seed_spans
 
 
 @given(num_seeds=st.integers(1, 64), more=st.integers(0, 500))
@@ -37,17 +38,61 @@ def test_seeds_that_do_not_fit_are_refused(args: tuple[int, int, str], message: 
 
 
 @pytest.mark.parametrize(
-    ("module", "width", "x_width"),
+    ("module", "kind"),
     [
-        (nn.Linear(3, 5), 5, 3),
-        (nn.Embedding(7, 4), 4, None),
-        (nn.LayerNorm((2, 6)), 6, 6),
-        (nn.RMSNorm(6), 6, 6),
+        (nn.Linear(3, 5), Kind(width=5, x_width=3, x_name="input")),
+        (nn.Bilinear(3, 4, 5), Kind(width=5, x_name="input1")),
+        (nn.Embedding(7, 4), Kind(width=4, x_name="input")),
+        (nn.EmbeddingBag(7, 4), Kind(width=4, x_name="input")),
+        (nn.LayerNorm((2, 6)), Kind(width=6, x_width=6, x_name="input")),
+        (nn.RMSNorm(6), Kind(width=6, x_width=6, x_name="x")),
+        (nn.GroupNorm(2, 6), Kind(width=6, x_width=6, feature_dim=1, x_name="input")),
+        (nn.BatchNorm2d(6), Kind(width=6, x_width=6, feature_dim=1, x_name="input")),
+        (nn.InstanceNorm2d(6), Kind(width=6, x_width=6, feature_dim=-3, x_name="input")),
+        (nn.Conv1d(3, 6, 2), Kind(width=6, feature_dim=-2, x_name="input")),
+        (nn.Conv2d(3, 6, 1), Kind(width=6, x_width=3, feature_dim=-3, x_name="input")),
+        (nn.Conv3d(3, 6, 1), Kind(width=6, x_width=3, feature_dim=-4, x_name="input")),
+        (nn.ConvTranspose2d(3, 6, 2, stride=2), Kind(width=6, feature_dim=-3, x_name="input")),
+        (nn.MultiheadAttention(6, 2), Kind(width=6, x_width=6, first_of_tuple=True, x_name="query")),
     ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_the_width_of_a_known_kind_is_read_from_it(module: nn.Module, width: int, x_width: int | None) -> None:
-    kind = kind_of(module)
-    assert (kind.width, kind.x_width) == (width, x_width)
+def test_what_dispatch_needs_to_know_of_a_known_kind_is_read_from_it(module: nn.Module, kind: Kind) -> None:
+    assert kind_of(module) == kind
+
+
+@given(
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 3),
+    dilation=st.integers(1, 2),
+    transposed=st.booleans(),
+)
+def test_a_convolution_has_an_input_of_the_same_rows_exactly_where_it_keeps_every_size(
+    kernel: int, stride: int, padding: int, dilation: int, transposed: bool
+) -> None:
+    made = nn.ConvTranspose1d if transposed else nn.Conv1d
+    module = made(3, 5, kernel, stride=stride, padding=padding, dilation=dilation)
+    sizes = [(size, module(torch.zeros(1, 3, size)).shape[-1]) for size in (7, 8, 20)]
+    assert kind_of(module).x_width == (3 if all(a == b for a, b in sizes) else None)
+
+
+def test_a_convolution_that_pads_to_the_same_size_has_an_input_of_the_same_rows() -> None:
+    assert kind_of(nn.Conv2d(3, 5, (2, 3), padding="same")).x_width == 3
+    assert kind_of(nn.Conv2d(3, 5, (2, 3), padding="valid")).x_width is None
+
+
+def test_the_first_argument_is_called_what_the_subclass_calls_it() -> None:
+    class Renamed(nn.Linear):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens)
+
+    class Any(nn.Linear):
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            return super().forward(*args)
+
+    assert kind_of(Renamed(2, 3)).x_name == "tokens"
+    assert kind_of(Any(2, 3)).x_name == ""
 
 
 def test_another_module_needs_its_width_to_be_given() -> None:
@@ -65,10 +110,8 @@ def test_a_width_that_contradicts_the_module_is_refused() -> None:
     ("module", "reason"),
     [
         (nn.MultiheadAttention(4, 2).out_proj, "never calls it"),
-        (nn.Conv2d(3, 4, 1), "features are in dimension 1"),
-        (nn.BatchNorm1d(4), "features are in dimension 1"),
-        (nn.MultiheadAttention(4, 2), "returns a tuple"),
-        (nn.LSTM(4, 4), "returns a tuple"),
+        (nn.LSTM(4, 4), "returns its hidden state"),
+        (nn.LSTMCell(4, 4), "returns its hidden state"),
         (nn.LazyLinear(4), "not known yet"),
         (nn.ModuleList(), "has no forward"),
     ],

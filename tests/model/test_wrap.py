@@ -32,7 +32,10 @@ class Net(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(Block(), Block())
         self.attention = nn.MultiheadAttention(D, 2)
+        self.plain_attention = nn.MultiheadAttention(D, 2)
+        self.plain_attention.out_proj = nn.Linear(D, D)  # as a quantiser or an initialiser may put there
         self.conv = nn.Conv1d(D, D, 1)
+        self.memory = nn.GRU(D, D)
         self.head = nn.Linear(D, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,7 +57,20 @@ def classes(model: nn.Module) -> list[type]:
         (["head"], ["head"]),
         (["head", "encoder.1.*"], ["encoder.1.fc1", "encoder.1.fc2", "head"]),
         (["encoder.?.fc[2]", nn.LayerNorm], None),
-        (["*"], ["encoder.0.fc1", "encoder.0.fc2", "encoder.1.fc1", "encoder.1.fc2", "head"]),
+        (
+            ["*"],
+            [
+                "encoder.0.fc1",
+                "encoder.0.fc2",
+                "encoder.1.fc1",
+                "encoder.1.fc2",
+                "attention",
+                "plain_attention",
+                "conv",
+                "head",
+            ],
+        ),
+        ([nn.Conv1d, "attention"], ["attention", "conv"]),
     ],
 )
 def test_targets_are_types_names_and_globs(store: Urza, targets: list[object], names: list[str] | None) -> None:
@@ -72,8 +88,9 @@ def test_targets_are_types_names_and_globs(store: Urza, targets: list[object], n
         (["encoder.0.fc11"], ValueError, "matches no layer; did you mean 'encoder.0.fc1'"),
         ([nn.LayerNorm], ValueError, "nn.LayerNorm matches no layer"),
         (["attention.out_proj"], ValueError, "never calls it"),
-        ([nn.Conv1d], ValueError, "features are in dimension 1"),
-        (["conv"], ValueError, "features are in dimension 1"),
+        (["memory"], ValueError, "returns its hidden state"),
+        ([nn.RNNBase], ValueError, "returns its hidden state"),
+        (["plain_attention.out_proj"], ValueError, "never calls it"),
         ([nn.Linear, "nothing.*"], ValueError, r"'nothing\.\*' matches no layer"),
         ([], ValueError, "target_layers is empty"),
         ("head", TypeError, r"a list .* write \['head'\]"),
