@@ -60,7 +60,9 @@ class Dispatch:
             self._warn_of_recording()
             _count_misses(self.plan.seeds)
             return h
-        if type(h) is Tensor and not h.is_nested and all(_fits(self.plan, active, x, h) for active in self.plan.seeds):
+        if type(h) is Tensor and h.is_nested:
+            return self._packed(x, h)
+        if all(_fits(self.plan, active, x, h) for active in self.plan.seeds):
             self._prepared = prepare(self.plan, h, x)
         return _dispatch(self.plan, x, h)
 
@@ -74,6 +76,30 @@ class Dispatch:
         if not _fits_in_graph(self.plan, h, x if self._reads_x else None):
             return h
         return blend(self.plan, self._name, h, x if self._reads_x else None)
+
+    def _packed(self, x: Any, h: Tensor) -> Tensor:
+        """A padded batch that nn.TransformerEncoder has packed, as it does in eval mode where nothing of its first
+        layer trains. Every sequence of the pack is a matrix of its own. The next attention refuses a pack that is to
+        have a gradient, so there is none where the host has none."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and h.requires_grad):
+            parts = h.unbind()
+            inputs = x.unbind() if type(x) is Tensor and x.is_nested else [None] * len(parts)
+            blended = [_dispatch(self.plan, own, part) for own, part in zip(inputs, parts, strict=True)]
+            out = torch.nested.as_nested_tensor(blended)
+        if torch.is_grad_enabled() and not h.requires_grad:
+            self._warn_of_packing()
+        return out
+
+    def _warn_of_packing(self) -> None:
+        if not self.record.warned_of_packing and any(
+            p.requires_grad for a in self.plan.seeds for p in a.parameters.values()
+        ):
+            self.record.warned_of_packing = True
+            _log.warning(
+                "layer %r: torch has packed a padded batch as for inference, and seeds get no gradient of it; to train "
+                "them call train(), or make nn.TransformerEncoder with enable_nested_tensor=False",
+                self.record.name,
+            )
 
     def _warn_of_recording(self) -> None:
         if not self.record.warned_of_recording:
@@ -96,9 +122,6 @@ def _count_misses(seeds: Sequence[ActiveSeed]) -> None:
 
 
 def _dispatch(plan: Plan, x: Any, h: Any) -> Any:
-    if type(h) is Tensor and h.is_nested:
-        # nn.TransformerEncoder packs padded batches so in eval mode; every sequence of the pack is a matrix of its own.
-        return torch.nested.as_nested_tensor([_dispatch(plan, None, part) for part in h.unbind()])
     try:
         blend = _blend(plan, x, h)
     except Exception as error:

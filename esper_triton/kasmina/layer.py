@@ -442,7 +442,12 @@ class KasminaLayer(Adopted):
                 del self._forward_hooks[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaLayer:
+        before = self._state_storage()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        if not before.is_meta:
+            self._state_storage().copy_(before)  # to_empty() leaves it undefined
+        else:
+            self._state_storage().zero_()
         for seed in self._kasmina.seeds:
             for name, parameter in seed.parameters.items():
                 seed.parameters[name] = _converted(parameter, fn)

@@ -70,6 +70,7 @@ def _check_fit(request: LoadRequest, manifest: Manifest) -> None:
             f"{stop - start} (columns {start} to {stop - 1}); compile blueprint {manifest.blueprint_name!r} with "
             f"{manifest.feature_dim}={stop - start}"
         )
+    _check_device(request, manifest)
     check_dtype(request.who, manifest, request.dtype)
     if "x" in manifest.input:
         if request.kind.x_width is None:
@@ -84,14 +85,29 @@ def _check_fit(request: LoadRequest, manifest: Manifest) -> None:
         raise ArtifactRefused(f"artifact {manifest.id} has no backward, so gradients would stop at {request.who}")
 
 
+def _check_device(request: LoadRequest, manifest: Manifest) -> None:
+    if request.device.type == ("cpu" if manifest.target.backend == "cpu" else "cuda"):
+        return
+    way_out = (
+        "give the model memory first, as by model.to_empty(device='cpu')"
+        if request.device.type == "meta"
+        else f"move the layer, or compile blueprint {manifest.blueprint_name!r} for its device"
+    )
+    raise ArtifactRefused(
+        f"artifact {manifest.id} is for {manifest.target.label}, {request.who} is on {request.device}; {way_out}"
+    )
+
+
 def check_dtype(who: str, manifest: Manifest, dtype: torch.dtype | None) -> None:
     """Raises ArtifactRefused where the layer computes in another dtype than the artifact."""
     if dtype is not None and TORCH_DTYPE[manifest.dtype] != dtype:
         name = str(dtype).removeprefix("torch.")
-        raise ArtifactRefused(
-            f"artifact {manifest.id} is for {manifest.dtype}, {who} is {name}; "
+        way_out = (
             f"compile blueprint {manifest.blueprint_name!r} with dtype {name}"
+            if dtype in TORCH_DTYPE.values()
+            else f"kernels exist for {', '.join(TORCH_DTYPE)} only, so cast the layer to one of these"
         )
+        raise ArtifactRefused(f"artifact {manifest.id} is for {manifest.dtype}, {who} is {name}; {way_out}")
 
 
 def make_parameters(request: LoadRequest, manifest: Manifest) -> dict[str, nn.Parameter]:

@@ -111,6 +111,7 @@ class LayerRecord:
     telemetry_enabled: bool
     forward_calls_active: int = 0
     warned_of_recording: bool = False
+    warned_of_packing: bool = False
     observers: list[Observer] = field(default_factory=list)  # of this process: neither copied nor pickled
     prior_forward: Any = None  # an instance `forward` that the host had before a seed became active
 
