@@ -273,7 +273,10 @@ class KasminaLayer(Adopted):
 
     def extra_repr(self) -> str:
         """The host's own line, and the state of each seed."""
-        states = f"seeds=[{', '.join(seed.state.name for seed in self._kasmina.seeds)}]"
+        record: LayerRecord | None = self.__dict__.get(_OWN_ATTRIBUTE)
+        if record is None:  # torchao keeps this method, bound, and calls it after `unwrap` too
+            return host_class(self).extra_repr(self)
+        states = f"seeds=[{', '.join(seed.state.name for seed in record.seeds)}]"
         host = super().extra_repr()
         return f"{host}, {states}" if host else states
 

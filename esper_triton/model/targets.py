@@ -56,10 +56,20 @@ def resolve_targets(
 
 
 def _check_is_called(named: dict[str, nn.Module], name: str) -> None:
-    """Raises TypeError for a module whose weight its parent uses without calling it."""
-    parent, _, own = name.rpartition(".")
-    if own == "out_proj" and isinstance(named[parent], nn.MultiheadAttention):
-        raise TypeError(f"{type(named[name]).__name__} cannot be adopted: {OUT_PROJ_REASON}")
+    """Raises TypeError for a module whose parent uses its weight without calling it, or calls another in its place."""
+    path = name.split(".")
+    for depth, own in enumerate(path):
+        above = ".".join(path[:depth])
+        parent = named[above]
+        if isinstance(parent, nn.MultiheadAttention) and own == "out_proj":
+            reason = OUT_PROJ_REASON
+        elif isinstance(parent._modules.get("base_layer"), nn.MultiheadAttention) and own != "base_layer":
+            reason = f"an adapter of an attention is added to its weights and never called; target '{above}.base_layer'"
+        elif own == "original_module" and "modules_to_save" in parent._modules:
+            reason = "PEFT trains a copy and calls that; target the one in modules_to_save"
+        else:
+            continue
+        raise TypeError(f"{type(named[name]).__name__} cannot be adopted: {reason}")
 
 
 def _matches(target: Target, named: dict[str, nn.Module]) -> list[str]:
