@@ -1,0 +1,475 @@
+"""What Kasmina costs: dormant layers, active seeds, the kernel cache, state, and loading in the background.
+
+    OMP_WAIT_POLICY=PASSIVE .venv/bin/python bench/kasmina.py [--only dormant,active] [--samples 31] [--output docs]
+
+Everything is a ratio or a difference of things measured in turn in this one process: medians over samples, each of as
+many calls as take about a millisecond. The machine's other work shows in the spread, the middle half of the samples.
+PEFT stands in the table of dormant layers where it is installed (`pip install --no-deps peft`, and what it imports):
+a LoRA adapter that is disabled, on the same layers.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn import functional as F
+
+import esper_triton as esper
+from esper_triton.kasmina import KasminaStateLayout, KernelCache, loading
+from esper_triton.kasmina.prepared import Prepared
+
+BLUEPRINT = Path(__file__).resolve().parent.parent / "kernels" / "bottleneck_adapter.toml"
+SAMPLE_S = 1e-3
+PARTS = ("dormant", "active", "adapter", "cache", "state", "pause")
+console = Console(width=130)
+
+
+def timer(function: Callable[[], Any]) -> Callable[[], float]:
+    """A function that gives the microseconds of one call, over as many as take `SAMPLE_S`."""
+    function()
+    began = time.perf_counter()
+    function()
+    calls = max(1, min(5000, int(SAMPLE_S / max(time.perf_counter() - began, 1e-7))))
+
+    def sample() -> float:
+        began = time.perf_counter_ns()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter_ns() - began) / calls / 1000
+
+    return sample
+
+
+def in_turn(samples: int, **functions: Callable[[], Any]) -> dict[str, list[float]]:
+    """Microseconds of each function, sampled one after the other, in an order that turns by one each time."""
+    timers = {name: timer(function) for name, function in functions.items()}
+    names = list(timers)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    for turn in range(samples + 2):
+        for k in range(len(names)):
+            name = names[(turn + k) % len(names)]
+            value = timers[name]()
+            if turn >= 2:
+                times[name].append(value)
+    gc.enable()
+    return times
+
+
+def compared(times: dict[str, list[float]], name: str, base: str) -> dict[str, float]:
+    """`name` over `base`: the ratio of the medians, and the middle half of the ratios of neighbours."""
+    ratios = statistics.quantiles([a / b for a, b in zip(times[name], times[base], strict=True)], n=4)
+    return {
+        "us": statistics.median(times[name]),
+        "base_us": statistics.median(times[base]),
+        "ratio": statistics.median(times[name]) / statistics.median(times[base]),
+        "low": ratios[0],
+        "high": ratios[2],
+    }
+
+
+class Transformer(nn.Module):
+    """Twelve pre-norm blocks of width 256, written out so that every projection is a Linear that is called."""
+
+    def __init__(self, blocks: int = 12, d: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm1": nn.LayerNorm(d),
+                    "qkv": nn.Linear(d, 3 * d),
+                    "out": nn.Linear(d, d),
+                    "norm2": nn.LayerNorm(d),
+                    "up": nn.Linear(d, 4 * d),
+                    "down": nn.Linear(4 * d, d),
+                }
+            )
+            for _ in range(blocks)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, d = x.shape
+        for block in self.blocks:
+            q, k, v = block["qkv"](block["norm1"](x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, d)
+            x = x + block["out"](mixed)
+            x = x + block["down"](F.gelu(block["up"](block["norm2"](x))))
+        return x
+
+
+HOSTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "transformer, 12 blocks, d=256": (Transformer, (2, 32, 256)),
+    "MLP, 3 layers, d=64, batch 8": (
+        lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)),
+        (8, 64),
+    ),
+}
+
+
+def peft_disabled(model: nn.Module) -> nn.Module | None:
+    """The model with a LoRA adapter on every Linear that is switched off, or None without PEFT."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        return None
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    adapted = get_peft_model(model, LoraConfig(r=8, target_modules=names))
+    adapted.base_model.disable_adapter_layers()
+    return adapted.base_model.model
+
+
+def python_calls(model: nn.Module, x: torch.Tensor) -> int:
+    """Python frames that one call enters."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    model(x)
+    sys.setprofile(note)
+    model(x)
+    sys.setprofile(None)
+    return count
+
+
+def dormant(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for host, (make, shape) in HOSTS.items():
+        torch.manual_seed(0)
+        bare = make()
+        models = {"bare": bare, "again": copy.deepcopy(bare)}
+        with tempfile.TemporaryDirectory() as folder:
+            models["wrapped"] = esper.wrap(
+                copy.deepcopy(bare), [nn.Linear], seeds_per_layer=4, urza=esper.Urza(folder), telemetry_enabled=True
+            )
+        if (adapted := peft_disabled(copy.deepcopy(bare))) is not None:
+            models["peft, disabled"] = adapted
+        x = torch.randn(shape)
+        for what in ("forward", "forward+backward"):
+
+            def call(model: nn.Module, what: str = what, x: torch.Tensor = x) -> None:
+                if what == "forward":
+                    with torch.no_grad():
+                        model(x)
+                else:
+                    model(x).sum().backward()
+
+            times = in_turn(options.samples * 3, **{n: lambda m=m: call(m) for n, m in models.items()})
+            for name in models:
+                if name != "bare":
+                    added = python_calls(models[name], x) - python_calls(bare, x)
+                    rows.append({"host": host, "what": what, "model": name, "added_frames": added}
+                                | compared(times, name, "bare"))  # fmt: skip
+    table("dormant layers: times the bare model ('again' is a copy of it: what the clock makes of equals)", rows)
+    return rows
+
+
+def grown(urza: esper.Urza, d: int, r: int, **options: Any) -> nn.Module:
+    """Linear(d, d) with one grafted adapter at alpha 1/2."""
+    artifact = esper.compile(BLUEPRINT, dims={"d": d, "r": r}, urza=urza)
+    model = esper.wrap(nn.Sequential(nn.Linear(d, d)), ["0"], seeds_per_layer=1, urza=urza, **options)
+    assert model.load_kernel_sync("0", 0, artifact.id), model[0].last_error(0)
+    model.graft("0", 0)
+    model.set_alpha("0", 0, 0.5)
+    return model
+
+
+def active(options: argparse.Namespace) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        layer = grown(esper.Urza(folder), 64, 16)[0]
+        host = nn.Linear(64, 64)
+        x = torch.randn(8, 64)
+        layer(x)
+        prepared = vars(layer)["forward"]._prepared
+        assert isinstance(prepared, Prepared)
+        (seed,) = prepared.seeds
+        h = host(x).detach()
+        out, saved = torch.empty_like(h), [torch.empty(shape, dtype=dtype) for shape, dtype in seed.saved]
+        values = (*seed.forward.constants, h.data_ptr(), out.data_ptr(), *seed.static, *(t.data_ptr() for t in saved))
+        ((run, grid, pick),) = seed.forward.launches
+        arguments = pick(values)
+
+        def bare() -> None:
+            run(*grid, *arguments)
+
+        def bound() -> None:
+            for launch, extents, chosen in seed.forward.launches:
+                launch(*extents, *chosen(values))
+
+        for what, context in (("no_grad", torch.no_grad), ("autograd", torch.enable_grad)):
+            with context():
+                times = in_turn(
+                    options.samples * 3, host=lambda: host(x), active=lambda: layer(x), kernel=bare, bound=bound
+                )
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            beyond = medians["active"] - medians["host"] - medians["kernel"]
+            rows.append({"what": what, **{f"{n}_us": v for n, v in medians.items()}, "beyond_us": beyond,
+                         "bound_beyond_kernel_us": medians["bound"] - medians["kernel"]})  # fmt: skip
+    table("one active seed, Linear(64, 64), 8 rows, one thread: host-side time beyond host and kernel", rows)
+    return rows
+
+
+class EagerAdapter(nn.Module):
+    """The same host layer with the adapter written in torch."""
+
+    def __init__(self, host: nn.Linear, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.host, self.alpha = host, torch.tensor(0.5)
+        self.down_weight, self.down_bias, self.up_weight, self.up_bias = (
+            nn.Parameter(parameters[f"0.{name}"].detach().clone())
+            for name in ("down_weight", "down_bias", "up_weight", "up_bias")
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.host(x)
+        k = h + F.linear(F.gelu(F.linear(h, self.down_weight, self.down_bias)), self.up_weight, self.up_bias)
+        return h + self.alpha * (k - h)
+
+
+def adapter(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        urza = esper.Urza(folder)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for batch, d, r in ((64, 64, 16), (512, 512, 64), (4096, 768, 64)):
+                layer = grown(urza, d, r)[0]
+                host = nn.Linear(d, d)
+                host.load_state_dict(layer.state_dict())
+                eager = EagerAdapter(host, dict(layer.seed_parameters()))
+                x = torch.randn(batch, d)
+                with torch.no_grad():
+                    torch.testing.assert_close(layer(x), eager(x), rtol=1e-4, atol=1e-4)
+
+                def train(module: nn.Module, x: torch.Tensor = x) -> None:
+                    module(x).sum().backward()
+
+                times = in_turn(
+                    options.samples,
+                    host=lambda host=host, train=train: train(host),
+                    ours=lambda layer=layer, train=train: train(layer),
+                    eager=lambda eager=eager, train=train: train(eager),
+                )
+                figures = compared(times, "eager", "ours")
+                above = [statistics.median(times[n]) - statistics.median(times["host"]) for n in ("eager", "ours")]
+                rows.append({"threads": threads, "rows": batch, "d": d, "r": r, "eager_us": figures["us"],
+                             "ours_us": figures["base_us"], "eager/ours": figures["ratio"], "low": figures["low"],
+                             "high": figures["high"], "without host": above[0] / above[1]})  # fmt: skip
+    table("a grafted adapter against the same in eager torch, whole layer, forward and backward", rows)
+    return rows
+
+
+def cache(options: argparse.Namespace) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        urza = esper.Urza(folder)
+        ids = [esper.compile(BLUEPRINT, dims={"d": 32, "r": r}, urza=urza).id for r in range(1, 65)]
+        layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(32))
+        model = esper.wrap(layers, [nn.Linear], seeds_per_layer=1, urza=urza)
+        first = model.kasmina_layers["0"]
+        kernels = KernelCache.process()
+        kernels.reset()
+        request = first._load_request(first._kasmina.seeds[0], ids[0], holder=first)
+        loading.load(request, urza)
+        key = next(iter(kernels._entries))
+
+        hit = in_turn(options.samples, hit=lambda: kernels.load(key, lambda: None, first))["hit"]
+        misses = []
+        for turn in range(5):
+            for artifact in ids:
+                kernels.reset()
+                own = first._load_request(first._kasmina.seeds[0], artifact, holder=first)
+                began = time.perf_counter_ns()
+                loading.load(own, urza)
+                if turn:
+                    misses.append((time.perf_counter_ns() - began) / 1000)
+        kernels.reset()
+        generator = torch.Generator().manual_seed(0)
+
+        def churn(loads: int) -> None:
+            names = list(model.kasmina_layers)
+            for k in range(loads):
+                name = names[k % len(names)]
+                chosen = int(torch.randint(len(ids), (1,), generator=generator))
+                assert model.load_kernel_sync(name, 0, ids[chosen])
+                model.unload_kernel(name, 0)
+
+        churn(500)
+        gc.collect()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        began = time.perf_counter()
+        churn(options.cycles)
+        seconds = time.perf_counter() - began
+        gc.collect()
+        growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        stats = kernels.stats()
+    rows = [
+        {"what": "hit, us", "value": statistics.median(hit)},
+        {"what": "load from Urza on a miss, p50, us", "value": statistics.median(misses)},
+        {"what": "load from Urza on a miss, p99, us", "value": statistics.quantiles(misses, n=100)[98]},
+        {"what": f"hit rate over {stats.hits + stats.misses} loads of 64 artifacts in 32 layers, %",
+         "value": 100 * stats.hits / (stats.hits + stats.misses)},
+        {"what": f"growth over {options.cycles} loads and unloads, KiB", "value": growth},
+        {"what": "one load and unload, us", "value": seconds / options.cycles * 1e6},
+    ]  # fmt: skip
+    table("the kernel cache", rows)
+    return rows
+
+
+def state(options: argparse.Namespace) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    seeds, layers = 10_000, 100
+    with tempfile.TemporaryDirectory() as folder:
+        urza = esper.Urza(folder)
+        each = seeds // layers
+        artifact = esper.compile(BLUEPRINT, dims={"d": 1, "r": 1}, urza=urza)
+        bare = nn.Sequential(*(nn.Linear(each, each) for _ in range(layers)))
+        model = esper.wrap(copy.deepcopy(bare), [nn.Linear], seeds_per_layer=each, urza=urza)
+        x = torch.randn(8, each)
+        with torch.no_grad():
+            times = in_turn(options.samples, bare=lambda: bare(x), wrapped=lambda: model(x))
+        for name in model.kasmina_layers:
+            for seed in range(each):
+                assert model.load_kernel_sync(name, seed, artifact.id)
+        transitions = []
+        for target in ("GRAFTING", "STABILIZATION", "EVALUATING", "FOSSILIZED"):
+            began = time.perf_counter()
+            model.request_transitions(
+                {
+                    (name, seed): esper.SeedLifecycleState[target]
+                    for name in model.kasmina_layers
+                    for seed in range(each)
+                }
+            )
+            model.step_boundary()
+            transitions.append((time.perf_counter() - began) * 1000)
+    dormant_ratio = compared(times, "wrapped", "bare")
+    rows = [
+        {"what": "bytes a seed, beside its parameters", "value": KasminaStateLayout.required_bytes(seeds) / seeds},
+        {"what": "transitions of 10,000 seeds, ms, median of four", "value": statistics.median(transitions)},
+        {"what": "dormant forward of 10,000 seeds, times the bare model's", "value": dormant_ratio["ratio"]},
+    ]
+    table("state", rows)
+    return rows
+
+
+def pause(options: argparse.Namespace) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        urza = esper.Urza(folder)
+        ids = [esper.compile(BLUEPRINT, dims={"d": 256, "r": r}, urza=urza).id for r in range(1, 11)]
+        model = esper.wrap(Transformer(4), ["*.out"], seeds_per_layer=1, urza=urza)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        x = torch.randn(4, 64, 256)
+        names = list(model.kasmina_layers)
+
+        def step() -> float:
+            began = time.perf_counter()
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return (time.perf_counter() - began) * 1000
+
+        def load() -> None:
+            request = model.kasmina_layers[names[0]]._load_request
+            for k in range(100):
+                KernelCache.process().reset()
+                own = model.kasmina_layers[names[0]]
+                loading.load(request(own._kasmina.seeds[0], ids[k % len(ids)], holder=own), urza)
+                time.sleep(0.01)
+
+        for _ in range(20):
+            step()
+        times: dict[str, list[float]] = {"without": [], "with": []}
+        for _ in range(6):
+            times["without"] += [step() for _ in range(80)]
+            thread = threading.Thread(target=load)
+            thread.start()
+            while thread.is_alive():
+                times["with"].append(step())
+            thread.join()
+    p99 = {name: statistics.quantiles(values, n=100)[98] for name, values in times.items()}
+    rows = [
+        {"what": "step p50 without, ms", "value": statistics.median(times["without"])},
+        {"what": "step p50 while 100 kernels load, ms", "value": statistics.median(times["with"])},
+        {"what": "step p99 without, ms", "value": p99["without"]},
+        {"what": "step p99 while 100 kernels load, ms", "value": p99["with"]},
+        {"what": "p99 with / without", "value": p99["with"] / p99["without"]},
+    ]
+    table("training while kernels load in the background (one thread of torch's, two cores)", rows)
+    return rows
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> None:
+    shown = Table(title=title)
+    for column in rows[0]:
+        shown.add_column(column, justify="right" if isinstance(rows[0][column], int | float) else "left")
+    for row in rows:
+        shown.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(shown)
+
+
+def markdown(parts: dict[str, list[dict[str, Any]]]) -> str:
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    lines = [
+        "# What Kasmina costs",
+        "",
+        "Made by `bench/kasmina.py --output docs`, which says how it measures. "
+        f"{machine}; OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}.",
+    ]
+    for name, rows in parts.items():
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            "| " + " | ".join(rows[0]) + " |",
+            "| " + " | ".join("---" for _ in rows[0]) + " |",
+        ]
+        lines += [
+            "| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |"
+            for row in rows
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas, of {','.join(PARTS)}")
+    parser.add_argument(
+        "--samples", type=int, default=31, help="of each contender; dormant and active take three times as many"
+    )
+    parser.add_argument("--cycles", type=int, default=100_000, help="loads and unloads for the cache's growth")
+    parser.add_argument("--output", type=Path, help="a folder: kasmina-speed.md and kasmina.json go there")
+    options = parser.parse_args()
+    chosen = options.only.split(",")
+    if unknown := sorted(set(chosen) - set(PARTS)):
+        parser.error(f"no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
+    parts = {name: globals()[name](options) for name in PARTS if name in chosen}
+    if options.output:
+        (options.output / "kasmina.json").write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
+        (options.output / "kasmina-speed.md").write_text(markdown(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
