@@ -38,6 +38,7 @@ class Dispatch:
         self.plan = plan
         self._name = name_plan(plan)
         self._is_final = all(active.seed.state is SeedLifecycleState.FOSSILIZED for active in plan.seeds)
+        self._dtype = plan.seeds[0].program.dtype
         self._reads_x = any("x" in active.program.inputs for active in plan.seeds)
         self._prepared: Prepared | None = None  # for the shapes of the last call that could be prepared
 
@@ -51,7 +52,7 @@ class Dispatch:
     def _blended(self, x: Any, h: Any) -> Any:
         """The host's output with every seed's share."""
         if torch.compiler.is_compiling():
-            return self._in_graph(h, x)
+            return self._cast(x, h) if self._is_autocast(h) else self._in_graph(h, x)
         self.record.forward_calls_active += 1
         prepared = self._prepared
         if prepared is not None and prepared.fits(h, x):
@@ -62,9 +63,27 @@ class Dispatch:
             return h
         if type(h) is Tensor and h.is_nested:
             return self._packed(x, h)
+        if self._is_autocast(h):
+            self.record.forward_calls_active -= 1  # counted again
+            return self._cast(x, h)
         if all(_fits(self.plan, active, x, h) for active in self.plan.seeds):
             self._prepared = prepare(self.plan, h, x)
         return _dispatch(self.plan, x, h)
+
+    def _is_autocast(self, h: Any) -> bool:
+        """Whether the host has computed in a narrower type, as autocast had it do."""
+        return (
+            isinstance(h, Tensor)
+            and h.dtype is not self._dtype
+            and h.is_floating_point()
+            and torch.is_autocast_enabled(h.device.type)
+        )
+
+    def _cast(self, x: Any, h: Tensor) -> Tensor:
+        """Seeds compute in the type of their parameters, as autocast does with operations that need their precision."""
+        x = x.to(self._dtype) if self._reads_x and isinstance(x, Tensor) and x.is_floating_point() else x
+        out: Tensor = self._blended(x, h.to(self._dtype)).to(h.dtype)
+        return out
 
     def _in_graph(self, h: Any, x: Any) -> Any:
         """The call as `torch.compile` and `torch.export` record it."""
