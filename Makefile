@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 MATRIX := 3.6.0 3.8.0 3.9.0
 MATRIX_VENVS := $(MATRIX:%=$(VENV)-matrix/%)
 STAMP := $(VENV)/.installed
-THIRD_PARTY := $(VENV)/third_party/requirements.txt
+# Packages that tests/third_party and tests/company run besides. Each list stands there in copy once they are all there.
+PACKAGES := $(VENV)/third_party/requirements.txt $(VENV)/company/requirements.txt
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
@@ -33,7 +34,7 @@ help:
 demo: $(STAMP)
 	@$(BIN)/python -m esper_triton.demo $(DEMO_ARGS)
 
-test: lint types $(THIRD_PARTY)
+test: lint types $(PACKAGES)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 test-matrix: $(STAMP) $(MATRIX_VENVS:%=%/.installed)
@@ -71,9 +72,8 @@ $(VENV)-matrix/%/.installed: $(STAMP)
 	@$(BIN)/python tests/matrix_venv.py $(@D) $*
 	@touch $@
 
-# Packages of kernels that tests/third_party runs. The list stands there in copy once they are all there.
-$(THIRD_PARTY): tests/third_party/requirements.txt $(STAMP)
-	@$(BIN)/python tests/third_party/packages.py
+$(PACKAGES): $(VENV)/%/requirements.txt: tests/%/requirements.txt $(STAMP)
+	@$(BIN)/python tests/package_folder.py $<
 	@touch $@
 
 clean:

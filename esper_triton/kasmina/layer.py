@@ -125,6 +125,12 @@ class KasminaLayer(Adopted):
         """The seeds' state on the layer's device."""
         return KasminaStateLayout(len(self._kasmina.seeds), storage=self._buffers[_STATE_BUFFER])
 
+    @state.setter
+    def state(self, state: KasminaStateLayout) -> None:
+        # PEFT takes any `state` of a layer for that of bitsandbytes, and hands it to the layer, which is the same one.
+        if not isinstance(state, KasminaStateLayout) or state.storage is not self._state_storage():
+            raise AttributeError(f"the state of layer {self._kasmina.name!r} follows its seeds and cannot be set")
+
     @property
     def default_transform(self) -> HostTransform:
         """The host's own forward, as a callable that shows the host's attributes."""

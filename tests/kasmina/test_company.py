@@ -371,3 +371,12 @@ def test_a_cast_takes_the_seed_along_and_the_host_runs_alone_until_it_fits_again
     h = model[0].default_transform(example())
     torch.testing.assert_close(model(example()), blended(h, model[0], kind), rtol=1e-4, atol=1e-5)
     assert model[0].state.alpha(0) == ALPHA  # float32, whatever the model is cast to
+
+
+def test_a_layers_state_can_be_handed_to_itself_alone(store: Urza) -> None:
+    layers = [KasminaLayer.adopt(nn.Linear(D, D), num_seeds=1, urza=store, name=name) for name in ("one", "other")]
+    before = layers[0].state.storage
+    layers[0].state = layers[0].state
+    assert layers[0].state.storage is before
+    with pytest.raises(AttributeError, match="state of layer 'one' follows its seeds and cannot be set"):
+        layers[0].state = layers[1].state
