@@ -4,8 +4,8 @@
 
 Everything is a ratio or a difference of things measured in turn in this one process: medians over samples, each of as
 many calls as take about a millisecond. The machine's other work shows in the spread, the middle half of the samples.
-PEFT stands in the table of dormant layers where it is installed (`pip install --no-deps peft`, and what it imports):
-a LoRA adapter that is disabled, on the same layers.
+In the table of dormant layers stand, where `make test` has installed them, PEFT (a LoRA adapter on the same layers,
+which is disabled) and Hugging Face's kernels (the same layers, of a class whose forward `kernelize` may exchange).
 """
 
 import argparse
@@ -124,16 +124,30 @@ HOSTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def peft_disabled(model: nn.Module) -> nn.Module | None:
-    """The model with a LoRA adapter on every Linear that is switched off, or None without PEFT."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        return None
+def peft_disabled(model: nn.Module) -> nn.Module:
+    """The model with a LoRA adapter on every Linear that is switched off."""
+    from peft import LoraConfig, get_peft_model
+
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules=names))
     adapted.base_model.disable_adapter_layers()
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" not in name)  # as in the bare model, all of which trains
     return adapted.base_model.model
+
+
+def kernelized(model: nn.Module) -> nn.Module:
+    """The model after `kernels.kernelize`, which has no kernel for its layers."""
+    from kernels import Mode, kernelize, use_kernel_forward_from_hub
+
+    @use_kernel_forward_from_hub("Linear")
+    class Linear(nn.Linear):
+        pass
+
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return kernelize(model, mode=Mode.INFERENCE | Mode.TORCH_COMPILE, device="cpu")
 
 
 def python_calls(model: nn.Module, x: torch.Tensor) -> int:
@@ -161,8 +175,13 @@ def dormant(options: argparse.Namespace) -> list[dict[str, Any]]:
             models["wrapped"] = esper.wrap(
                 copy.deepcopy(bare), [nn.Linear], seeds_per_layer=4, urza=esper.Urza(folder), telemetry_enabled=True
             )
-        if (adapted := peft_disabled(copy.deepcopy(bare))) is not None:
-            models["peft, disabled"] = adapted
+        sys.path.append(str(Path(sys.prefix) / "company"))
+        for name, change in (("PEFT, disabled", peft_disabled), ("kernels, kernelize", kernelized)):
+            try:
+                models[name] = change(copy.deepcopy(bare))
+            except ImportError as error:
+                console.print(f"[dim]without {name}: {error}[/]")
+        sys.path.pop()
         x = torch.randn(shape)
         for what in ("forward", "forward+backward"):
 
