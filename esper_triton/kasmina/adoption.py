@@ -50,10 +50,14 @@ class Adopted(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         hosts = getattr(super(), "__deepcopy__", None)
-        if hosts is not None:
-            return hosts(memo)
         replica: Any
         state: Any
+        if hosts is not None:
+            # It may make its copy by the class, which makes a host, and it knows nothing of what is not to be copied.
+            replica = hosts(memo)
+            _set_class(replica, _class_for(self._esper_mixin, host_class(replica)))
+            replica.__setstate__({})
+            return replica
         if _is_on_top(type(self)):
             # It refuses to be pickled, and is copied like this by torch too: the copy has the same class.
             replica, state = object.__new__(type(self)), self._esper_state_to_keep(self.__dict__)

@@ -304,7 +304,7 @@ class KasminaLayer(Adopted):
         return prior if prior is not None else types.MethodType(host_class(self).forward, self)
 
     def _host_dtype(self) -> torch.dtype | None:
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        return next((t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), None)
 
     def _begin_load(self, seed: int, artifact_id: str) -> tuple[loading.LoadRequest, Urza]:
         own, record = self._seed(seed), self._kasmina

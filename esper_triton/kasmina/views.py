@@ -11,17 +11,15 @@ __all__ = ["empty_output", "from_matrix", "matches", "matrix", "settle"]
 def matrix(tensor: Tensor, feature_dim: int = -1) -> Tensor:
     """`tensor` as [rows, width], features (dimension `feature_dim`) last and with unit stride; a view wherever that is
     possible, as for a contiguous tensor with features last, or an image in channels_last."""
-    if feature_dim != -1:
-        tensor = tensor.movedim(feature_dim, -1)
+    tensor = _features_last(tensor, feature_dim)
     matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def from_matrix(matrix: Tensor, like: Tensor, feature_dim: int = -1) -> Tensor:
     """A contiguous [rows, width] as a tensor of the shape of `like`; a view."""
-    if feature_dim == -1:
-        return matrix.view(like.shape)
-    return matrix.view(like.movedim(feature_dim, -1).shape).movedim(-1, feature_dim)
+    features_last = matrix.view(_features_last(like, feature_dim).shape)
+    return features_last if feature_dim == -1 else features_last.movedim(-1, feature_dim)
 
 
 def empty_output(like: Tensor, feature_dim: int = -1) -> tuple[Tensor, Tensor]:
@@ -31,17 +29,23 @@ def empty_output(like: Tensor, feature_dim: int = -1) -> tuple[Tensor, Tensor]:
     The tensor is no view itself, so that one may change it in place under autograd.
     """
     out = torch.empty_like(like)
-    features_last = out if feature_dim == -1 else out.movedim(feature_dim, -1)
-    width = features_last.shape[-1]
+    width = out.shape[feature_dim]
+    rows = out.numel() // width
+    features_last = _features_last(out, feature_dim)
     if features_last.is_contiguous():
-        return out, features_last.view(out.numel() // width, width)
-    return out, torch.empty((out.numel() // width, width), dtype=like.dtype, device=like.device)
+        return out, features_last.view(rows, width)
+    return out, torch.empty((rows, width), dtype=like.dtype, device=like.device)
 
 
 def settle(out: Tensor, written: Tensor, feature_dim: int = -1) -> None:
     """Brings what was written into the second tensor of `empty_output` to the first."""
-    if written._base is not out:
-        out.copy_(from_matrix(written, out, feature_dim))
+    features_last = _features_last(out, feature_dim)
+    if not features_last.is_contiguous():
+        features_last.copy_(written.view(features_last.shape))
+
+
+def _features_last(tensor: Tensor, feature_dim: int) -> Tensor:
+    return tensor if feature_dim == -1 else tensor.movedim(feature_dim, -1)
 
 
 def matches(tensor: Tensor, width: int, feature_dim: int, like: Tensor | None = None) -> bool:

@@ -196,6 +196,47 @@ def test_a_deep_copy_of_an_active_layer_is_whole_and_independent(
         assert torch.equal(model(x), out)
 
 
+class CopiesItself(nn.Linear):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = type(self)(self.in_features, self.out_features)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_a_host_that_copies_itself_in_its_own_way_is_adopted_in_the_copy(
+    adapter_store: Urza, small: str, root: bool
+) -> None:
+    module: Any = CopiesItself(D, D)
+    model: Any = module if root else nn.Sequential(module)
+    esper.wrap(model, ["" if root else "0"], seeds_per_layer=1, urza=adapter_store)
+    grow(module, 0, small, alpha=ALPHA)
+    other = copy.deepcopy(model)
+    out = model(example())
+    assert type(other) is type(model)
+    assert torch.equal(other(example()), out)
+    copied: Any = other if root else other[0]
+    copied.set_alpha(0, 0.0)
+    assert torch.equal(other(example()), copied.default_transform(example()))
+    assert torch.equal(model(example()), out)
+    model.unload_kernel("" if root else "0", 0)
+    copied.set_alpha(0, ALPHA)
+    assert torch.equal(other(example()), out)
+
+
+def test_a_traced_module_stays_a_wrapped_model_in_a_deep_copy(adapter_store: Urza, small: str) -> None:
+    model: Any = torch.fx.symbolic_trace(nn.Sequential(host(), nn.Tanh()))
+    esper.wrap(model, [nn.Linear], seeds_per_layer=1, urza=adapter_store)
+    grow(model.kasmina_layers["0"], 0, small, alpha=ALPHA)
+    other = copy.deepcopy(model)
+    assert isinstance(other, esper.MorphableModel)
+    assert isinstance(other, torch.fx.GraphModule)
+    assert torch.equal(other(example()), model(example()))
+    esper.unwrap(other)
+    assert not isinstance(other, esper.MorphableModel)
+    assert torch.equal(other(example()), torch.tanh(host()(example())))
+
+
 @pytest.mark.parametrize("name", BY_PARAMETRIZE)
 @pytest.mark.parametrize("adopted", [False, True])
 def test_a_parametrised_layer_is_pickled_as_little_as_torchs_own_and_its_state_dict_loads(

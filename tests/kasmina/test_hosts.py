@@ -250,7 +250,7 @@ def test_hosts_of_half_precision_grow_with_artifacts_of_theirs(
     assert (out - h).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("name", ["Linear", "Conv2d", "BatchNorm1d", "Embedding", "MultiheadAttention"])
+@pytest.mark.parametrize("name", ["Linear", "Conv2d", "BatchNorm1d", "BatchNorm3d", "Embedding", "MultiheadAttention"])
 def test_a_host_of_float64_is_invisible_while_dormant_and_loading_into_it_is_refused_with_the_way_out(
     adapter_store: Urza, adapter_for: Callable[..., str], name: str
 ) -> None:
@@ -346,6 +346,8 @@ def test_without_gradients_the_output_is_the_same_and_asks_for_none(
     out = first(host.call(layer, inputs))
     with torch.no_grad():
         quiet = first(host.call(layer, inputs))
+    with torch.inference_mode():
+        assert torch.equal(first(host.call(layer, inputs)), quiet)
     assert torch.equal(out, quiet)
     assert out.requires_grad
     assert not quiet.requires_grad
