@@ -60,7 +60,10 @@ def _keep_fast_path_closed(module: nn.Module, args: Any, output: Any) -> None:
 
 
 class KasminaLayer(Adopted):
-    """A module from a tensor to a tensor, features last, that holds seeds. Made by `adopt` or `esper_triton.wrap`.
+    """A module from a tensor to a tensor that holds seeds. Made by `adopt` or `esper_triton.wrap`.
+
+    Features are in the dimension of the host's kind: the last one, or that of the channels of a convolution or a norm.
+    Seeds see one row a place. Attention gives a tuple; seeds work on its first element.
 
     The module is the same object as before, of a class of its own. While every seed is dormant the host class's
     `forward` runs, with nothing in front of it. While a seed is active, the instance attribute `forward` holds the

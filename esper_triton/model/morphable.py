@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from esper_triton.kasmina.cache import KernelCache
 from esper_triton.kasmina.kinds import Chunking
 from esper_triton.kasmina.layer import KasminaLayer, release_layer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
-from esper_triton.model.targets import Target, resolve_targets
+from esper_triton.model.targets import Target, check_is_called, resolve_targets
 from esper_triton.urza import Urza
 
 __all__ = ["MorphableModel", "seed_parameters", "unwrap", "wrap"]
@@ -36,11 +36,11 @@ class MorphableModel(Adopted):
 
     async def load_kernel(self, name: str, seed: int, artifact_id: str) -> bool:
         """Loads an artifact into a seed off this thread; see `KasminaLayer.load_kernel`."""
-        return await KasminaLayer.load_kernel(self._layer(name), seed, artifact_id)
+        return await KasminaLayer.load_kernel(self._called_layer(name), seed, artifact_id)
 
     def load_kernel_sync(self, name: str, seed: int, artifact_id: str) -> bool:
         """As `load_kernel`, on this thread."""
-        return KasminaLayer.load_kernel_sync(self._layer(name), seed, artifact_id)
+        return KasminaLayer.load_kernel_sync(self._called_layer(name), seed, artifact_id)
 
     def unload_kernel(self, name: str, seed: int) -> bool:
         """Takes a seed back to DORMANT; see `KasminaLayer.unload_kernel`."""
@@ -86,11 +86,32 @@ class MorphableModel(Adopted):
     def _distinct_layers(self) -> Iterator[KasminaLayer]:
         return (module for module in self.modules() if isinstance(module, KasminaLayer))
 
+    def _called_layer(self, name: str) -> KasminaLayer:
+        layer = self._layer(name)
+        try:
+            check_is_called(dict(self.named_modules(remove_duplicate=False)), name)
+        except TypeError as error:  # what it is part of was put there after wrapping
+            raise ValueError(f"layer {name!r} is out of use: {error}") from error
+        return layer
+
     def _layer(self, name: str) -> KasminaLayer:
         layers = self.kasmina_layers
         if name not in layers:
+            _raise_if_module(name, layers, dict(self.named_modules(remove_duplicate=False)))
             raise ValueError(f"no wrapped layer {name!r}{nearest(name, layers)}")
         return layers[name]
+
+
+def _raise_if_module(name: str, layers: Iterable[str], modules: dict[str, nn.Module]) -> None:
+    """Raises ValueError where `name` is a module of the model, though no layer: something may have been put there."""
+    within = [layer for layer in layers if name and layer.startswith(f"{name}.")]
+    if within:
+        raise ValueError(f"no wrapped layer {name!r}; within it: {', '.join(map(repr, within))}")
+    if name in modules:
+        raise ValueError(
+            f"no wrapped layer {name!r}: it is a {type(modules[name]).__name__} that was no target, or that took the "
+            "place of one after wrapping; what replaces modules comes first, then wrap"
+        )
 
 
 class MorphableLayer(MorphableModel, KasminaLayer):

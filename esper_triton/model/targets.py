@@ -10,7 +10,7 @@ from torch import nn
 from esper_triton.contracts.errors import nearest
 from esper_triton.kasmina.kinds import OUT_PROJ_REASON, Chunking, kind_of, seed_spans
 
-__all__ = ["Target", "resolve_targets"]
+__all__ = ["Target", "check_is_called", "resolve_targets"]
 
 Target = type[nn.Module] | str
 _MANY_REASONS = 3
@@ -41,7 +41,7 @@ def resolve_targets(
         found = False
         for name in names:
             try:
-                _check_is_called(named, name)
+                check_is_called(named, name)
                 seed_spans(kind_of(named[name]).width, seeds_per_layer, chunking)
             except (TypeError, ValueError) as error:
                 refused.append(f"{name!r}: {error}")
@@ -55,7 +55,7 @@ def resolve_targets(
     return {name: module for name, module in model.named_modules() if id(module) in chosen}
 
 
-def _check_is_called(named: dict[str, nn.Module], name: str) -> None:
+def check_is_called(named: dict[str, nn.Module], name: str) -> None:
     """Raises TypeError for a module whose parent uses its weight without calling it, or calls another in its place."""
     path = name.split(".")
     for depth, own in enumerate(path):
@@ -69,7 +69,7 @@ def _check_is_called(named: dict[str, nn.Module], name: str) -> None:
             reason = "PEFT trains a copy and calls that; target the one in modules_to_save"
         else:
             continue
-        raise TypeError(f"{type(named[name]).__name__} cannot be adopted: {reason}")
+        raise TypeError(f"{type(named[name]).__name__} cannot hold seeds: {reason}")
 
 
 def _matches(target: Target, named: dict[str, nn.Module]) -> list[str]:

@@ -84,6 +84,10 @@ def test_a_dormant_wrap_of_an_adapted_model_is_invisible(store: Urza, name: str,
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert list(model.state_dict()) == list(bare.state_dict())
     assert list(peft.get_peft_model_state_dict(model)) == list(peft.get_peft_model_state_dict(bare))
+    if order == "wrap first":
+        moved = next(name for name in model.kasmina_layers if name.endswith(".base_layer"))
+        with pytest.raises(ValueError, match=rf"no wrapped layer '\w+'; within it: '{moved}'"):
+            model.load_kernel_sync(moved.removesuffix(".base_layer"), 0, "id")
     merged = model.merge_and_unload()
     assert torch.equal(merged(tokens()), bare.merge_and_unload()(tokens()))
     esper.unwrap(merged)
@@ -159,3 +163,10 @@ def test_the_module_that_peft_trains_a_copy_of_is_refused_and_the_copy_is_not(
     grow(layer, 0, adapter_for(D, R), alpha=ALPHA)
     wanted = law_2(host, [((0, D), ALPHA, own_parameters(layer, 0))])
     torch.testing.assert_close(model(tokens()), wanted, rtol=1e-4, atol=1e-5)
+
+    late = adapted(esper.wrap(net(), [nn.Linear], seeds_per_layer=1, urza=adapter_store), config)
+    with pytest.raises(ValueError, match=r"'fc2\.original_module' is out of use: .* PEFT trains a copy"):
+        late.load_kernel_sync("fc2.original_module", 0, adapter_for(D, R))
+    host = late(tokens())
+    grow(late.kasmina_layers["fc2.modules_to_save.default"], 0, adapter_for(D, R), alpha=ALPHA)
+    assert not torch.equal(late(tokens()), host)

@@ -81,7 +81,8 @@ def test_a_host_prepared_for_training_with_quantised_weights_grows(
     adapter_store: Urza, adapter_for: Callable[..., str]
 ) -> None:
     model: Any = net()
-    quantize_(model, QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int8, "per_channel"), step="prepare"))
+    prepare = QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int8, "per_channel"), step="prepare")
+    quantize_(model, prepare)
     bare = copy.deepcopy(model)
     esper.wrap(model, [nn.Linear], seeds_per_layer=1, urza=adapter_store)
     assert torch.equal(model(example()), bare(example()))
@@ -91,3 +92,8 @@ def test_a_host_prepared_for_training_with_quantised_weights_grows(
     grads = torch.autograd.grad(out.square().sum(), list(model.parameters()))
     for grad, expected in zip(grads, torch.autograd.grad(wanted.square().sum(), list(bare.parameters())), strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3)
+
+    late: Any = esper.wrap(net(), [nn.Linear], seeds_per_layer=1, urza=adapter_store)
+    quantize_(late, prepare)  # puts modules of its own in the place of the wrapped ones
+    with pytest.raises(ValueError, match=r"FakeQuantizedLinear .* what replaces modules comes first, then wrap"):
+        late.load_kernel_sync("2", 0, adapter_for(D, R))

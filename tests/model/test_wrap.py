@@ -190,6 +190,27 @@ def test_a_layer_name_that_does_not_exist_is_one_clear_error(store: Urza, call: 
         call(model)
 
 
+def test_what_replaces_modules_works_before_wrapping_and_is_named_after_it(
+    adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    def made() -> nn.Module:
+        return nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)).eval()
+
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm
+    model = esper.wrap(converted(made()), ["1"], seeds_per_layer=1, urza=adapter_store)
+    x = torch.randn(3, D)
+    host = model(x)
+    grow(model.kasmina_layers["1"], 0, adapter_for(D, R), alpha=0.5)
+    assert not torch.equal(model(x), host)
+    late = converted(esper.wrap(made(), ["0", "1"], seeds_per_layer=1, urza=adapter_store))
+    assert list(late.kasmina_layers) == ["0"]
+    message = (
+        r"no wrapped layer '1': it is a SyncBatchNorm .* took the place of one after wrapping; .* first, then wrap"
+    )
+    with pytest.raises(ValueError, match=message):
+        late.load_kernel_sync("1", 0, adapter_for(D, R))
+
+
 def test_a_root_that_is_itself_the_layer_is_both(adapter_store: Urza, adapter_for: Callable[..., str]) -> None:
     linear = nn.Linear(3, D)
     model = esper.wrap(linear, [nn.Linear], seeds_per_layer=1, urza=adapter_store)
