@@ -102,7 +102,9 @@ class Dispatch:
         have a gradient, so there is none where the host has none."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and h.requires_grad):
             parts = h.unbind()
-            inputs = x.unbind() if type(x) is Tensor and x.is_nested else [None] * len(parts)
+            inputs: Sequence[Tensor | None] = x.unbind() if type(x) is Tensor and x.is_nested else ()
+            if len(inputs) != len(parts):
+                inputs = (None,) * len(parts)
             blended = [_dispatch(self.plan, own, part) for own, part in zip(inputs, parts, strict=True)]
             out = torch.nested.as_nested_tensor(blended)
         if torch.is_grad_enabled() and not h.requires_grad:

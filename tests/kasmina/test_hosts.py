@@ -138,6 +138,7 @@ HOSTS = {
     "MultiheadAttention, dropout": Host(attention(dropout=0.3), QKV, random=True),
     "MultiheadAttention, subclass": Host(lambda: FirstOnly(W, 4), ((5, 2, W),), options={"need_weights": False}),
 }
+ATTENTIONS = ["MultiheadAttention", "MultiheadAttention, batch first"]
 CASES = [pytest.param(HOSTS[name], mode, id=f"{name}-{mode}") for name in HOSTS for mode in HOSTS[name].modes]
 drawn = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -195,6 +196,20 @@ def test_a_dormant_host_gives_the_same_bits_gradients_buffers_and_random_stream(
     assert len(results[0]) == len(results[1])
     assert all(same(found, expected) for found, expected in zip(results[1], results[0], strict=True))
     assert list(layer.state_dict()) == list(bare.state_dict())
+
+
+@pytest.mark.parametrize("name", ["Linear, parametrised", "Linear, weight_norm", "Conv2d", "BatchNorm2d", *ATTENTIONS])
+def test_a_dormant_host_is_compiled_whole_and_called_functionally_as_the_bare_one(store: Urza, name: str) -> None:
+    host = HOSTS[name]
+    results = []
+    for module in (made(host, False), wrapped(made(host, False), store)):
+        torch.compiler.reset()
+        inputs = host.inputs(torch.float32)
+        doubled = {n: 2 * p for n, p in module.named_parameters()}
+        compiled = torch.compile(module, backend="eager", fullgraph=True)
+        functional = torch.func.functional_call(module, doubled, tuple(inputs), dict(host.options))
+        results.append((first(host.call(compiled, inputs)), first(functional)))
+    assert all(torch.equal(found, expected) for found, expected in zip(results[1], results[0], strict=True))
 
 
 @pytest.mark.parametrize(("host", "training"), [case for case in CASES if not case.values[0].random])
