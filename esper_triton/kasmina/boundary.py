@@ -23,7 +23,7 @@ from esper_triton.kasmina.adoption import host_class
 from esper_triton.kasmina.dispatch import Dispatch
 from esper_triton.kasmina.events import Transition
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
-from esper_triton.kasmina.moves import apply_faults, apply_requests
+from esper_triton.kasmina.moves import Made, apply_faults, apply_requests
 from esper_triton.kasmina.plan import make_plan
 from esper_triton.kasmina.record import LayerRecord
 from esper_triton.kasmina.schedules import Signals
@@ -238,10 +238,15 @@ def host_dtype(layer: KasminaLayer) -> torch.dtype | None:
     return next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
 
 
-def _tell(record: LayerRecord, made: Sequence[Transition]) -> None:
+def _tell(record: LayerRecord, made: Sequence[Made]) -> None:
     """Every observer hears of every transition; the first error of one of them is raised when all have."""
+    if not record.observers:
+        return
     first: Exception | None = None
-    for event in made:
+    for move in made:
+        event = Transition(
+            layer=record.name, seed=move.seed, source=move.source, target=move.target, artifact_id=move.artifact_id
+        )
         for observer in tuple(record.observers):
             try:
                 observer(event)
@@ -296,7 +301,7 @@ def install_dispatch(layer: KasminaLayer) -> None:
         elif seed.nonfinite_flag is None or seed.nonfinite_flag.device != device:
             seed.nonfinite_flag = torch.zeros((), dtype=torch.bool, device=device)
     learning = trains(record)
-    plan = make_plan(record, state.alpha, device)
+    plan = make_plan(record, state.alpha_blend.unbind().__getitem__, device)
     if plan is None:
         drop_dispatch(layer)
     else:

@@ -60,16 +60,18 @@ class Evaluation:
 @dataclass(frozen=True, kw_only=True)
 class MetricGate:
     """EVALUATING (and FINE_TUNING) to what follows: the metric has improved by more than `noises` times its measured
-    noise. Worse by more than that in the other direction, or not a number: CULLED."""
+    noise. Worse by more than that in the other direction, or a metric that is not finite with the seed: CULLED."""
 
     noises: float = 1.0
 
     def verdict(self, evaluation: Evaluation) -> Verdict:
         """Which way the gate sends a seed; `undecided` measures again."""
+        if not all(map(math.isfinite, evaluation.on)):
+            return "worse"
         improvement, bound = evaluation.improvement, self.noises * evaluation.noise
         if improvement > bound:
             return "better"
-        if improvement < -bound or math.isnan(improvement):
+        if improvement < -bound:
             return "worse"
         return "undecided"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 from esper_triton.contracts.errors import EsperError
 from esper_triton.kasmina.cache import KernelCache
-from esper_triton.kasmina.events import Transition
 from esper_triton.kasmina.lifecycle import SeedLifecycleState, check_transition
 from esper_triton.kasmina.record import LayerRecord
 from esper_triton.kasmina.seed import Seed
@@ -25,36 +25,46 @@ from esper_triton.kasmina.transitions import (
     follow,
 )
 
-__all__ = ["apply_faults", "apply_requests", "release", "warn"]
+__all__ = ["Made", "apply_faults", "apply_requests", "release", "warn"]
 
 _S = SeedLifecycleState
+_FROZEN = frozenset(state for state in _S if state.is_frozen)
 _WITHOUT_KERNEL = (_S.DORMANT, _S.CULLED, _S.CANCELLED, _S.ROLLED_BACK)
 _log = logging.getLogger("esper_triton.kasmina")
 
 
-def apply_requests(record: LayerRecord, receive: Callable[[Loaded], Loaded | LoadFailed]) -> list[Transition]:
+class Made(NamedTuple):
+    """A transition that has been made on the host, before the commit is whole and anybody is told."""
+
+    seed: int
+    source: SeedLifecycleState
+    target: SeedLifecycleState
+    artifact_id: str | None
+
+
+def apply_requests(record: LayerRecord, receive: Callable[[Loaded], Loaded | LoadFailed]) -> list[Made]:
     """Applies what waits, in order; returns the transitions made. A request whose ground a fault has taken away is
     dropped, with a line in the log. `receive` looks at what was loaded once more, as the layer is now."""
-    made: list[Transition] = []
-    for waiting in record.queue.take():
-        seed = record.seeds[waiting.seed]
-        request = receive(waiting) if isinstance(waiting, Loaded) and seed.ticket is waiting.ticket else waiting
-        try:
-            after = follow(
-                record.name,
-                request,
-                Outlook.of(seed),
-                epoch=record.epoch,
-                embargo_epochs=record.policy.embargo_epochs,
-            )
-        except (EsperError, ValueError) as error:
-            warn("request_dropped", record.name, seed.index, seed.artifact_id, error)
-            continue
-        _apply(record, seed, request, after, made)
+    made: list[Made] = []
+    for request, before, after in record.queue.take():
+        seed = record.seeds[request.seed]
+        now = Outlook.of(seed)
+        received = request
+        if isinstance(request, Loaded) and now.ticket is request.ticket:
+            received = receive(request)
+        if received is not request or now != before:
+            try:
+                after = follow(
+                    record.name, received, now, epoch=record.epoch, embargo_epochs=record.policy.embargo_epochs
+                )
+            except (EsperError, ValueError) as error:
+                warn("request_dropped", record.name, seed.index, seed.artifact_id, error)
+                continue
+        _apply(record, seed, received, after, made)
     return made
 
 
-def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, made: list[Transition]) -> None:
+def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, made: list[Made]) -> None:
     match request:
         case Assign():
             if seed.state is not _S.ERROR_RECOVERY:
@@ -99,9 +109,9 @@ def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, ma
     seed.ticket, seed.opens_at = after.ticket, after.opens_at
 
 
-def apply_faults(record: LayerRecord) -> list[Transition]:
+def apply_faults(record: LayerRecord) -> list[Made]:
     """Applies what forward, backward and the seeds' own training have noted since the last commit."""
-    made: list[Transition] = []
+    made: list[Made] = []
     calls = record.forward_calls_active - record.calls_counted
     record.calls_counted = record.forward_calls_active
     for seed in record.seeds:
@@ -133,17 +143,17 @@ def _discard_kernel(record: LayerRecord, seed: Seed) -> None:
     cache.discard(seed.kernel.key)
 
 
-def _cull(record: LayerRecord, seed: Seed, made: list[Transition]) -> None:
+def _cull(record: LayerRecord, seed: Seed, made: list[Made]) -> None:
     _move(record, seed, _S.CULLED, made)
     seed.opens_at = record.epoch + record.policy.embargo_epochs
 
 
-def _move(record: LayerRecord, seed: Seed, state: SeedLifecycleState, made: list[Transition]) -> None:
+def _move(record: LayerRecord, seed: Seed, state: SeedLifecycleState, made: list[Made]) -> None:
     check_transition(record.name, seed.index, seed.state, state)
     _enter(record, seed, state, made)
 
 
-def _enter(record: LayerRecord, seed: Seed, state: SeedLifecycleState, made: list[Transition]) -> None:
+def _enter(record: LayerRecord, seed: Seed, state: SeedLifecycleState, made: list[Made]) -> None:
     source, artifact_id = seed.state, seed.artifact_id
     seed.enter(state, record.epoch)
     if state in _WITHOUT_KERNEL:
@@ -152,9 +162,11 @@ def _enter(record: LayerRecord, seed: Seed, state: SeedLifecycleState, made: lis
         seed.reset()
     if state is _S.GRAFTING:
         seed.alpha = 0.0
+    learns = state not in _FROZEN
     for parameter in seed.parameters.values():
-        parameter.requires_grad_(not state.is_frozen)
-    made.append(Transition(layer=record.name, seed=seed.index, source=source, target=state, artifact_id=artifact_id))
+        if parameter.requires_grad is not learns:
+            parameter.requires_grad_(learns)
+    made.append(Made(seed.index, source, state, artifact_id))
 
 
 def release(seed: Seed) -> None:

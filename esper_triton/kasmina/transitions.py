@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -29,6 +30,7 @@ __all__ = [
     "SetAlpha",
     "TransitionQueue",
     "Unload",
+    "Waiting",
     "follow",
 ]
 
@@ -95,8 +97,7 @@ class Reset(Request):
     force: bool
 
 
-@dataclass(frozen=True)
-class Outlook:
+class Outlook(NamedTuple):
     """What a request is checked against: a seed as it is, or as it will be."""
 
     state: SeedLifecycleState
@@ -165,6 +166,14 @@ def follow(layer: str, request: Request, before: Outlook, *, epoch: int, embargo
 _LOADS_ONLY = (_S.GERMINATED, _S.LOADING, _S.TRAINING)
 
 
+class Waiting(NamedTuple):
+    """A request, and what its seed was to be before and after it."""
+
+    request: Request
+    before: Outlook
+    after: Outlook
+
+
 class TransitionQueue:
     """The requests of one layer that wait for its next boundary.
 
@@ -174,7 +183,7 @@ class TransitionQueue:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._waiting: list[Request] = []
+        self._waiting: list[Waiting] = []
         self._outlooks: dict[int, Outlook] = {}
 
     def __len__(self) -> int:
@@ -190,11 +199,11 @@ class TransitionQueue:
         and nothing is queued."""
         with self.lock:
             before = self.outlook(seed)
-            self._outlooks[seed.index] = after(before)
-            self._waiting.append(request)
+            self._outlooks[seed.index] = to = after(before)
+            self._waiting.append(Waiting(request, before, to))
             return before
 
-    def take(self) -> list[Request]:
+    def take(self) -> list[Waiting]:
         """Empties the queue, in the order in which requests were made. Call it with `lock` held."""
         waiting, self._waiting = self._waiting, []
         self._outlooks.clear()

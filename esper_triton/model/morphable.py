@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy as copying
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,12 +15,13 @@ from esper_triton.contracts.errors import StateCorruption, nearest
 from esper_triton.kasmina.adoption import Adopted, adopt_class, release_class
 from esper_triton.kasmina.boundary import begin_epoch, damaged_arrays, end_step, restore_state
 from esper_triton.kasmina.cache import KernelCache
-from esper_triton.kasmina.gates import Policy
+from esper_triton.kasmina.gates import Evaluation, Policy
 from esper_triton.kasmina.kinds import Chunking
 from esper_triton.kasmina.layer import KasminaLayer, release_layer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.schedules import Schedule
 from esper_triton.kasmina.seed import SeedLoss
+from esper_triton.model.evaluation import measure
 from esper_triton.model.targets import Target, resolve_targets
 from esper_triton.urza import Urza
 
@@ -82,6 +83,26 @@ class MorphableModel(Adopted):
     def is_ready_for_transition(self, name: str, seed: int) -> bool:
         """Whether the stage of a seed is done; see `KasminaLayer.is_ready_for_transition`."""
         return KasminaLayer.is_ready_for_transition(self._layer(name), seed)
+
+    def evaluate_seed(
+        self,
+        name: str,
+        seed: int,
+        metric: Callable[[nn.Module], float],
+        *,
+        repeats: int = 3,
+        lower_is_better: bool = True,
+    ) -> Evaluation:
+        """Measures what a seed does for `metric(model)`, such as the validation loss, and remembers it for the gate.
+
+        Calls the metric `repeats` times with the seed's alpha as it is and as often with alpha 0, in pairs that draw
+        the same random numbers, in eval mode and without gradients. Alpha, modes and random streams are as they were
+        afterwards. Call it between steps. Raises ValueError for a seed that is not in STABILIZATION, EVALUATING or
+        FINE_TUNING, or fewer than two repeats; what the metric raises passes through.
+        """
+        layer = self._layer(name)
+        model = cast(nn.Module, self)
+        return measure(model, layer, seed, metric, repeats=repeats, lower_is_better=lower_is_better)
 
     def seed_loss(self) -> Tensor | None:
         """The sum of the losses of all seeds in TRAINING over the last training call of each layer, 0-d; None where

@@ -181,7 +181,7 @@ def test_law_7_what_the_queue_lets_pass_is_a_path_of_the_table(targets: list[S],
             continue
         path.append(target)
     assert all(after in ALLOWED_MOVES[before] for before, after in itertools.pairwise(path))
-    assert [request.target for request in queue.take()] == path[1:]  # type: ignore[attr-defined]
+    assert [waiting.request.target for waiting in queue.take()] == path[1:]  # type: ignore[attr-defined]
     assert seed.state is start
 
 
