@@ -7,6 +7,7 @@ which `forward` never waits. Observers are told when all of it is done.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import types
@@ -161,8 +162,10 @@ def _read_measurements(record: LayerRecord) -> None:
     if measured:
         errors = torch.stack([_given(seed.measured_error) for seed in measured]).tolist()
         for seed, error in zip(measured, errors, strict=True):
-            seed.measured_error, seed.reconstruction_error = None, error
-            if error != error:
+            seed.measured_error = None
+            if error >= 0.0:
+                seed.reconstruction_error = error
+            if not math.isfinite(error):
                 seed.fault(NonFiniteOutput(f"{_who(record, seed)}: its output in TRAINING is not finite"))
     if flagged:
         flags = torch.stack([_given(seed.nonfinite_flag) for seed in flagged])
@@ -368,7 +371,7 @@ def set_hook(layer: KasminaLayer, wanted: _Hook | None) -> None:
 def damaged_arrays(layer: KasminaLayer) -> tuple[str, ...]:
     """Names of the state arrays that are not what the last commit wrote; by their CRC-32, so usually none are read."""
     record, state = layer._kasmina, layer.state
-    if record.packed is None or state.storage.is_meta or state.crc32() == record.crc32:
+    if state.storage.is_meta or state.crc32() == record.crc32:
         return ()
     return state.differing_arrays(record.packed)
 
@@ -377,8 +380,7 @@ def restore_state(layer: KasminaLayer) -> None:
     """Writes the state arrays again as the last commit did."""
     record = layer._kasmina
     with record.queue.lock:
-        if record.packed is not None:
-            layer.state.write(record.packed)
+        layer.state.write(record.packed)
 
 
 def begin_epoch(layer: KasminaLayer, epoch: int) -> None:

@@ -128,6 +128,7 @@ class KasminaLayer(Adopted):
         device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
         # A buffer, so that it follows .to(); not persistent, so that the host's state_dict keeps its keys (law 8).
         layer.register_buffer(_STATE_BUFFER, KasminaStateLayout(num_seeds, device=device).storage, persistent=False)
+        write_state(layer)
         return layer
 
     _kasmina: LayerRecord

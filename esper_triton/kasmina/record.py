@@ -42,8 +42,8 @@ class LayerRecord:
     auto_advance: bool = False
     epoch: int = 0
     step: int = 0
-    packed: bytes | None = None  # the state block as it was written last; None before the first commit
-    crc32: int | None = None  # of `packed`
+    packed: bytes = b""  # the state block as it was written last
+    crc32: int = 0  # of `packed`
     sampling: bool = False  # whether this step's calls are checked for non-finite values
     forward_calls_active: int = 0
     calls_counted: int = 0  # of `forward_calls_active`, as of the last commit

@@ -110,5 +110,7 @@ def _loss_of(seed: Seed, kernel: LoadedKernel, observed: Observed) -> Tensor | N
             return None
         loss = relative_reconstruction_error(k, h) if seed.loss is None else seed.loss(k, h)
     with torch.no_grad():
-        seed.measured_error = relative_reconstruction_error(k.detach().float(), h.float()).sqrt()
+        error = relative_reconstruction_error(k.detach().float(), h.float()).sqrt()
+        # Below 0 where the host itself was not finite: that is no fault of the seed, and no measurement either.
+        seed.measured_error = torch.where(h.isfinite().all(), error, -1.0)
     return loss
