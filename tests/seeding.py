@@ -3,7 +3,7 @@ works."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esper_triton.kasmina import KasminaLayer
+from esper_triton.kasmina.boundary import refresh
+from esper_triton.kasmina.launcher import KernelProgram
+from esper_triton.kasmina.prepared import Prepared
 from esper_triton.urza import Urza
 
 Parameters = Mapping[str, Tensor]
@@ -39,10 +42,12 @@ def own_parameters(layer: KasminaLayer, seed: int) -> dict[str, nn.Parameter]:
     return {name.removeprefix(prefix): p for name, p in layer.seed_parameters() if name.startswith(prefix)}
 
 
-def grow(layer: KasminaLayer, seed: int, artifact_id: str, *, alpha: float, draw: int | None = 0) -> None:
+def grow(
+    layer: KasminaLayer, seed: int, artifact_id: str, *, alpha: float, draw: int | None = 0, force: bool = False
+) -> None:
     """Loads, grafts and sets alpha; parameters are drawn anew with `draw` as the seed of the draw, since a fresh
     adapter equals the host."""
-    assert layer.load_kernel_sync(seed, artifact_id), layer.last_error(seed)
+    assert layer.load_kernel_sync(seed, artifact_id, force=force), layer.last_error(seed)
     if draw is not None:
         generator = torch.Generator().manual_seed(draw)
         for parameter in own_parameters(layer, seed).values():
@@ -80,7 +85,15 @@ def break_launches(monkeypatch: pytest.MonkeyPatch, layer: KasminaLayer, seed: i
 
     launches = [replace(launch, run=broken) for launch in getattr(kernel.program, which)]
     monkeypatch.setattr(kernel.program, which, launches)
-    layer._rebuild()  # what was prepared before holds the launches that work
+    refresh(layer)  # what was prepared before holds the launches that work
+
+
+def break_every_launch(
+    monkeypatch: pytest.MonkeyPatch, instead: Callable[..., object], *, forward: bool = True
+) -> None:
+    """Puts `instead` in the place of every kernel's forward, or backward; no call goes the prepared way meanwhile."""
+    monkeypatch.setattr(KernelProgram, "forward" if forward else "backward", instead)
+    monkeypatch.setattr(Prepared, "fits", lambda *_: False)
 
 
 def flip_one_byte(store: Urza, artifact_id: str) -> None:

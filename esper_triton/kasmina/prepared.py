@@ -256,6 +256,8 @@ def prepare(plan: Plan, h: Any, x: Any) -> Prepared | None:
     """The plan for calls like this one, whose `h` and `x` fit its seeds; None where they have to go the general way."""
     if plan.overlapping or plan.guard or plan.feature_dim != -1:
         return None
+    if any(active.nonfinite is not None for active in plan.seeds):  # calls of a step that is looked at
+        return None
     if type(h) is not Tensor or h.numel() == 0 or not h.is_contiguous():
         return None
     reads_x = any("x" in active.program.inputs for active in plan.seeds)

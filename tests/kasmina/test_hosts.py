@@ -508,6 +508,7 @@ def test_a_model_on_meta_is_wrapped_materialised_and_then_grown(
     assert model[0].state.storage.is_meta
     assert model.load_kernel_sync("0", 0, adapter_for(D, R)) is False
     assert "is on meta" in str(model[0].last_error(0))
+    model.unload_kernel("0", 0)
     model.to_empty(device="cpu")
     torch.manual_seed(3)
     for module in model:

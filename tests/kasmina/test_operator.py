@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import esper_triton as esper
 from esper_triton.kasmina import KasminaLayer, KernelCache, SeedLifecycleState
+from esper_triton.kasmina.boundary import refresh
 from esper_triton.kasmina.dispatch import Dispatch
 from esper_triton.urza import Urza
 
@@ -161,6 +162,6 @@ def test_an_exported_model_whose_layer_has_moved_on_says_so(layer: KasminaLayer)
         layer.request_transition(0, state)
     exported = torch.export.export(nn.Sequential(layer), (x,)).module()
     own_parameters(layer, 0)
-    layer._rebuild()
+    refresh(layer)
     with pytest.raises(RuntimeError, match=r"of a compiled graph is gone.*bake"):
         exported(x)
