@@ -208,7 +208,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(name=layers, seed=seeds, to=st.sampled_from(list(S)), other=st.sampled_from(list(S)))
     def ask_inside_of_a_step(self, name: str, seed: int, to: S, other: S) -> None:
         before = self.model.kasmina_layers[name].seed_state(seed)
-        with self.model.training_step():
+        with self.model.within_step():
             for state in (to, other):
                 try:
                     self.model.request_transition(name, seed, state)

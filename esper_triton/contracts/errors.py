@@ -21,6 +21,7 @@ __all__ = [
     "LoadDeadlineExceeded",
     "NonFiniteOutput",
     "ProofFailed",
+    "ReplicaFailed",
     "SlotEmbargoed",
     "StateCorruption",
     "StoreUnavailable",
@@ -86,6 +87,10 @@ class InvalidTransition(EsperError, RuntimeError):
         self.allowed = tuple(allowed)
         moves = ", ".join(self.allowed) if self.allowed else "nothing; the state is final"
         super().__init__(f"seed {seed} of layer {layer!r} cannot go from {source} to {target}; allowed: {moves}")
+
+
+class ReplicaFailed(EsperError, RuntimeError):
+    """Another replica could not load or run a kernel, so this one does not either."""
 
 
 class SlotEmbargoed(EsperError, RuntimeError):

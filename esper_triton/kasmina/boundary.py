@@ -7,7 +7,6 @@ which `forward` never waits. Observers are told when all of it is done.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import types
@@ -18,12 +17,13 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from esper_triton.contracts.errors import LoadDeadlineExceeded, NonFiniteOutput
+from esper_triton.contracts.errors import LoadDeadlineExceeded
 from esper_triton.kasmina import loading
 from esper_triton.kasmina.adoption import host_class
 from esper_triton.kasmina.dispatch import Dispatch
 from esper_triton.kasmina.events import Transition
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
+from esper_triton.kasmina.measuring import Measured, measure_step, who
 from esper_triton.kasmina.moves import Made, apply_faults, apply_requests
 from esper_triton.kasmina.plan import make_plan
 from esper_triton.kasmina.record import LayerRecord
@@ -42,15 +42,19 @@ __all__ = [
     "commits_at_once",
     "damaged_arrays",
     "drop_dispatch",
+    "end_late_loads",
     "end_step",
+    "finish_step",
     "host_dtype",
     "host_forward",
     "install_dispatch",
+    "is_silent",
     "put",
     "refresh",
     "restore_state",
     "set_hook",
     "state_storage",
+    "tell",
     "write_state",
 ]
 
@@ -59,7 +63,13 @@ _SILENT = (_S.DORMANT, _S.CULLED, _S.CANCELLED, _S.ROLLED_BACK)
 
 
 def put(record: LayerRecord, request: Request) -> Outlook:
-    """Queues a request; returns what its seed was to be before it. Any thread. Raises what `follow` raises."""
+    """Queues a request; returns what its seed was to be before it. Any thread. Raises what `follow` raises.
+
+    On a replica that follows another nothing is checked: what its own callers ask for does not count.
+    """
+    if record.follows:
+        record.queue.order(request)
+        return Outlook.of(record.seeds[request.seed])
     return record.queue.put(
         request,
         record.seeds[request.seed],
@@ -86,37 +96,52 @@ def commit(layer: KasminaLayer) -> None:
             refresh(layer)
         else:
             write_state(layer)
-    _tell(record, made)
+    tell(record, made)
 
 
 def end_step(layer: KasminaLayer, *, auto_advance: bool) -> None:
     """The boundary after a training step: as `commit`, and ramps advance, late loads end, stages are found to be
     done."""
     record = layer._kasmina
-    record.owner = threading.get_ident()
-    record.step += 1
-    if not len(record.queue) and all(seed.state in _SILENT and not seed.pending_faults for seed in record.seeds):
+    if is_silent(record):
+        record.owner = threading.get_ident()
+        record.step += 1
         return
     with record.queue.lock:
-        _read_measurements(record)
-        _end_late_loads(record)
-        made = apply_faults(record)
-        alphas = [seed.alpha for seed in record.seeds]
-        _advance(record)
+        measured = measure_step(record)
+        end_late_loads(record)
+        made = finish_step(layer, measured, auto_advance=auto_advance)
+    tell(record, made)
+
+
+def is_silent(record: LayerRecord) -> bool:
+    """Whether the layer has nothing to do at a boundary."""
+    return not len(record.queue) and all(seed.state in _SILENT and not seed.pending_faults for seed in record.seeds)
+
+
+def finish_step(layer: KasminaLayer, measured: Measured, *, auto_advance: bool) -> list[Made]:
+    """The second half of `end_step`: everything that follows from what was measured and what is queued, and from
+    nothing else. Call it with the queue's lock held, and `tell` afterwards."""
+    record = layer._kasmina
+    record.owner = threading.get_ident()
+    record.step += 1
+    made = apply_faults(record)
+    alphas = [seed.alpha for seed in record.seeds]
+    _advance(record, measured)
+    made += apply_requests(record, lambda loaded: _received(layer, loaded))
+    for seed in record.seeds:
+        seed.is_ready = next_move(record, seed) is not None
+    ramp_given = False
+    if auto_advance:
+        ramp_given = _order_next_moves(record)
         made += apply_requests(record, lambda loaded: _received(layer, loaded))
-        for seed in record.seeds:
-            seed.is_ready = next_move(record, seed) is not None
-        ramp_given = False
-        if auto_advance:
-            ramp_given = _order_next_moves(record)
-            made += apply_requests(record, lambda loaded: _received(layer, loaded))
-        every = record.policy.sample_every
-        was_sampling, record.sampling = record.sampling, every > 0 and record.step % every == 0
-        if made or ramp_given or was_sampling is not record.sampling:
-            refresh(layer)
-        elif alphas != [seed.alpha for seed in record.seeds]:
-            write_state(layer)
-    _tell(record, made)
+    every = record.policy.sample_every
+    was_sampling, record.sampling = record.sampling, every > 0 and record.step % every == 0
+    if made or ramp_given or was_sampling is not record.sampling:
+        refresh(layer)
+    elif alphas != [seed.alpha for seed in record.seeds]:
+        write_state(layer)
+    return made
 
 
 def next_move(record: LayerRecord, seed: Seed) -> SeedLifecycleState | None:
@@ -148,88 +173,42 @@ def _order_next_moves(record: LayerRecord) -> bool:
         target = next_move(record, seed)
         if target is not None:
             schedule = record.policy.schedule if target is _S.GRAFTING else None
-            put(record, Move(seed=seed.index, target=target, schedule=schedule))
+            record.queue.order(Move(seed=seed.index, target=target, schedule=schedule))
         elif seed.state is _S.GRAFTING and seed.schedule is None and seed.alpha == 0.0:
             # One without parameters comes from LOADING, with no ramp of its own.
             seed.schedule, ramp_given = record.policy.schedule, True
     return ramp_given
 
 
-def _read_measurements(record: LayerRecord) -> None:
-    """What the step's calls have left on the device: this is where it is read, once a layer."""
-    measured = [seed for seed in record.seeds if seed.measured_error is not None]
-    flagged = [seed for seed in record.seeds if seed.nonfinite_flag is not None]
-    if measured:
-        errors = torch.stack([_given(seed.measured_error) for seed in measured]).tolist()
-        for seed, error in zip(measured, errors, strict=True):
-            seed.measured_error = None
-            if error >= 0.0:
-                seed.reconstruction_error = error
-            if not math.isfinite(error):
-                seed.fault(NonFiniteOutput(f"{_who(record, seed)}: its output in TRAINING is not finite"))
-    if flagged:
-        flags = torch.stack([_given(seed.nonfinite_flag) for seed in flagged])
-        for seed, flag in zip(flagged, flags.tolist(), strict=True):
-            if flag:
-                _given(seed.nonfinite_flag).zero_()
-                seed.fault(NonFiniteOutput(f"{_who(record, seed)}: its output was not finite where the host's was"))
-
-
-def _given(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
-
-
-def _who(record: LayerRecord, seed: Seed) -> str:
-    return f"seed {seed.index} of layer {record.name!r} ({seed.artifact_id})"
-
-
-def _end_late_loads(record: LayerRecord) -> None:
+def end_late_loads(record: LayerRecord) -> None:
+    """Queues the failure of every load that has taken longer than its deadline."""
     now = time.monotonic()
     for seed in record.seeds:
         ticket = seed.ticket
         if ticket is not None and ticket.deadline is not None and now > ticket.deadline:
-            error = LoadDeadlineExceeded(f"{_who(record, seed)}: the load took longer than its deadline")
-            put(record, LoadFailed(seed=seed.index, ticket=ticket, error=error))
+            error = LoadDeadlineExceeded(f"{who(record, seed)}: the load took longer than its deadline")
+            record.queue.order(LoadFailed(seed=seed.index, ticket=ticket, error=error))
 
 
-def _advance(record: LayerRecord) -> None:
-    drift = _drift(record)
+def _advance(record: LayerRecord, measured: Measured) -> None:
     for seed in record.seeds:
         seed.stage_steps += 1
         if seed.state is _S.GRAFTING and seed.schedule is not None:
-            norm = _grad_norm(seed) if "grad_norm" in seed.schedule.needs else None
-            seed.progress = seed.schedule.advance(seed.progress, Signals(drift=drift, grad_norm=norm))
+            signals = Signals(drift=measured.drift, grad_norm=measured.grad_norms.get(seed.index))
+            seed.progress = seed.schedule.advance(seed.progress, signals)
             seed.alpha = seed.schedule.alpha(seed.progress)
-
-
-def _drift(record: LayerRecord) -> float | None:
-    before, now = record.output_mean, record.output_mean_now
-    if now is None:
-        return None
-    record.output_mean, record.output_mean_now = now, None
-    if before is None or before.device != now.device or before.dtype != now.dtype:
-        return None
-    return 1.0 - float(torch.cosine_similarity(before.double(), now.double(), dim=0))
-
-
-def _grad_norm(seed: Seed) -> float | None:
-    grads = [parameter.grad for parameter in seed.parameters.values() if parameter.grad is not None]
-    if not grads:
-        return None
-    return float(torch.stack([grad.double().norm() for grad in grads]).norm())
 
 
 def _received(layer: KasminaLayer, loaded: Loaded) -> Loaded | LoadFailed:
     """What was loaded, for the layer as it is now: it may have been moved or cast while the artifact was on its way."""
     record, manifest = layer._kasmina, loaded.kernel.manifest
-    who = f"seed {loaded.seed} of layer {record.name!r}"
+    whose = f"seed {loaded.seed} of layer {record.name!r}"
     try:
-        loading.check_dtype(who, manifest, host_dtype(layer))
+        loading.check_dtype(whose, manifest, host_dtype(layer))
         device = state_storage(layer).device
         if loaded.kernel.key.device != str(device):
             raise RuntimeError(
-                f"{who} was moved from {loaded.kernel.key.device} to {device} while its kernel was loaded"
+                f"{whose} was moved from {loaded.kernel.key.device} to {device} while its kernel was loaded"
             )
     except Exception as error:
         return LoadFailed(seed=loaded.seed, ticket=loaded.ticket, error=error)
@@ -241,8 +220,9 @@ def host_dtype(layer: KasminaLayer) -> torch.dtype | None:
     return next((t.dtype for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()), None)
 
 
-def _tell(record: LayerRecord, made: Sequence[Made]) -> None:
-    """Every observer hears of every transition; the first error of one of them is raised when all have."""
+def tell(record: LayerRecord, made: Sequence[Made]) -> None:
+    """Call it without the queue's lock. Every observer hears of every transition; the first error of one of them is
+    raised when all have."""
     if not record.observers:
         return
     first: Exception | None = None

@@ -80,7 +80,7 @@ class KasminaLayer(Adopted):
     asked for before, and take effect at a boundary (law 7). A call from the training thread, between two steps, is a
     boundary itself: it has taken effect when it returns. The training thread is the one that adopted the layer, or the
     one that committed last. Requests from other threads wait for `commit` or `step_boundary`, and every request does so
-    inside of `model.training_step()` and after `model.defer_transitions()`. Names that do not exist and moves that the
+    inside of `model.within_step()` and after `model.defer_transitions()`. Names that do not exist and moves that the
     lifecycle does not have raise at once and change nothing; a kernel that cannot be loaded does not raise (law 1).
     """
 

@@ -52,7 +52,7 @@ def apply_requests(record: LayerRecord, receive: Callable[[Loaded], Loaded | Loa
         received = request
         if isinstance(request, Loaded) and now.ticket is request.ticket:
             received = receive(request)
-        if received is not request or now != before:
+        if after is None or received is not request or now != before:
             try:
                 after = follow(
                     record.name, received, now, epoch=record.epoch, embargo_epochs=record.policy.embargo_epochs

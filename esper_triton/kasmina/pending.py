@@ -83,7 +83,7 @@ class PendingLoad:
         before = put(
             self.record, Loaded(seed=self.request.seed, ticket=self.ticket, kernel=kernel, parameters=parameters)
         )
-        self.ticket.arrived = before.ticket is self.ticket
+        self.ticket.arrived = self.record.follows or before.ticket is self.ticket
 
     def fail(self, error: BaseException) -> None:
         """The load is over, without a result."""

@@ -54,6 +54,8 @@ class LayerRecord:
     queue: TransitionQueue = field(default_factory=TransitionQueue)
     owner: int = field(default_factory=threading.get_ident)  # the thread whose requests may commit at once
     deferred: bool = False  # every request waits for a boundary
+    follows: bool = False  # another replica's queue decides, not this one's
+    replicas: object | None = None  # what the replicas' boundaries go through (esper_triton.model.distributed)
     observers: list[Observer] = field(default_factory=list)
     observed: Observed | None = None
     output_mean_now: Tensor | None = None
@@ -71,5 +73,5 @@ class LayerRecord:
 
 _OF_THIS_OBJECT = frozenset(
     # `prior_forward` travels in the instance dictionary of the layer.
-    {"queue", "owner", "deferred", "observers", "observed", "output_mean_now", "prior_forward"}
+    {"queue", "owner", "deferred", "follows", "replicas", "observers", "observed", "output_mean_now", "prior_forward"}
 )

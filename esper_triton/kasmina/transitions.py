@@ -167,11 +167,11 @@ _LOADS_ONLY = (_S.GERMINATED, _S.LOADING, _S.TRAINING)
 
 
 class Waiting(NamedTuple):
-    """A request, and what its seed was to be before and after it."""
+    """A request, and what its seed was to be before and after it; None where that was not looked at."""
 
     request: Request
-    before: Outlook
-    after: Outlook
+    before: Outlook | None
+    after: Outlook | None
 
 
 class TransitionQueue:
@@ -202,6 +202,20 @@ class TransitionQueue:
             self._outlooks[seed.index] = to = after(before)
             self._waiting.append(Waiting(request, before, to))
             return before
+
+    def order(self, request: Request) -> None:
+        """Queues a request that is checked at the boundary alone."""
+        with self.lock:
+            self._outlooks.pop(request.seed, None)
+            self._waiting.append(Waiting(request, None, None))
+
+    def put_back(self, held: list[Waiting]) -> None:
+        """Queues again, before everything else, what was taken and could not be applied yet. Call it with `lock` held
+        since `take`."""
+        self._waiting[:0] = held
+        for waiting in held:
+            if waiting.after is not None:
+                self._outlooks[waiting.request.seed] = waiting.after
 
     def take(self) -> list[Waiting]:
         """Empties the queue, in the order in which requests were made. Call it with `lock` held."""

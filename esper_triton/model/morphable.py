@@ -21,6 +21,7 @@ from esper_triton.kasmina.layer import KasminaLayer, release_layer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.schedules import Schedule
 from esper_triton.kasmina.seed import SeedLoss
+from esper_triton.model.distributed import Replicas
 from esper_triton.model.evaluation import measure
 from esper_triton.model.targets import Target, check_is_called, resolve_targets
 from esper_triton.urza import Urza
@@ -139,7 +140,12 @@ class MorphableModel(Adopted):
         With `auto_advance` seeds that are ready make their next move, through the gates of their layer's policy; by
         default as `wrap` was told.
         """
-        for layer in self._distinct_layers():
+        layers = list(self._distinct_layers())
+        replicas = next((layer._kasmina.replicas for layer in layers), None)
+        if isinstance(replicas, Replicas):
+            replicas.step_boundary(auto_advance=auto_advance)
+            return
+        for layer in layers:
             auto = layer._kasmina.auto_advance if auto_advance is None else auto_advance
             end_step(layer, auto_advance=auto)
 
@@ -170,8 +176,8 @@ class MorphableModel(Adopted):
             layer._kasmina.deferred = deferred
 
     @contextlib.contextmanager
-    def training_step(self) -> Iterator[None]:
-        """One step: `with model.training_step():` around forward, backward and the optimizer's step. Requests made
+    def within_step(self) -> Iterator[None]:
+        """One step: `with model.within_step():` around forward, backward and the optimizer's step. Requests made
         inside wait for its end, which is a step boundary, after an exception too."""
         layers = list(self._distinct_layers())
         before = [layer._kasmina.deferred for layer in layers]

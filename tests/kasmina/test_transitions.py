@@ -96,13 +96,13 @@ def test_law_7_a_request_is_checked_against_the_state_after_those_before_it(laye
     assert layer.seed_state(0) is S.STABILIZATION
 
 
-def test_law_7_every_request_waits_in_a_training_step_and_takes_effect_at_its_end(
+def test_law_7_every_request_waits_in_a_within_step_and_takes_effect_at_its_end(
     model: MorphableModel, small: str
 ) -> None:
     for name in ("0", "1"):
         grow(model.kasmina_layers[name], 0, small, alpha=0.5)
     x = torch.randn(3, IN)
-    with model.training_step():
+    with model.within_step():
         before = model(x)
         model.set_alpha("0", 0, 1.0)
         model.request_transition("1", 0, S.CULLED)
