@@ -16,6 +16,7 @@ from esper_triton.kasmina import loading
 from esper_triton.kasmina.events import Transition
 from esper_triton.kasmina.gates import Policy
 from esper_triton.kasmina.launcher import KernelProgram
+from esper_triton.kasmina.prepared import Prepared
 from esper_triton.kasmina.schedules import drift_controlled, linear
 from esper_triton.model.distributed import replicate
 
@@ -62,7 +63,7 @@ def main(rank: int, rendezvous: str, store: str, artifact_id: str) -> None:
     if rank == 1:
         refuse_one_layer("3")
 
-    launch = KernelProgram.forward
+    launch, fits = KernelProgram.forward, Prepared.fits
     for step in range(STEPS):
         if rank == 0 and step == 3:
             assert asyncio.run(model.load_kernel("0", 0, artifact_id))
@@ -79,12 +80,13 @@ def main(rank: int, rendezvous: str, store: str, artifact_id: str) -> None:
             model.graft("3", 0)
         if rank == 1 and step == 30:
             KernelProgram.forward = lambda *_: 1 / 0  # type: ignore[assignment,method-assign]
+            Prepared.fits = lambda *_: False  # type: ignore[method-assign]  # so that the call goes that way
         x = torch.randn(8, IN, generator=generator)
         loss = ddp(x).square().mean()
         seeds = model.seed_loss()
         optimizer.zero_grad()
         (loss if seeds is None else loss + seeds).backward()
-        KernelProgram.forward = launch  # type: ignore[method-assign]
+        KernelProgram.forward, Prepared.fits = launch, fits  # type: ignore[method-assign]
         replicas.all_reduce_gradients()
         optimizer.step()
         model.step_boundary()
