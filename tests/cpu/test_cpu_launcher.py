@@ -291,7 +291,8 @@ def test_launches_leave_reference_counts_and_memory_as_they_were():
     before, pages = counts(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     launch_all(3000)
     gc.collect()
-    assert counts() == before
+    # Others hold True and the interned name too, and may come to or let go: not 12 000 of them.
+    assert all(abs(now - then) < 100 for now, then in zip(counts(), before, strict=True))
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - pages
     assert grown_kib < 1024  # 12 000 launches: even 100 bytes of each would show
 
