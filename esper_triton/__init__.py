@@ -21,6 +21,7 @@ _HOME = {
     "MorphableModel": "esper_triton.model",
     "SeedLifecycleState": "esper_triton.kasmina",
     "Urza": "esper_triton.urza",
+    "attach": "esper_triton.model",
     "compile": "esper_triton.compile",
     "seed_parameters": "esper_triton.model",
     "unwrap": "esper_triton.model",
@@ -38,6 +39,7 @@ __all__ = [
     "SeedLifecycleState",
     "Urza",
     "__version__",
+    "attach",
     "compile",
     "seed_parameters",
     "unwrap",
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from esper_triton.contracts.blueprint import Blueprint
     from esper_triton.contracts.errors import EsperError
     from esper_triton.kasmina import KasminaLayer, KasminaStateLayout, KernelCache, SeedLifecycleState
-    from esper_triton.model import MorphableModel, seed_parameters, unwrap, wrap
+    from esper_triton.model import MorphableModel, attach, seed_parameters, unwrap, wrap
     from esper_triton.urza import Artifact, Urza
 
 

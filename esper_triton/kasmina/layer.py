@@ -486,7 +486,11 @@ def release_layer(layer: KasminaLayer) -> None:
     KasminaLayer._drop_dispatch(layer)
     KasminaLayer._set_fast_path_closed(layer, False)
     for seed in layer._kasmina.seeds:
+        source, artifact_id = seed.state, seed.artifact_id
         KasminaLayer._release(seed)
+        if source is not _S.DORMANT:
+            seed.state = _S.DORMANT
+            KasminaLayer._tell(layer, seed, source, artifact_id)
     del layer._buffers[_STATE_BUFFER]
     layer._non_persistent_buffers_set.discard(_STATE_BUFFER)
     del layer.__dict__[_OWN_ATTRIBUTE]
