@@ -23,6 +23,8 @@ _HOME = {
     "Urza": "esper_triton.urza",
     "attach": "esper_triton.model",
     "compile": "esper_triton.compile",
+    "esper_state_dict": "esper_triton.model",
+    "load_esper_state_dict": "esper_triton.model",
     "seed_parameters": "esper_triton.model",
     "unwrap": "esper_triton.model",
     "wrap": "esper_triton.model",
@@ -41,6 +43,8 @@ __all__ = [
     "__version__",
     "attach",
     "compile",
+    "esper_state_dict",
+    "load_esper_state_dict",
     "seed_parameters",
     "unwrap",
     "wrap",
@@ -51,7 +55,15 @@ if TYPE_CHECKING:
     from esper_triton.contracts.blueprint import Blueprint
     from esper_triton.contracts.errors import EsperError
     from esper_triton.kasmina import KasminaLayer, KasminaStateLayout, KernelCache, SeedLifecycleState
-    from esper_triton.model import MorphableModel, attach, seed_parameters, unwrap, wrap
+    from esper_triton.model import (
+        MorphableModel,
+        attach,
+        esper_state_dict,
+        load_esper_state_dict,
+        seed_parameters,
+        unwrap,
+        wrap,
+    )
     from esper_triton.urza import Artifact, Urza
 
 

@@ -59,6 +59,10 @@ class KasminaStateLayout:
         """Bytes of the whole block."""
         return num_seeds * _BYTES_PER_SEED
 
+    def arrays(self) -> dict[str, Tensor]:
+        """Every array by name: views, in the order of the memory layout."""
+        return {name: self._view(name) for name, _ in _FIELDS}
+
     def _view(self, field: str) -> Tensor:
         offset = 0
         for name, dtype in _FIELDS:

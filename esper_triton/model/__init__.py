@@ -1,6 +1,17 @@
-"""A whole model with seeds: wrapping, naming its layers, and taking the wrap off again; optimizers that follow it."""
+"""A whole model with seeds: wrapping, naming its layers, and taking the wrap off again; optimizers that follow it;
+checkpoints."""
 
+from esper_triton.model.checkpoint import esper_state_dict, load_esper_state_dict
 from esper_triton.model.morphable import MorphableModel, seed_parameters, unwrap, wrap
 from esper_triton.model.optim import Attachment, attach
 
-__all__ = ["Attachment", "MorphableModel", "attach", "seed_parameters", "unwrap", "wrap"]
+__all__ = [
+    "Attachment",
+    "MorphableModel",
+    "attach",
+    "esper_state_dict",
+    "load_esper_state_dict",
+    "seed_parameters",
+    "unwrap",
+    "wrap",
+]

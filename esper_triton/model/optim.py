@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -153,10 +153,9 @@ class Attachment:
                 if SEED_KEY in group:
                     self._remove(optimizer, group[SEED_KEY])
 
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether it follows every seed of `model`."""
-        followed = {id(reference()) for reference in self._layers.values()}
-        return all(id(module) in followed for module in model.modules() if isinstance(module, KasminaLayer))
+    def is_of(self, layers: Mapping[str, KasminaLayer]) -> bool:
+        """Whether it follows exactly these layers, under these names."""
+        return self._layers.keys() == layers.keys() and all(self._layers[name]() is layers[name] for name in layers)
 
     def arrange(self, labels: Sequence[tuple[int, str]]) -> None:
         """Puts seeds' groups at given positions, ascending; schedulers' entries move with them."""
