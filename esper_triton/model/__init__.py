@@ -4,6 +4,7 @@ checkpoints."""
 from esper_triton.model.checkpoint import esper_state_dict, load_esper_state_dict
 from esper_triton.model.morphable import MorphableModel, seed_parameters, unwrap, wrap
 from esper_triton.model.optim import Attachment, attach
+from esper_triton.model.saving import load_model, save_model
 
 __all__ = [
     "Attachment",
@@ -11,6 +12,8 @@ __all__ = [
     "attach",
     "esper_state_dict",
     "load_esper_state_dict",
+    "load_model",
+    "save_model",
     "seed_parameters",
     "unwrap",
     "wrap",
