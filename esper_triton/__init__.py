@@ -22,6 +22,7 @@ _HOME = {
     "SeedLifecycleState": "esper_triton.kasmina",
     "Urza": "esper_triton.urza",
     "attach": "esper_triton.model",
+    "bake": "esper_triton.model",
     "compile": "esper_triton.compile",
     "esper_state_dict": "esper_triton.model",
     "load_esper_state_dict": "esper_triton.model",
@@ -44,6 +45,7 @@ __all__ = [
     "Urza",
     "__version__",
     "attach",
+    "bake",
     "compile",
     "esper_state_dict",
     "load_esper_state_dict",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from esper_triton.model import (
         MorphableModel,
         attach,
+        bake,
         esper_state_dict,
         load_esper_state_dict,
         load_model,
