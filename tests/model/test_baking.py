@@ -238,6 +238,15 @@ def test_a_kernel_model_is_exported_with_its_operator(adapter_store: Urza, small
     assert torch.equal(exported.module()(x), model(x))
 
 
+def test_a_kernel_model_is_compiled_in_one_graph(adapter_store: Urza, small: str) -> None:
+    model = net(adapter_store, small)
+    compiled = torch.compile(esper.bake(model), backend="aot_eager", fullgraph=True)
+    x, y = (torch.randn(3, IN, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    assert torch.equal(compiled(x), model(y))
+    grads = [torch.autograd.grad(m(v).square().sum(), v)[0] for m, v in ((compiled, x), (model, y))]
+    assert torch.equal(*grads)
+
+
 def test_the_operator_keeps_torchs_rules_and_says_what_it_does_not_have(adapter_store: Urza, small: str) -> None:
     artifact = adapter_store.get(small)
     program = fetch_program(adapter_store, small, artifact.digest)

@@ -203,6 +203,29 @@ def test_groups_take_the_places_that_they_had(adapter_store: Urza, small: str) -
     assert [g["lr"] for g in theirs.param_groups] == [0.05, 0.0125, 0.0125]
 
 
+def test_a_group_that_the_host_got_after_a_seed_keeps_its_place_too(adapter_store: Urza, small: str) -> None:
+    model = net(adapter_store)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.5)
+    esper.attach(optimizer, model)
+    grow(model.kasmina_layers["2"], 1, small, alpha=0.5)
+    optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.2})
+    model(torch.randn(2, 6)).sum().backward()
+    optimizer.step()
+    section = through_a_file(esper.esper_state_dict(model, optimizer))
+    state = through_a_file(optimizer.state_dict())
+
+    other = net(adapter_store)
+    groups = [{"params": list(other[0].parameters())}, {"params": list(other[2].parameters()), "lr": 0.2}]
+    theirs = torch.optim.SGD(groups, lr=0.1, momentum=0.5)
+    esper.attach(theirs, other)
+    esper.load_esper_state_dict(other, section, theirs)
+    assert [g.get("esper_seed") for g in theirs.param_groups] == [None, "2:1", None]
+    theirs.load_state_dict(state)
+    for ours, loaded in zip(optimizer.param_groups, theirs.param_groups, strict=True):
+        for a, b in zip(ours["params"], loaded["params"], strict=True):
+            assert torch.equal(optimizer.state[a]["momentum_buffer"], theirs.state[b]["momentum_buffer"])
+
+
 @pytest.fixture
 def copied(store: Urza, adapter_store: Urza, small: str) -> tuple[dict[str, Any], str]:
     """A section of a model whose artifact is in `store`, which a test may damage; and the artifact's id."""
