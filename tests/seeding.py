@@ -37,10 +37,12 @@ def own_parameters(layer: KasminaLayer, seed: int) -> dict[str, nn.Parameter]:
     return {name.removeprefix(prefix): p for name, p in layer.seed_parameters() if name.startswith(prefix)}
 
 
-def grow(layer: KasminaLayer, seed: int, artifact_id: str, *, alpha: float, draw: int | None = 0) -> None:
+def grow(
+    layer: KasminaLayer, seed: int, artifact_id: str, *, alpha: float, draw: int | None = 0, force: bool = False
+) -> None:
     """Loads, grafts and sets alpha; parameters are drawn anew with `draw` as the seed of the draw, since a fresh
     adapter equals the host."""
-    assert layer.load_kernel_sync(seed, artifact_id), layer.last_error(seed)
+    assert layer.load_kernel_sync(seed, artifact_id, force=force), layer.last_error(seed)
     if draw is not None:
         generator = torch.Generator().manual_seed(draw)
         for parameter in own_parameters(layer, seed).values():

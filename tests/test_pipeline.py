@@ -121,6 +121,7 @@ def test_error_handling(store: Urza, adapter_store: Urza, adapter_id: str) -> No
     second = model.kasmina_layers["2"]
     assert isinstance(second.last_error(0), CorruptObject)
     assert second.seed_state(0) is SeedLifecycleState.CULLED
+    assert model.unload_kernel("2", 0)  # or the slot of a culled seed is embargoed
     assert model.load_kernel_sync("2", 0, "000000000000-cpu-standard-000000000000") is False
     assert isinstance(second.last_error(0), ArtifactNotFound)
     assert torch.equal(model(x), host)  # a fresh adapter equals the host, and the refused one contributes nothing

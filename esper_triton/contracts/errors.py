@@ -7,7 +7,7 @@ The CPU backend (`esper_triton.cpu`) is usable without Esper and has its own two
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 __all__ = [
     "ArtifactNotFound",
@@ -19,7 +19,11 @@ __all__ = [
     "EsperError",
     "InvalidCommit",
     "InvalidTransition",
+    "LoadDeadlineExceeded",
+    "NonFiniteOutput",
     "ProofFailed",
+    "SlotEmbargoed",
+    "StateCorruption",
     "StoreUnavailable",
     "UnknownTarget",
     "nearest",
@@ -88,6 +92,45 @@ class InvalidTransition(EsperError, RuntimeError):
         self.allowed = tuple(allowed)
         moves = ", ".join(self.allowed) if self.allowed else "nothing; the state is final"
         super().__init__(f"seed {seed} of layer {layer!r} cannot go from {source} to {target}; allowed: {moves}")
+
+
+class SlotEmbargoed(EsperError, RuntimeError):
+    """A slot whose last occupant was culled does not take another one yet. Nothing was changed.
+
+    Attributes:
+        layer: qualified name of the layer. seed: index of the seed. opens_at: the epoch from which it takes one.
+    """
+
+    def __init__(self, layer: str, seed: int, epoch: int, opens_at: int) -> None:
+        self.layer, self.seed, self.opens_at = layer, seed, opens_at
+        super().__init__(
+            f"seed {seed} of layer {layer!r} was culled and takes no kernel before epoch {opens_at} (now {epoch}); "
+            "unload_kernel or reset_seed(force=True) opens it at once"
+        )
+
+
+class LoadDeadlineExceeded(EsperError, TimeoutError):
+    """A background load took longer than its deadline; the seed was culled and the load's result is void."""
+
+
+class NonFiniteOutput(EsperError, ArithmeticError):
+    """A seed's kernel returned values that are not finite where the host's were."""
+
+
+class StateCorruption(EsperError, RuntimeError):
+    """The arrays of layers' state are not those that the last commit wrote.
+
+    Attributes:
+        layers: by qualified name of each damaged layer, the names of the arrays that differ.
+    """
+
+    def __init__(self, layers: Mapping[str, Iterable[str]]) -> None:
+        self.layers = {name: tuple(arrays) for name, arrays in layers.items()}
+        shown = "; ".join(f"layer {name!r}: {', '.join(arrays)}" for name, arrays in self.layers.items())
+        super().__init__(
+            f"state arrays differ from the last commit ({shown}); roll back to the last checkpoint, or, if nothing "
+            "else can have been damaged, write the arrays anew from the host's records with model.restore_state()"
+        )
 
 
 def nearest(name: str, candidates: Iterable[str], *, limit: int = 3) -> str:

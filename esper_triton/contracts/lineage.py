@@ -19,8 +19,9 @@ class _Value(BaseModel):
 
 
 class LineageEntry(_Value):
-    """One fossilised seed. `metric_before` and `metric_after` are of the validation metric without and with it, `step`
-    is the training step at which it was fossilised; each is null where it was not measured."""
+    """One fossilised seed. `metric_before` and `metric_after` are the means of the validation metric without and with
+    it, null where it was not measured; `step` is the step of its layer, counted in boundaries, at which it was
+    fossilised."""
 
     layer: str
     seed: Annotated[int, Field(ge=0)]

@@ -50,6 +50,7 @@ class _Entry:
 class _Failures:
     layers: set[int] = field(default_factory=set)
     banned_until: float | None = None
+    raised: bool = False
 
 
 class KernelCache:
@@ -137,19 +138,26 @@ class KernelCache:
                 bytes_held -= self._entries.pop(key).program.code_bytes
                 self._evictions += 1
 
-    def record_failure(self, artifact_id: str, layer: int) -> None:
-        """A kernel of `artifact_id` failed to run in `layer` (any number that tells layers apart). The third layer bans
-        it."""
+    def record_failure(self, artifact_id: str, layer: int, *, raised: bool = False) -> None:
+        """A kernel of `artifact_id` failed to load or to run in `layer` (any number that tells layers apart). The third
+        layer bans it. One that `raised` while it ran is not loaded again unless forced."""
         with self._lock:
             failures = self._failures.setdefault(artifact_id, _Failures())
             failures.layers.add(layer)
+            failures.raised |= raised
             if len(failures.layers) >= _BAN_AFTER_LAYERS:
                 failures.banned_until = self._clock() + _BAN_SECONDS
 
-    def check_not_banned(self, artifact_id: str) -> None:
-        """Raises ArtifactRefused while a ban holds. After 30 s one more failure renews it (half-open)."""
+    def check_not_banned(self, artifact_id: str, *, force: bool = False) -> None:
+        """Raises ArtifactRefused while a ban holds; after 30 s one more failure renews it (half-open). Without `force`,
+        also for a kernel that has failed while it ran in this process."""
         with self._lock:
             failures = self._failures.get(artifact_id)
+            if failures is not None and failures.raised and not force:
+                raise ArtifactRefused(
+                    f"artifact {artifact_id} failed while it ran in this process and is not loaded again; load another "
+                    "artifact, or this one with force=True"
+                )
             if failures is None or failures.banned_until is None:
                 return
             left = failures.banned_until - self._clock()

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from esper_triton.kasmina.autograd import SeedBlend
 from esper_triton.kasmina.plan import ActiveSeed, Contribution, Plan, matrix
-from esper_triton.kasmina.seed import LayerRecord
+from esper_triton.kasmina.record import LayerRecord
 
 __all__ = ["Dispatch"]
 
@@ -171,7 +171,11 @@ def _run_seed(plan: Plan, active: ActiveSeed, x: Tensor | None, h: Tensor, targe
         active.seed.latency_ns += time.perf_counter_ns() - began
         active.seed.timed_calls += 1
     rejected = None
+    if plan.guard or active.nonfinite is not None:
+        broken = (h.isfinite() & ~target.isfinite()).any()
+        if active.nonfinite is not None:
+            active.nonfinite.logical_or_(broken)
     if plan.guard:
-        rejected = (h.isfinite() & ~target.isfinite()).any()
+        rejected = broken
         target.copy_(torch.where(rejected, h, target))
     return Contribution(active, saved, rejected)

@@ -17,12 +17,13 @@ from esper_triton.kasmina.launcher import TORCH_DTYPE, X_DIM, KernelProgram, che
 from esper_triton.kasmina.seed import LoadedKernel
 from esper_triton.urza import Urza
 
-__all__ = ["LoadRequest", "check_dtype", "load", "make_parameters"]
+__all__ = ["LoadRequest", "check_dtype", "fetch", "load", "make_parameters"]
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What is loaded for whom. `dtype` is None for a host without parameters: any fits until a call shows otherwise."""
+    """What is loaded for whom. `dtype` is None for a host without parameters: any fits until a call shows otherwise.
+    `force` loads a kernel that has failed while it ran in this process, too."""
 
     artifact_id: str
     layer_name: str
@@ -33,6 +34,7 @@ class LoadRequest:
     device: torch.device
     dtype: torch.dtype | None
     holder: object
+    force: bool = False
 
     @property
     def who(self) -> str:
@@ -48,7 +50,7 @@ def load(request: LoadRequest, urza: Urza) -> LoadedKernel:
     artifact, blobs = urza.load(request.artifact_id)
     manifest = artifact.manifest
     cache = KernelCache.process()
-    cache.check_not_banned(manifest.id)
+    cache.check_not_banned(manifest.id, force=request.force)
     check_runs_here(manifest)
     _check_fit(request, manifest)
     key = CacheKey(artifact.digest, f"{manifest.dtype}x{manifest.width}", str(request.device))
@@ -60,6 +62,12 @@ def load(request: LoadRequest, urza: Urza) -> LoadedKernel:
         cache.record_failure(manifest.id, request.layer_key)
         raise
     return LoadedKernel(manifest=manifest, digest=artifact.digest, program=program, key=key)
+
+
+def fetch(request: LoadRequest, urza: Urza) -> tuple[LoadedKernel, dict[str, nn.Parameter]]:
+    """`load`, and the parameters that the seed starts with."""
+    loaded = load(request, urza)
+    return loaded, make_parameters(request, loaded.manifest)
 
 
 def _check_fit(request: LoadRequest, manifest: Manifest) -> None:

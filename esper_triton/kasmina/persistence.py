@@ -4,19 +4,23 @@ used.
 A layer's section holds
 
     width, chunking   of the layer, to be compared
-    state             the arrays of KasminaStateLayout by name
+    clock             epoch, step and counters of the layer
+    output_mean       of the last step, for schedules that look at the drift
     seeds             for each seed its schema_version, seed, span, state, alpha, artifact_id, manifest_digest,
-                      parameters (tensors by name), and counters
+                      parameters (tensors by name), counters, health, what its stage has come to, and how it became
+                      permanent
 
-Machine code is not in it. It is fetched from Urza again, verified again, and must be of the manifest with the recorded
-digest (law 4).
+The state arrays on the device are not in it, since a commit writes all of them from the seeds; nor is machine code.
+That is fetched from Urza again, verified again, and must be of the manifest with the recorded digest (law 4). A loss of
+the user's own for a seed in TRAINING is code too: set it again.
 """
 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -26,10 +30,15 @@ from torch import Tensor, nn
 from esper_triton.contracts.errors import ArtifactRefused, EsperError, nearest
 from esper_triton.contracts.manifest import Digest
 from esper_triton.kasmina import loading
+from esper_triton.kasmina.boundary import refresh, state_storage, tell
 from esper_triton.kasmina.cache import KernelCache
+from esper_triton.kasmina.gates import Evaluation
 from esper_triton.kasmina.launcher import TORCH_DTYPE
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
+from esper_triton.kasmina.moves import Made, release
+from esper_triton.kasmina.pending import load_request
+from esper_triton.kasmina.schedules import Schedule, describe_schedule, schedule_from
 from esper_triton.kasmina.seed import LoadedKernel, LoadTicket, Seed
 from esper_triton.urza import Urza
 
@@ -41,19 +50,32 @@ Missing = Literal["error", "recover"]
 _S = SeedLifecycleState
 _LOADING = (_S.GERMINATED, _S.LOADING)
 _RUNS_KERNEL = (_S.TRAINING, _S.GRAFTING, _S.STABILIZATION, _S.EVALUATING, _S.FINE_TUNING, _S.FOSSILIZED)
-# Attributes of a seed, all integers, that go on counting.
-_COUNTERS = ("error_count", "pending_faults", "specialisation_misses", "latency_ns", "timed_calls")
+# Attributes of a seed, and of a layer's record, all integers, that go on counting.
+_COUNTERS = (
+    "error_count",
+    "pending_faults",
+    "specialisation_misses",
+    "latency_ns",
+    "timed_calls",
+    "calls",
+    "last_update_epoch",
+    "opens_at",
+)
+_CLOCK = ("epoch", "step", "forward_calls_active", "calls_counted", "sampling")
 
 
 def layer_section(layer: KasminaLayer) -> dict[str, Any]:
-    """The layer's section. Parameters in it are the layer's own memory, as in `state_dict`; the state is a copy."""
+    """The layer's section. Tensors in it are the layer's own memory, as in `state_dict`. Requests that wait for a
+    boundary are not in it. Raises TypeError for a schedule of the user's own, which has no description."""
     record = layer._kasmina
-    return {
-        "width": record.kind.width,
-        "chunking": record.chunking,
-        "state": {name: array.detach().clone() for name, array in layer.state.arrays().items()},
-        "seeds": [_seed_section(seed) for seed in record.seeds],
-    }
+    with record.queue.lock:
+        return {
+            "width": record.kind.width,
+            "chunking": record.chunking,
+            "clock": {name: int(getattr(record, name)) for name in _CLOCK},
+            "output_mean": record.output_mean,
+            "seeds": [_seed_section(seed) for seed in record.seeds],
+        }
 
 
 def _seed_section(seed: Seed) -> dict[str, Any]:
@@ -72,6 +94,19 @@ def _seed_section(seed: Seed) -> dict[str, Any]:
         "manifest_digest": None if seed.kernel is None else seed.kernel.digest,
         "parameters": {name: parameter.detach() for name, parameter in seed.parameters.items()},
         "counters": {name: getattr(seed, name) for name in _COUNTERS},
+        "health": seed.health,
+        "stage": {
+            "steps": seed.stage_steps,
+            "schedule": None if seed.schedule is None else describe_schedule(seed.schedule),
+            "progress": seed.progress,
+            "reconstruction_error": seed.reconstruction_error,
+            "evaluation": None if seed.evaluation is None else asdict(seed.evaluation),
+            "is_ready": seed.is_ready,
+        },
+        "permanent": {
+            "since_step": seed.permanent_since_step,
+            "evaluation": None if seed.permanent_evaluation is None else asdict(seed.permanent_evaluation),
+        },
     }
 
 
@@ -80,6 +115,29 @@ class _Section(BaseModel):
 
 
 _T = TypeVar("_T", bound=_Section)
+
+
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _EvaluationSection(_Section):
+    on: tuple[float, ...] = Field(min_length=2)
+    off: tuple[float, ...] = Field(min_length=2)
+    lower_is_better: bool
+
+
+class _StageSection(_Section):
+    steps: _Count
+    schedule: dict[str, Any] | None
+    progress: _Count
+    reconstruction_error: float | None
+    evaluation: _EvaluationSection | None
+    is_ready: bool
+
+
+class _PermanentSection(_Section):
+    since_step: _Count | None
+    evaluation: _EvaluationSection | None
 
 
 class _SeedSection(_Section):
@@ -91,13 +149,17 @@ class _SeedSection(_Section):
     artifact_id: str | None
     manifest_digest: Digest | None
     parameters: dict[str, Tensor]
-    counters: dict[str, Annotated[int, Field(ge=0)]]
+    counters: dict[str, _Count]
+    health: float
+    stage: _StageSection
+    permanent: _PermanentSection
 
 
 class _LayerSection(_Section):
     width: int
     chunking: str
-    state: dict[str, Tensor]
+    clock: dict[str, _Count]
+    output_mean: Tensor | None
     seeds: list[dict[str, Any]]
 
 
@@ -107,6 +169,7 @@ class _PreparedSeed:
     section: _SeedSection
     state: SeedLifecycleState
     kernel: LoadedKernel | None
+    schedule: Schedule | None
     error: BaseException | None
     ticket: LoadTicket  # pins the kernel until it is applied
 
@@ -116,8 +179,8 @@ class PreparedLayer:
     """A layer's section that has been found to fit: everything is there that `apply` needs, and it cannot fail."""
 
     layer: KasminaLayer
+    section: _LayerSection
     seeds: tuple[_PreparedSeed, ...]
-    state: dict[str, Tensor]
     urza: Urza | None
 
     @property
@@ -126,35 +189,53 @@ class PreparedLayer:
         return {p.seed.index: tuple(p.section.parameters) for p in self.seeds if p.section.parameters}
 
     def apply(self) -> None:
-        """Makes the layer's seeds what the section says, and then tells the layer's observers."""
-        layer = self.layer
-        before = [(seed.state, seed.artifact_id) for seed in layer._kasmina.seeds]
-        if layer._kasmina.urza is None:
-            layer._kasmina.urza = self.urza
-        for prepared in self.seeds:
-            _apply_seed(prepared, layer._state_storage().device)
-        for name, array in layer.state.arrays().items():
-            if name in self.state:
-                array.copy_(self.state[name])
-        layer._rebuild()
-        for prepared, (source, artifact_id) in zip(self.seeds, before, strict=True):
-            layer._tell(prepared.seed, source, artifact_id or prepared.seed.artifact_id)
+        """Makes the layer's seeds what the section says, and then tells the layer's observers. Requests and loads that
+        wait are void. This thread is the layer's owner from now on."""
+        layer, record = self.layer, self.layer._kasmina
+        device = state_storage(layer).device
+        record.owner = threading.get_ident()
+        with record.queue.lock:
+            record.queue.take()
+            if record.urza is None:
+                record.urza = self.urza
+            for name in _CLOCK:
+                setattr(record, name, self.section.clock.get(name, 0))
+            record.sampling = bool(record.sampling)
+            mean = self.section.output_mean
+            record.output_mean = None if mean is None else mean.to(device, copy=True)
+            record.output_mean_now = record.observed = None
+            made = [_apply_seed(prepared, device, record.epoch) for prepared in self.seeds]
+            refresh(layer)
+        tell(record, made)
 
 
-def _apply_seed(prepared: _PreparedSeed, device: torch.device) -> None:
-    own, section = prepared.seed, prepared.section
-    had = own.parameters
-    KasminaLayer._release(own)
-    own.state, own.alpha = prepared.state, 0.0 if prepared.kernel is None else section.alpha
+def _apply_seed(prepared: _PreparedSeed, device: torch.device, epoch: int) -> Made:
+    own, section, stage = prepared.seed, prepared.section, prepared.section.stage
+    had, source, artifact_id = own.parameters, own.state, own.artifact_id
+    release(own)
+    own.enter(prepared.state, epoch)
     own.artifact_id, own.kernel, own.last_error = section.artifact_id, prepared.kernel, prepared.error
     own.parameters = _placed(had, section.parameters, device)
     for parameter in own.parameters.values():
         parameter.grad = None
         parameter.requires_grad_(not own.state.is_frozen)
+    own.health = section.health
     for name in _COUNTERS:
         setattr(own, name, section.counters.get(name, 0))
     if own.kernel is not None:
         KernelCache.process().pin(own.kernel.key, own.kernel.program, own)
+        own.alpha, own.schedule, own.progress = section.alpha, prepared.schedule, stage.progress
+    if prepared.error is None:  # else it has only just come into its state
+        own.stage_steps, own.is_ready = stage.steps, stage.is_ready
+        own.reconstruction_error = stage.reconstruction_error
+        own.evaluation = _evaluation(stage.evaluation)
+    own.permanent_since_step = section.permanent.since_step
+    own.permanent_evaluation = _evaluation(section.permanent.evaluation)
+    return Made(own.index, source, own.state, artifact_id or own.artifact_id)
+
+
+def _evaluation(section: _EvaluationSection | None) -> Evaluation | None:
+    return None if section is None else Evaluation(**section.model_dump())
 
 
 def _placed(had: dict[str, nn.Parameter], saved: dict[str, Tensor], device: torch.device) -> dict[str, nn.Parameter]:
@@ -193,12 +274,9 @@ def prepare_layer(
     ):
         if saved != here:
             found.append(f"layer {name!r}: the checkpoint has {what} {saved}, the model has {here}")
-    known = layer.state.arrays()
-    for array, value in parsed.state.items():
-        if array not in known:
-            found.append(f"layer {name!r}: unknown state array {array!r}{nearest(array, known)}")
-        elif not found and (value.shape, value.dtype) != (known[array].shape, known[array].dtype):
-            found.append(f"layer {name!r}: state array {array!r} is {_form(value)}, expected {_form(known[array])}")
+    for counter in parsed.clock:
+        if counter not in _CLOCK:
+            found.append(f"layer {name!r}: unknown counter {counter!r}{nearest(counter, _CLOCK)}")
     prepared = []
     if not found:
         store = urza if urza is not None else record.urza
@@ -206,7 +284,7 @@ def prepare_layer(
             one = _prepare_seed(f"seed {own.index} of layer {name!r}", layer, own, saved_seed, store, missing, found)
             prepared += [] if one is None else [one]
     faults += found
-    return None if found else PreparedLayer(layer, tuple(prepared), parsed.state, urza)
+    return None if found else PreparedLayer(layer, parsed, tuple(prepared), urza)
 
 
 def _prepare_seed(
@@ -224,14 +302,21 @@ def _prepare_seed(
         faults += [f"{who}: {fault}" for fault in found]
         return None
     state, ticket = SeedLifecycleState[section.state], LoadTicket()
+    schedule = None
+    if section.stage.schedule is not None:
+        try:
+            schedule = schedule_from(section.stage.schedule)
+        except ValueError as error:
+            faults.append(f"{who}: {error}")
+            return None
     if state not in _RUNS_KERNEL:
-        return _PreparedSeed(own, section, state, None, None, ticket)
+        return _PreparedSeed(own, section, state, None, None, None, ticket)
     assert section.artifact_id is not None  # else it would have been inconsistent
     try:
         kernel = _fetched(who, layer, own, section.artifact_id, section.manifest_digest, urza, ticket)
     except Exception as error:  # whatever a load raises; it is told, or kept for `last_error`
         if missing == "recover":
-            return _PreparedSeed(own, section, _S.ERROR_RECOVERY, None, error, ticket)
+            return _PreparedSeed(own, section, _S.ERROR_RECOVERY, None, None, error, ticket)
         kind = "" if isinstance(error, EsperError) else f"{type(error).__name__}: "
         faults.append(f"{who}: artifact {section.artifact_id!r} cannot be restored: {kind}{error}")
         return None
@@ -244,7 +329,7 @@ def _prepare_seed(
             shown = "none" if value is None else _form(value)
             faults.append(f"{who}: parameter {name!r} is {shown}, its artifact expects {wanted}")
             return None
-    return _PreparedSeed(own, section, state, kernel, None, ticket)
+    return _PreparedSeed(own, section, state, kernel, schedule, None, ticket)
 
 
 def _inconsistencies(own: Seed, section: _SeedSection) -> Sequence[str]:
@@ -278,7 +363,7 @@ def _fetched(
 ) -> LoadedKernel:
     if urza is None:
         raise ValueError("there is no Urza to fetch it from; give one to wrap or to the call that restores")
-    kernel = loading.load(layer._load_request(own, artifact_id, holder=ticket), urza)
+    kernel = loading.load(load_request(layer, own, artifact_id, holder=ticket), urza)
     if kernel.digest != digest:
         raise ArtifactRefused(
             f"its manifest has digest {kernel.digest} in {urza}, and {who} was saved with {digest}: it was built or "

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from esper_triton.kasmina.launcher import KernelProgram
-from esper_triton.kasmina.seed import LayerRecord, Seed
+from esper_triton.kasmina.record import LayerRecord
+from esper_triton.kasmina.seed import Seed
 
 __all__ = ["ActiveSeed", "Contribution", "Plan", "make_plan", "matrix"]
 
 
 @dataclass(frozen=True)
 class ActiveSeed:
-    """A seed of a plan. `alpha` is a view of the layer's state on the device; a new value needs no new plan."""
+    """A seed of a plan. `alpha` is a view of the layer's state on the device; a new value needs no new plan. Where
+    `nonfinite` is given, a 0-d bool on the device, calls set it once the seed's output is not finite where the host's
+    is; a step boundary reads it."""
 
     seed: Seed
     program: KernelProgram
@@ -25,6 +28,7 @@ class ActiveSeed:
     stop: int
     alpha: Tensor
     parameters: dict[str, nn.Parameter]
+    nonfinite: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Contribution:
 def make_plan(record: LayerRecord, alpha_of: Callable[[int], Tensor], device: torch.device) -> Plan | None:
     """The plan of a layer's active seeds, or None where every one is silent."""
     seeds = tuple(
-        ActiveSeed(seed, seed.kernel.program, *seed.span, alpha_of(seed.index), dict(seed.parameters))
+        ActiveSeed(
+            seed, seed.kernel.program, *seed.span, alpha_of(seed.index), dict(seed.parameters), seed.nonfinite_flag
+        )
         for seed in record.seeds
         if seed.state.is_active and seed.kernel is not None
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import struct
 import zlib
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["KasminaStateLayout"]
+__all__ = ["KasminaStateLayout", "pack_state"]
 
 # In this order: widest first, so that each array is aligned to its elements with no padding between. The order is part
 # of the memory layout that the CRC covers.
@@ -21,6 +24,14 @@ _FIELDS: tuple[tuple[str, torch.dtype], ...] = (
     ("lifecycle_states", torch.uint8),
     ("fallback_active", torch.bool),
 )
+_STRUCT_CODE = {
+    torch.int64: "q",
+    torch.float32: "f",
+    torch.int32: "i",
+    torch.int16: "h",
+    torch.uint8: "B",
+    torch.bool: "?",
+}
 _BYTES_PER_SEED = sum(dtype.itemsize for _, dtype in _FIELDS)
 
 
@@ -59,10 +70,6 @@ class KasminaStateLayout:
         """Bytes of the whole block."""
         return num_seeds * _BYTES_PER_SEED
 
-    def arrays(self) -> dict[str, Tensor]:
-        """Every array by name: views, in the order of the memory layout."""
-        return {name: self._view(name) for name, _ in _FIELDS}
-
     def _view(self, field: str) -> Tensor:
         offset = 0
         for name, dtype in _FIELDS:
@@ -89,12 +96,13 @@ class KasminaStateLayout:
 
     @property
     def health_accumulator(self) -> Tensor:
-        """[num_seeds] float32."""
+        """[num_seeds] float32 in [0, 1]: moving average over steps of the share of a step's calls in which the seed
+        failed; 0 is a seed that never did."""
         return self._view("health_accumulator")
 
     @property
     def last_update_epoch(self) -> Tensor:
-        """[num_seeds] int32."""
+        """[num_seeds] int32: epoch of the seed's last transition."""
         return self._view("last_update_epoch")
 
     @property
@@ -121,9 +129,34 @@ class KasminaStateLayout:
         moved = self.storage.to(device)
         return self if moved is self.storage else KasminaStateLayout(self.num_seeds, storage=moved)
 
+    def write(self, packed: bytes) -> None:
+        """Replaces the whole block, in one copy, by what `pack_state` returned for as many seeds."""
+        with torch.no_grad():
+            self.storage.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+
+    def differing_arrays(self, packed: bytes) -> tuple[str, ...]:
+        """Names of the arrays whose bytes are not those of `packed`. Copies the block to the host."""
+        found, names, offset = self.storage.cpu().numpy().tobytes(), [], 0
+        for name, dtype in _FIELDS:
+            end = offset + self.num_seeds * dtype.itemsize
+            if found[offset:end] != packed[offset:end]:
+                names.append(name)
+            offset = end
+        return tuple(names)
+
     def crc32(self) -> int:
         """CRC-32 of the arrays. Copies the block to the host, so it belongs at a boundary, never into forward."""
         return zlib.crc32(self.storage.cpu().numpy().tobytes())
 
     def __repr__(self) -> str:
         return f"KasminaStateLayout(num_seeds={self.num_seeds}, bytes={self.storage.numel()}, {self.storage.device})"
+
+
+@functools.cache
+def _struct(num_seeds: int) -> struct.Struct:
+    return struct.Struct("=" + "".join(f"{num_seeds}{_STRUCT_CODE[dtype]}" for _, dtype in _FIELDS))
+
+
+def pack_state(columns: Mapping[str, Iterable[int | float | bool]], num_seeds: int) -> bytes:
+    """The block's bytes from one column of `num_seeds` values for each of its arrays, by name."""
+    return _struct(num_seeds).pack(*(value for name, _ in _FIELDS for value in columns[name]))

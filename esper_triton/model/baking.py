@@ -15,6 +15,7 @@ from esper_triton.kasmina.fixed import fetch_program, fixed_seeds, keep_program
 from esper_triton.kasmina.launcher import KernelProgram
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
+from esper_triton.kasmina.pending import load_request
 from esper_triton.kasmina.seed import LoadTicket, Seed
 from esper_triton.model.merging import merge
 from esper_triton.model.morphable import unwrap
@@ -91,7 +92,7 @@ def _fetched(name: str, layer: KasminaLayer, seed: Seed, urza: Urza | None) -> K
         raise ArtifactRefused(f"{who}: there is no Urza to fetch artifact {artifact_id!r} from; give one to bake")
     ticket = LoadTicket()
     try:
-        loaded = loading.load(layer._load_request(seed, artifact_id, holder=ticket), store)
+        loaded = loading.load(load_request(layer, seed, artifact_id, holder=ticket), store)
     except Exception as error:
         raise ArtifactRefused(f"{who}: artifact {artifact_id!r} cannot be baked: {error}") from error
     if loaded.digest != expected:

@@ -22,15 +22,16 @@ _NOT_KEPT = ("params", "param_names", SEED_KEY)
 
 
 def esper_state_dict(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
-    """The section of a model's seeds: states, alpha, artifact ids and manifest digests, parameters, counters, and the
-    layers' state arrays; with an attached optimizer also the seeds' moments and the options of their groups.
+    """The section of a model's seeds: states, alpha, artifact ids and manifest digests, parameters, counters, and what
+    their stages and ramps have come to; with an attached optimizer also the seeds' moments and their groups' options.
 
     Only dicts, lists, tuples, tensors and plain values, for `torch.save({"model": model.state_dict(), "esper":
     section}, f)` and `torch.load(f, weights_only=True)`. Tensors are the model's own memory, as those of `state_dict`:
     to keep them in this process, copy them. Take it between training steps. A seed whose load is under way is saved as
     DORMANT, or in ERROR_RECOVERY where it had learned before.
 
-    Raises ValueError where the model has no seeds or the optimizer is not attached to it.
+    Raises ValueError where the model has no seeds or the optimizer is not attached to it, and TypeError for a schedule
+    of the user's own or a group's option that is no plain value.
     """
     layers = _layers(model)
     section: dict[str, Any] = {

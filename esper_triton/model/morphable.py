@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy as copying
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from esper_triton.contracts.errors import nearest
+from esper_triton.contracts.errors import StateCorruption, nearest
 from esper_triton.kasmina.adoption import Adopted, adopt_class, release_class
+from esper_triton.kasmina.boundary import begin_epoch, damaged_arrays, end_step, restore_state
 from esper_triton.kasmina.cache import KernelCache
+from esper_triton.kasmina.gates import Evaluation, Policy
 from esper_triton.kasmina.kinds import Chunking
 from esper_triton.kasmina.layer import KasminaLayer, release_layer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
+from esper_triton.kasmina.schedules import Schedule
+from esper_triton.kasmina.seed import SeedLoss
+from esper_triton.model.evaluation import measure
 from esper_triton.model.targets import Target, resolve_targets
 from esper_triton.urza import Urza
 
@@ -34,25 +41,87 @@ class MorphableModel(Adopted):
         modules = self.named_modules(remove_duplicate=False)
         return {name: module for name, module in modules if isinstance(module, KasminaLayer)}
 
-    async def load_kernel(self, name: str, seed: int, artifact_id: str) -> bool:
+    async def load_kernel(
+        self, name: str, seed: int, artifact_id: str, *, force: bool = False, deadline_s: float | None = None
+    ) -> bool:
         """Loads an artifact into a seed off this thread; see `KasminaLayer.load_kernel`."""
-        return await KasminaLayer.load_kernel(self._layer(name), seed, artifact_id)
+        layer = self._layer(name)
+        return await KasminaLayer.load_kernel(layer, seed, artifact_id, force=force, deadline_s=deadline_s)
 
-    def load_kernel_sync(self, name: str, seed: int, artifact_id: str) -> bool:
+    def load_kernel_sync(self, name: str, seed: int, artifact_id: str, *, force: bool = False) -> bool:
         """As `load_kernel`, on this thread."""
-        return KasminaLayer.load_kernel_sync(self._layer(name), seed, artifact_id)
+        return KasminaLayer.load_kernel_sync(self._layer(name), seed, artifact_id, force=force)
 
     def unload_kernel(self, name: str, seed: int) -> bool:
         """Takes a seed back to DORMANT; see `KasminaLayer.unload_kernel`."""
         return KasminaLayer.unload_kernel(self._layer(name), seed)
 
-    def graft(self, name: str, seed: int) -> None:
+    def graft(self, name: str, seed: int, schedule: Schedule | None = None) -> None:
         """Lets a trained seed contribute, from alpha 0; see `KasminaLayer.graft`."""
-        KasminaLayer.request_transition(self._layer(name), seed, SeedLifecycleState.GRAFTING)
+        KasminaLayer.graft(self._layer(name), seed, schedule)
+
+    def request_transition(self, name: str, seed: int, state: SeedLifecycleState) -> None:
+        """Moves a seed along the lifecycle table; see `KasminaLayer.request_transition`."""
+        KasminaLayer.request_transition(self._layer(name), seed, state)
+
+    def rollback(self, name: str, seed: int) -> None:
+        """Takes a seed out at once and locks its slot; see `KasminaLayer.rollback`."""
+        KasminaLayer.rollback(self._layer(name), seed)
+
+    def reset_seed(self, name: str, seed: int, *, force: bool = False) -> bool:
+        """Opens the slot of a seed that is gone; see `KasminaLayer.reset_seed`."""
+        return KasminaLayer.reset_seed(self._layer(name), seed, force=force)
 
     def set_alpha(self, name: str, seed: int, value: float) -> None:
         """Sets the blending coefficient of a seed; see `KasminaLayer.set_alpha`."""
         KasminaLayer.set_alpha(self._layer(name), seed, value)
+
+    def set_seed_loss(self, name: str, seed: int, loss: SeedLoss | None) -> None:
+        """What a seed learns in TRAINING; see `KasminaLayer.set_seed_loss`."""
+        KasminaLayer.set_seed_loss(self._layer(name), seed, loss)
+
+    def is_ready_for_transition(self, name: str, seed: int) -> bool:
+        """Whether the stage of a seed is done; see `KasminaLayer.is_ready_for_transition`."""
+        return KasminaLayer.is_ready_for_transition(self._layer(name), seed)
+
+    def evaluate_seed(
+        self,
+        name: str,
+        seed: int,
+        metric: Callable[[nn.Module], float],
+        *,
+        repeats: int = 3,
+        lower_is_better: bool = True,
+    ) -> Evaluation:
+        """Measures what a seed does for `metric(model)`, such as the validation loss, and remembers it for the gate.
+
+        Calls the metric `repeats` times with the seed's alpha as it is and as often with alpha 0, in pairs that draw
+        the same random numbers, in eval mode and without gradients. Alpha, modes and random streams are as they were
+        afterwards. Call it between steps. Raises ValueError for a seed that is not in STABILIZATION, EVALUATING or
+        FINE_TUNING, or fewer than two repeats; what the metric raises passes through.
+        """
+        layer = self._layer(name)
+        model = cast(nn.Module, self)
+        return measure(model, layer, seed, metric, repeats=repeats, lower_is_better=lower_is_better)
+
+    def seed_loss(self) -> Tensor | None:
+        """The sum of the losses of all seeds in TRAINING over the last training call of each layer, 0-d; None where
+        there is none. Add it to the loss of the model: its graph reaches the seeds' parameters alone."""
+        total: Tensor | None = None
+        for layer in self._distinct_layers():
+            loss = KasminaLayer.seed_loss(layer)
+            if loss is not None:
+                total = loss if total is None else total + loss.to(total.device)
+        return total
+
+    def train_seeds(self) -> float | None:
+        """Backward of `seed_loss()` alone, for a loop that does not add it to its own: adds to the gradients of the
+        seeds' parameters and returns the loss. None where no seed is in TRAINING."""
+        loss = self.seed_loss()
+        if loss is None:
+            return None
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        return float(loss.detach())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the host's parameters and of the seeds'."""
@@ -63,10 +132,56 @@ class MorphableModel(Adopted):
             elif parameter.grad is not None:
                 parameter.grad = torch.zeros_like(parameter.grad)
 
-    def step_boundary(self) -> None:
-        """Call it between training steps: what failed in the last step takes effect now."""
+    def step_boundary(self, *, auto_advance: bool | None = None) -> None:
+        """Call it between training steps: what was asked for and what failed in the last step takes effect now, in all
+        layers; ramps advance, late loads are culled, stages are found to be done.
+
+        With `auto_advance` seeds that are ready make their next move, through the gates of their layer's policy; by
+        default as `wrap` was told.
+        """
         for layer in self._distinct_layers():
-            layer.commit()
+            auto = layer._kasmina.auto_advance if auto_advance is None else auto_advance
+            end_step(layer, auto_advance=auto)
+
+    def epoch_boundary(self, epoch: int) -> None:
+        """Call it when `epoch` begins: embargoes are counted in epochs, and the state arrays are checked.
+
+        Raises StateCorruption where the arrays of a layer are not those that the last commit wrote (by their CRC-32);
+        nothing is changed then. `restore_state()` writes them again. ValueError for a negative epoch.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch must be at least 0, found {epoch}")
+        damaged = {layer._kasmina.name: damaged_arrays(layer) for layer in self._distinct_layers()}
+        damaged = {name: arrays for name, arrays in damaged.items() if arrays}
+        if damaged:
+            raise StateCorruption(damaged)
+        for layer in self._distinct_layers():
+            begin_epoch(layer, epoch)
+
+    def restore_state(self) -> None:
+        """Writes the state arrays of every layer again as the last commit did."""
+        for layer in self._distinct_layers():
+            restore_state(layer)
+
+    def defer_transitions(self, deferred: bool = True) -> None:
+        """From now on every request waits for `step_boundary`, whoever makes it: for a training loop whose boundaries
+        come by themselves, as from a hook of the optimizer. `False` ends it."""
+        for layer in self._distinct_layers():
+            layer._kasmina.deferred = deferred
+
+    @contextlib.contextmanager
+    def training_step(self) -> Iterator[None]:
+        """One step: `with model.training_step():` around forward, backward and the optimizer's step. Requests made
+        inside wait for its end, which is a step boundary, after an exception too."""
+        layers = list(self._distinct_layers())
+        before = [layer._kasmina.deferred for layer in layers]
+        self.defer_transitions()
+        try:
+            yield
+        finally:
+            for layer, deferred in zip(layers, before, strict=True):
+                layer._kasmina.deferred = deferred
+            self.step_boundary()
 
     def get_model_stats(self) -> dict[str, Any]:
         """Totals over the layers, the cache, and each layer's own `get_layer_stats()` by name."""
@@ -97,24 +212,20 @@ class MorphableLayer(MorphableModel, KasminaLayer):
     """A root that is itself the one layer. Its methods take the layer's name, "", before the seed, as a model's do, or
     start with the seed, as a layer's do."""
 
-    def load_kernel(self, *args: Any) -> Any:
-        return self._routed("load_kernel", args)
-
-    def load_kernel_sync(self, *args: Any) -> Any:
-        return self._routed("load_kernel_sync", args)
-
-    def unload_kernel(self, *args: Any) -> Any:
-        return self._routed("unload_kernel", args)
-
-    def graft(self, *args: Any) -> Any:
-        return self._routed("graft", args)
-
-    def set_alpha(self, *args: Any) -> Any:
-        return self._routed("set_alpha", args)
-
-    def _routed(self, method: str, args: tuple[Any, ...]) -> Any:
+    def _routed(self, method: str, *args: Any, **options: Any) -> Any:
         face = MorphableModel if args and isinstance(args[0], str) else KasminaLayer
-        return getattr(face, method)(self, *args)
+        return getattr(face, method)(self, *args, **options)
+
+    load_kernel = functools.partialmethod(_routed, "load_kernel")
+    load_kernel_sync = functools.partialmethod(_routed, "load_kernel_sync")
+    unload_kernel = functools.partialmethod(_routed, "unload_kernel")
+    graft = functools.partialmethod(_routed, "graft")
+    request_transition = functools.partialmethod(_routed, "request_transition")
+    rollback = functools.partialmethod(_routed, "rollback")
+    reset_seed = functools.partialmethod(_routed, "reset_seed")
+    set_alpha = functools.partialmethod(_routed, "set_alpha")
+    set_seed_loss = functools.partialmethod(_routed, "set_seed_loss")
+    is_ready_for_transition = functools.partialmethod(_routed, "is_ready_for_transition")
 
 
 def wrap(
@@ -127,6 +238,8 @@ def wrap(
     copy: bool = False,
     guard: bool = False,
     telemetry_enabled: bool = True,
+    policy: Policy | None = None,
+    auto_advance: bool = False,
 ) -> MorphableModel:
     """Gives layers of `model` seeds, in place, and returns the model itself, now also a MorphableModel.
 
@@ -141,6 +254,8 @@ def wrap(
         copy: wrap a deep copy and leave `model` alone.
         guard: select away non-finite outputs of a seed in every call, on the device.
         telemetry_enabled: measure the time of active calls.
+        policy: gates and times of the lifecycle; the defaults of `Policy`.
+        auto_advance: at step boundaries seeds whose stage is done make their next move by themselves.
 
     Raises ValueError for a target that matches nothing, with the closest names, or nothing that can be adopted, with
     the reasons; ValueError for a model that is wrapped already; TypeError for what cannot be a target. Nothing is
@@ -169,8 +284,10 @@ def wrap(
                     chunking=chunking,
                     guard=guard,
                     telemetry_enabled=telemetry_enabled,
+                    policy=policy,
                 )
             )
+            adopted[-1]._kasmina.auto_advance = auto_advance
         adopt_class(model, MorphableLayer if isinstance(model, KasminaLayer) else MorphableModel)
     except Exception:
         for layer in adopted:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import secrets
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -102,6 +103,7 @@ def _entries(model: nn.Module) -> Iterator[LineageEntry]:
             continue
         for seed in layer._kasmina.seeds:
             if seed.state is SeedLifecycleState.FOSSILIZED and seed.kernel is not None:
+                measured = seed.permanent_evaluation
                 yield LineageEntry(
                     layer=name,
                     seed=seed.index,
@@ -109,6 +111,9 @@ def _entries(model: nn.Module) -> Iterator[LineageEntry]:
                     manifest_digest=seed.kernel.digest,
                     parameters=tuple(seed.parameters),
                     alpha=seed.alpha,
+                    metric_before=None if measured is None else statistics.fmean(measured.off),
+                    metric_after=None if measured is None else statistics.fmean(measured.on),
+                    step=seed.permanent_since_step,
                 )
 
 

@@ -14,7 +14,7 @@ import torch
 from seeding import adapter, copy_artifact, flip_one_byte, grow, law_2, linear_with_seeds, own_parameters
 from torch import nn
 
-from esper_triton.contracts.errors import ArtifactRefused, CorruptObject, InvalidTransition
+from esper_triton.contracts.errors import ArtifactRefused, CorruptObject, InvalidTransition, SlotEmbargoed
 from esper_triton.kasmina import KasminaLayer, KernelCache, SeedLifecycleState
 from esper_triton.kasmina import loading as loading_module
 from esper_triton.urza import Urza
@@ -229,9 +229,12 @@ def test_a_failed_load_logs_one_line_of_json_and_keeps_the_exception(
     assert fields["reason"] == str(layer.last_error(0))
 
 
-def test_a_culled_slot_takes_another_artifact(layer: KasminaLayer, small: str) -> None:
+def test_a_culled_slot_takes_another_artifact_once_it_was_unloaded(layer: KasminaLayer, small: str) -> None:
     assert not layer.load_kernel_sync(0, "000000000000-cpu-standard-000000000000")
     assert layer.seed_state(0) is S.CULLED
+    with pytest.raises(SlotEmbargoed, match=r"takes no kernel before epoch 5 \(now 0\)"):
+        layer.load_kernel_sync(0, small)
+    assert layer.unload_kernel(0)
     assert layer.load_kernel_sync(0, small)
     assert layer.last_error(0) is None
 
@@ -364,7 +367,10 @@ def test_a_seed_in_recovery_retries_with_what_it_had_learned(
     layer.commit()
     assert layer.seed_state(0) is S.ERROR_RECOVERY
     assert isinstance(layer.last_error(0), ZeroDivisionError)
-    grow(layer, 0, small, alpha=1.0, draw=None)
+    assert layer.load_kernel_sync(0, small) is False
+    assert isinstance(layer.last_error(0), ArtifactRefused)
+    assert layer.seed_state(0) is S.ERROR_RECOVERY
+    grow(layer, 0, small, alpha=1.0, draw=None, force=True)
     assert own_parameters(layer, 0)["up_weight"] is learned["up_weight"]
     assert torch.equal(layer(x), grown)
 

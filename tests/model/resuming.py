@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import esper_triton as esper
 from esper_triton.kasmina import SeedLifecycleState
+from esper_triton.kasmina.schedules import cosine, drift_controlled
 
 D = 16
 Run = tuple[esper.MorphableModel, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
@@ -37,23 +38,24 @@ def train(
     steps: Iterable[int],
     artifact_id: str,
 ) -> list[Tensor]:
-    """Outputs of the steps. One seed is grafted from step 3 on and held from step 15 on, another learns from step 8."""
+    """Outputs of the steps. One seed learns on its own from step 1 on, is grafted by a schedule from step 3 on and held
+    from step 15 on; another is grafted from step 8 on by one that looks at the drift."""
     first, second = model.kasmina_layers.values()
     outputs = []
     for step in steps:
-        if step in (3, 8):
-            layer = first if step == 3 else second
+        if step in (1, 8):
+            layer = first if step == 1 else second
             assert layer.load_kernel_sync(0, artifact_id), layer.last_error(0)
-            layer.graft(0)
+        if step == 3:
+            first.graft(0, cosine(15))
+        if step == 8:
+            second.graft(0, drift_controlled(8, max_drift=0.5))
         if step == 15:
             first.request_transition(0, SeedLifecycleState.STABILIZATION)
-        if 3 <= step < 15:
-            first.set_alpha(0, step / 20)
-        if step >= 8:
-            second.set_alpha(0, 0.5)
         out = model(torch.randn(5, 6))
         optimizer.zero_grad()
         (out - torch.randn(5, D)).square().mean().backward()
+        model.train_seeds()
         optimizer.step()
         scheduler.step()
         model.step_boundary()

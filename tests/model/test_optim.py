@@ -184,7 +184,7 @@ def test_a_seed_in_recovery_keeps_its_moments_and_another_artifact_starts_anew(
         assert layer.seed_state(0) is S.ERROR_RECOVERY
 
     fail()
-    grow(layer, 0, adapter, alpha=0.5, draw=None)
+    grow(layer, 0, adapter, alpha=0.5, draw=None, force=True)
     assert own(model, "0") == learned
     assert same(moments(optimizer, learned), before)
     fail()

@@ -64,20 +64,34 @@ def test_a_saved_model_is_loaded_with_its_seeds(adapter_store: Urza, small: str,
 def test_lineage_has_the_fossilised_seeds_alone_and_nothing_invented(
     adapter_store: Urza, small: str, tmp_path: Path
 ) -> None:
-    path = esper.save_model(grown(adapter_store, small), tmp_path)
+    model = net(adapter_store)
+    first, second = model.kasmina_layers.values()
+    for layer in (first, second):
+        grow(layer, 0, small, alpha=0.75)
+        model.step_boundary()
+        for state in (S.STABILIZATION, S.EVALUATING):
+            layer.request_transition(0, state)
+    values = iter([4.0, 6.0, 3.0, 7.0])  # with the seed and without, twice
+    model.evaluate_seed("0", 0, lambda _: next(values), repeats=2)
+    for layer in (first, second):
+        layer.request_transition(0, S.FOSSILIZED)
+    esper.save_model(model, tmp_path)
+    esper.save_model(esper.load_model(tmp_path, net(adapter_store)), tmp_path)  # it outlives a load
+    path = tmp_path / "lineage.json"
     body = json.loads(path.read_text())
     assert body["seeds"] == [
         {
-            "layer": "0",
+            "layer": layer,
             "seed": 0,
             "artifact_id": small,
             "manifest_digest": adapter_store.get(small).digest,
             "parameters": ["down_bias", "down_weight", "up_bias", "up_weight"],
             "alpha": 0.75,
-            "metric_before": None,
-            "metric_after": None,
-            "step": None,
+            "metric_before": before,
+            "metric_after": after,
+            "step": 2,
         }
+        for layer, before, after in (("0", 6.5, 3.5), ("1", None, None))
     ]
     weights = tmp_path / body["weights"]
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == body["weights_sha256"]

@@ -1,0 +1,393 @@
+"""Step boundaries: where what was asked for and what has failed takes effect.
+
+A commit changes the seeds, writes the layer's state block in one copy and puts the new dispatch in place in one
+assignment, so a call that runs at the same time follows the old plan or the new one. It holds the queue's lock, for
+which `forward` never waits. Observers are told when all of it is done.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import types
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from esper_triton.contracts.errors import LoadDeadlineExceeded, NonFiniteOutput
+from esper_triton.kasmina import loading
+from esper_triton.kasmina.adoption import host_class
+from esper_triton.kasmina.dispatch import Dispatch
+from esper_triton.kasmina.events import Transition
+from esper_triton.kasmina.lifecycle import SeedLifecycleState
+from esper_triton.kasmina.moves import Made, apply_faults, apply_requests
+from esper_triton.kasmina.plan import make_plan
+from esper_triton.kasmina.record import LayerRecord
+from esper_triton.kasmina.schedules import Signals
+from esper_triton.kasmina.seed import Seed
+from esper_triton.kasmina.state import pack_state
+from esper_triton.kasmina.training import HostObserver, observe_call, trains, watches_drift
+from esper_triton.kasmina.transitions import Loaded, LoadFailed, Move, Outlook, Request, follow
+
+if TYPE_CHECKING:
+    from esper_triton.kasmina.layer import KasminaLayer
+
+__all__ = [
+    "begin_epoch",
+    "commit",
+    "commits_at_once",
+    "damaged_arrays",
+    "drop_dispatch",
+    "end_step",
+    "host_dtype",
+    "host_forward",
+    "install_dispatch",
+    "put",
+    "refresh",
+    "restore_state",
+    "set_hook",
+    "state_storage",
+    "tell",
+    "write_state",
+]
+
+_S = SeedLifecycleState
+_SILENT = (_S.DORMANT, _S.CULLED, _S.CANCELLED, _S.ROLLED_BACK)
+
+
+def put(record: LayerRecord, request: Request) -> Outlook:
+    """Queues a request; returns what its seed was to be before it. Any thread. Raises what `follow` raises."""
+    return record.queue.put(
+        request,
+        record.seeds[request.seed],
+        lambda before: follow(
+            record.name, request, before, epoch=record.epoch, embargo_epochs=record.policy.embargo_epochs
+        ),
+    )
+
+
+def commits_at_once(record: LayerRecord) -> bool:
+    """Whether a request from this thread is a boundary itself."""
+    return not record.deferred and record.owner == threading.get_ident()
+
+
+def commit(layer: KasminaLayer) -> None:
+    """Applies what has failed and what waits. This thread is the layer's owner from now on."""
+    record = layer._kasmina
+    record.owner = threading.get_ident()
+    if not len(record.queue) and not any(seed.pending_faults for seed in record.seeds):
+        return
+    with record.queue.lock:
+        made = [*apply_faults(record), *apply_requests(record, lambda loaded: _received(layer, loaded))]
+        if made:
+            refresh(layer)
+        else:
+            write_state(layer)
+    tell(record, made)
+
+
+def end_step(layer: KasminaLayer, *, auto_advance: bool) -> None:
+    """The boundary after a training step: as `commit`, and ramps advance, late loads end, stages are found to be
+    done."""
+    record = layer._kasmina
+    record.owner = threading.get_ident()
+    record.step += 1
+    if not len(record.queue) and all(seed.state in _SILENT and not seed.pending_faults for seed in record.seeds):
+        return
+    with record.queue.lock:
+        _read_measurements(record)
+        _end_late_loads(record)
+        made = apply_faults(record)
+        alphas = [seed.alpha for seed in record.seeds]
+        _advance(record)
+        made += apply_requests(record, lambda loaded: _received(layer, loaded))
+        for seed in record.seeds:
+            seed.is_ready = next_move(record, seed) is not None
+        ramp_given = False
+        if auto_advance:
+            ramp_given = _order_next_moves(record)
+            made += apply_requests(record, lambda loaded: _received(layer, loaded))
+        every = record.policy.sample_every
+        was_sampling, record.sampling = record.sampling, every > 0 and record.step % every == 0
+        if made or ramp_given or was_sampling is not record.sampling:
+            refresh(layer)
+        elif alphas != [seed.alpha for seed in record.seeds]:
+            write_state(layer)
+    tell(record, made)
+
+
+def next_move(record: LayerRecord, seed: Seed) -> SeedLifecycleState | None:
+    """Where a seed goes now that its stage is done; None while it is not."""
+    policy = record.policy
+    match seed.state:
+        case _S.TRAINING:
+            return _S.GRAFTING if policy.to_grafting.opens(seed.reconstruction_error, seed.stage_steps) else None
+        case _S.GRAFTING:
+            done = seed.alpha >= 1.0 if seed.schedule is None else seed.schedule.is_complete(seed.progress)
+            return _S.STABILIZATION if done else None
+        case _S.STABILIZATION:
+            return _S.EVALUATING if seed.stage_steps >= policy.stabilization_steps else None
+        case _S.EVALUATING:
+            onwards = _S.FINE_TUNING if seed.parameters else _S.FOSSILIZED
+        case _S.FINE_TUNING if seed.stage_steps >= policy.fine_tuning_steps:
+            onwards = _S.FOSSILIZED
+        case _:
+            return None
+    if seed.evaluation is None:
+        return None
+    return {"better": onwards, "worse": _S.CULLED, "undecided": None}[policy.metric.verdict(seed.evaluation)]
+
+
+def _order_next_moves(record: LayerRecord) -> bool:
+    """Queues the move of every seed that is ready. True where one was given a ramp without a move."""
+    ramp_given = False
+    for seed in record.seeds:
+        target = next_move(record, seed)
+        if target is not None:
+            schedule = record.policy.schedule if target is _S.GRAFTING else None
+            put(record, Move(seed=seed.index, target=target, schedule=schedule))
+        elif seed.state is _S.GRAFTING and seed.schedule is None and seed.alpha == 0.0:
+            # One without parameters comes from LOADING, with no ramp of its own.
+            seed.schedule, ramp_given = record.policy.schedule, True
+    return ramp_given
+
+
+def _read_measurements(record: LayerRecord) -> None:
+    """What the step's calls have left on the device: this is where it is read, once a layer."""
+    measured = [seed for seed in record.seeds if seed.measured_error is not None]
+    flagged = [seed for seed in record.seeds if seed.nonfinite_flag is not None]
+    if measured:
+        errors = torch.stack([_given(seed.measured_error) for seed in measured]).tolist()
+        for seed, error in zip(measured, errors, strict=True):
+            seed.measured_error = None
+            if error >= 0.0:
+                seed.reconstruction_error = error
+            if not math.isfinite(error):
+                seed.fault(NonFiniteOutput(f"{_who(record, seed)}: its output in TRAINING is not finite"))
+    if flagged:
+        flags = torch.stack([_given(seed.nonfinite_flag) for seed in flagged])
+        for seed, flag in zip(flagged, flags.tolist(), strict=True):
+            if flag:
+                _given(seed.nonfinite_flag).zero_()
+                seed.fault(NonFiniteOutput(f"{_who(record, seed)}: its output was not finite where the host's was"))
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def _who(record: LayerRecord, seed: Seed) -> str:
+    return f"seed {seed.index} of layer {record.name!r} ({seed.artifact_id})"
+
+
+def _end_late_loads(record: LayerRecord) -> None:
+    now = time.monotonic()
+    for seed in record.seeds:
+        ticket = seed.ticket
+        if ticket is not None and ticket.deadline is not None and now > ticket.deadline:
+            error = LoadDeadlineExceeded(f"{_who(record, seed)}: the load took longer than its deadline")
+            put(record, LoadFailed(seed=seed.index, ticket=ticket, error=error))
+
+
+def _advance(record: LayerRecord) -> None:
+    drift = _drift(record)
+    for seed in record.seeds:
+        seed.stage_steps += 1
+        if seed.state is _S.GRAFTING and seed.schedule is not None:
+            norm = _grad_norm(seed) if "grad_norm" in seed.schedule.needs else None
+            seed.progress = seed.schedule.advance(seed.progress, Signals(drift=drift, grad_norm=norm))
+            seed.alpha = seed.schedule.alpha(seed.progress)
+
+
+def _drift(record: LayerRecord) -> float | None:
+    before, now = record.output_mean, record.output_mean_now
+    if now is None:
+        return None
+    record.output_mean, record.output_mean_now = now, None
+    if before is None or before.device != now.device or before.dtype != now.dtype:
+        return None
+    return 1.0 - float(torch.cosine_similarity(before.double(), now.double(), dim=0))
+
+
+def _grad_norm(seed: Seed) -> float | None:
+    grads = [parameter.grad for parameter in seed.parameters.values() if parameter.grad is not None]
+    if not grads:
+        return None
+    return float(torch.stack([grad.double().norm() for grad in grads]).norm())
+
+
+def _received(layer: KasminaLayer, loaded: Loaded) -> Loaded | LoadFailed:
+    """What was loaded, for the layer as it is now: it may have been moved or cast while the artifact was on its way."""
+    record, manifest = layer._kasmina, loaded.kernel.manifest
+    who = f"seed {loaded.seed} of layer {record.name!r}"
+    try:
+        loading.check_dtype(who, manifest, host_dtype(layer))
+        device = state_storage(layer).device
+        if loaded.kernel.key.device != str(device):
+            raise RuntimeError(
+                f"{who} was moved from {loaded.kernel.key.device} to {device} while its kernel was loaded"
+            )
+    except Exception as error:
+        return LoadFailed(seed=loaded.seed, ticket=loaded.ticket, error=error)
+    return loaded
+
+
+def host_dtype(layer: KasminaLayer) -> torch.dtype | None:
+    """The dtype that the host computes in; None for one without parameters."""
+    return next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
+
+
+def tell(record: LayerRecord, made: Sequence[Made]) -> None:
+    """Every observer hears of every transition; the first error of one of them is raised when all have."""
+    if not record.observers:
+        return
+    first: Exception | None = None
+    for move in made:
+        event = Transition(
+            layer=record.name, seed=move.seed, source=move.source, target=move.target, artifact_id=move.artifact_id
+        )
+        for observer in tuple(record.observers):
+            try:
+                observer(event)
+            except Exception as error:
+                first = first or error
+    if first is not None:
+        raise first
+
+
+# ---- the device side and the dispatch
+
+
+def state_storage(layer: KasminaLayer) -> Tensor:
+    """The layer's state block."""
+    return layer.state.storage
+
+
+def write_state(layer: KasminaLayer) -> None:
+    """Writes the state block from the seeds, in one copy."""
+    record = layer._kasmina
+    seeds = record.seeds
+    packed = pack_state(
+        {
+            "lifecycle_states": [seed.state for seed in seeds],
+            "active_kernel_id": [seed.kernel_id for seed in seeds],
+            "alpha_blend": [seed.alpha for seed in seeds],
+            "health_accumulator": [seed.health for seed in seeds],
+            "last_update_epoch": [seed.last_update_epoch for seed in seeds],
+            "exec_latency_us": [round(seed.exec_latency_us or 0) for seed in seeds],
+            "error_count": [seed.error_count for seed in seeds],
+            "fallback_active": [seed.state is _S.ERROR_RECOVERY for seed in seeds],
+        },
+        len(seeds),
+    )
+    layer.state.write(packed)
+    record.packed, record.crc32 = packed, crc32(packed)
+
+
+def refresh(layer: KasminaLayer) -> None:
+    """Writes the state block, and puts the dispatch in place that belongs to it."""
+    write_state(layer)
+    install_dispatch(layer)
+
+
+def install_dispatch(layer: KasminaLayer) -> None:
+    """Puts the dispatch in place that belongs to the seeds and to the state block as they are."""
+    record, state = layer._kasmina, layer.state
+    device = state.storage.device
+    for seed in record.seeds:
+        if not seed.state.is_active or not (record.sampling or seed.state is _S.EVALUATING):
+            seed.nonfinite_flag = None
+        elif seed.nonfinite_flag is None or seed.nonfinite_flag.device != device:
+            seed.nonfinite_flag = torch.zeros((), dtype=torch.bool, device=device)
+    learning = trains(record)
+    plan = make_plan(record, state.alpha_blend.unbind().__getitem__, device)
+    if plan is None:
+        drop_dispatch(layer)
+    else:
+        forward = host_forward(layer)
+        if learning:
+            forward = HostObserver(layer, record, forward)
+        before = layer.__dict__.get("forward")
+        if before is not None and not isinstance(before, Dispatch):
+            record.prior_forward = before
+        # One assignment: a call on another thread finds the old dispatch or this one, never the host alone.
+        layer.__dict__["forward"] = Dispatch(record, forward, plan)
+    if not learning:
+        record.observed = None
+    set_hook(
+        layer, observe_call if learning or watches_drift(record) else None if plan is None else _keep_fast_path_closed
+    )
+
+
+def host_forward(layer: KasminaLayer) -> Callable[..., Any]:
+    """The host's own forward, or what was in its place before a seed became active."""
+    forward = layer.__dict__.get("forward")
+    if forward is None:
+        return types.MethodType(host_class(layer).forward, layer)
+    if isinstance(forward, Dispatch):
+        forward = forward.host_forward
+    found: Callable[..., Any] = forward.forward if isinstance(forward, HostObserver) else forward
+    return found
+
+
+def drop_dispatch(layer: KasminaLayer) -> None:
+    """The host's own forward is what runs again."""
+    if isinstance(layer.__dict__.get("forward"), Dispatch):
+        prior, layer._kasmina.prior_forward = layer._kasmina.prior_forward, None
+        if prior is None:
+            del layer.__dict__["forward"]
+        else:
+            layer.__dict__["forward"] = prior
+
+
+def _keep_fast_path_closed(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    """A forward hook that does nothing. `nn.TransformerEncoderLayer` computes its children's results without calling
+    them in eval mode, unless one of them has a hook; an active seed must not be passed over."""
+
+
+_Hook = Callable[[nn.Module, Any, Any, Any], None]
+_OUR_HOOKS: tuple[_Hook, ...] = (observe_call, _keep_fast_path_closed)
+
+
+def set_hook(layer: KasminaLayer, wanted: _Hook | None) -> None:
+    """Makes `wanted` the one forward hook of ours that the layer has."""
+    ours = [key for key, hook in layer._forward_hooks.items() if hook in _OUR_HOOKS]
+    if [layer._forward_hooks[key] for key in ours] == [wanted]:
+        return
+    if wanted is not None:
+        layer.register_forward_hook(wanted, with_kwargs=True)
+    for key in ours:
+        del layer._forward_hooks[key]
+        layer._forward_hooks_with_kwargs.pop(key, None)
+
+
+# ---- epochs
+
+
+def damaged_arrays(layer: KasminaLayer) -> tuple[str, ...]:
+    """Names of the state arrays that are not what the last commit wrote; by their CRC-32, so usually none are read."""
+    record, state = layer._kasmina, layer.state
+    if state.storage.is_meta or state.crc32() == record.crc32:
+        return ()
+    return state.differing_arrays(record.packed)
+
+
+def restore_state(layer: KasminaLayer) -> None:
+    """Writes the state arrays again as the last commit did."""
+    record = layer._kasmina
+    with record.queue.lock:
+        layer.state.write(record.packed)
+
+
+def begin_epoch(layer: KasminaLayer, epoch: int) -> None:
+    """From now on it is `epoch`; measured times and health go into the state arrays."""
+    record = layer._kasmina
+    with record.queue.lock:
+        record.epoch = epoch
+        if any(seed.state is not _S.DORMANT for seed in record.seeds):
+            write_state(layer)

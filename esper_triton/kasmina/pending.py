@@ -1,0 +1,95 @@
+"""One load under way, from the request to its result in the layer's queue."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esper_triton.kasmina import background, loading
+from esper_triton.kasmina.boundary import host_dtype, put, state_storage
+from esper_triton.kasmina.record import LayerRecord
+from esper_triton.kasmina.seed import LoadTicket, Seed
+from esper_triton.kasmina.transitions import Loaded, LoadFailed
+from esper_triton.urza import Urza
+
+if TYPE_CHECKING:
+    from esper_triton.kasmina.layer import KasminaLayer
+
+__all__ = ["PendingLoad", "load_request"]
+
+
+def load_request(
+    layer: KasminaLayer, seed: Seed, artifact_id: str, *, holder: object, force: bool = True
+) -> loading.LoadRequest:
+    """What is loaded for a seed of a layer as it is now."""
+    record = layer._kasmina
+    return loading.LoadRequest(
+        artifact_id=artifact_id,
+        layer_name=record.name,
+        layer_key=id(record),
+        seed=seed.index,
+        span=seed.span,
+        kind=record.kind,
+        device=state_storage(layer).device,
+        dtype=host_dtype(layer),
+        holder=holder,
+        force=force,
+    )
+
+
+@dataclass(frozen=True)
+class PendingLoad:
+    """A load of `request` for a layer's record. Its result goes into the layer's queue and takes effect at a boundary;
+    the first of `fail` and the load's own end counts, and neither does for a seed that waits for another load by
+    now."""
+
+    record: LayerRecord
+    request: loading.LoadRequest
+    urza: Urza
+    ticket: LoadTicket
+    seconds: float
+
+    @classmethod
+    def of(cls, layer: KasminaLayer, seed: int, artifact_id: str, *, force: bool, seconds: float | None) -> PendingLoad:
+        """Of a seed of a layer that has a store. Nothing is queued or started."""
+        record, ticket = layer._kasmina, LoadTicket()
+        assert record.urza is not None
+        request = load_request(layer, record.seeds[seed], artifact_id, holder=ticket, force=force)
+        limit = record.policy.load_deadline_s if seconds is None else seconds
+        return cls(record, request, record.urza, ticket, limit)
+
+    def start(self) -> Future[None]:
+        """Runs beside the training thread. The future is done when the result is in the queue; it holds no error."""
+        self.ticket.deadline = time.monotonic() + self.seconds
+        future, self.ticket.give_up = background.start(self._attempt)
+        return future
+
+    def run(self) -> None:
+        """Runs on this thread. What is no Exception (an interrupt) passes through, once the failure is queued."""
+        try:
+            self._attempt()
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def _attempt(self) -> None:
+        try:
+            kernel, parameters = loading.fetch(self.request, self.urza)
+        except Exception as error:
+            self.fail(error)
+            return
+        before = put(
+            self.record, Loaded(seed=self.request.seed, ticket=self.ticket, kernel=kernel, parameters=parameters)
+        )
+        self.ticket.arrived = before.ticket is self.ticket
+
+    def fail(self, error: BaseException) -> None:
+        """The load is over, without a result."""
+        put(self.record, LoadFailed(seed=self.request.seed, ticket=self.ticket, error=error))
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the kernel is in place, or will be at the next boundary."""
+        return self.ticket.arrived if self.ticket.took_effect is None else self.ticket.took_effect

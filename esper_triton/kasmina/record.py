@@ -1,0 +1,74 @@
+"""What one adopted layer keeps on the host, beside its device state."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from esper_triton.kasmina.events import Observer
+from esper_triton.kasmina.gates import Policy
+from esper_triton.kasmina.kinds import Chunking, Kind
+from esper_triton.kasmina.seed import Seed
+from esper_triton.kasmina.transitions import TransitionQueue
+from esper_triton.urza import Urza
+
+__all__ = ["LayerRecord", "Observed"]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A training call's input (where a seed reads it) and host output, copied and detached."""
+
+    x: Tensor | None
+    h: Tensor
+
+
+@dataclass(eq=False)
+class LayerRecord:
+    """Deep copies share the store and the loaded kernels."""
+
+    name: str
+    kind: Kind
+    seeds: tuple[Seed, ...]
+    chunking: Chunking
+    urza: Urza | None
+    guard: bool
+    telemetry_enabled: bool
+    policy: Policy = field(default_factory=Policy)
+    auto_advance: bool = False
+    epoch: int = 0
+    step: int = 0
+    packed: bytes = b""  # the state block as it was written last
+    crc32: int = 0  # of `packed`
+    sampling: bool = False  # whether this step's calls are checked for non-finite values
+    forward_calls_active: int = 0
+    calls_counted: int = 0  # of `forward_calls_active`, as of the last commit
+    warned_of_recording: bool = False
+    output_mean: Tensor | None = None  # [width], of the step before, for schedules that look at the drift
+    # What follows is of this process and this object: neither copied nor pickled.
+    queue: TransitionQueue = field(default_factory=TransitionQueue)
+    owner: int = field(default_factory=threading.get_ident)  # the thread whose requests may commit at once
+    deferred: bool = False  # every request waits for a boundary
+    observers: list[Observer] = field(default_factory=list)
+    observed: Observed | None = None
+    output_mean_now: Tensor | None = None
+    prior_forward: Any = None  # an instance `forward` that the host had before a seed became active
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerRecord:
+        return LayerRecord(**self.__getstate__() | {"seeds": copy.deepcopy(self.seeds, memo)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _OF_THIS_OBJECT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # the fields that are not kept get their defaults
+
+
+_OF_THIS_OBJECT = frozenset(
+    # `prior_forward` travels in the instance dictionary of the layer.
+    {"queue", "owner", "deferred", "observers", "observed", "output_mean_now", "prior_forward"}
+)

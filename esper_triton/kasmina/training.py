@@ -1,0 +1,116 @@
+"""Seeds in TRAINING: they learn on copies of what passes through their layer, and touch nothing of it.
+
+While a layer has a seed in TRAINING, each of its training calls (train mode, gradients enabled) leaves one detached
+copy of the host's output, and of the input where a seed reads it: the cost is that copy. `seed_loss` then runs the
+seeds on the last call's copies. A layer without such a seed has nothing in its call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper_triton.kasmina.dispatch import Dispatch, _dispatch, _is_plain, _is_recorded
+from esper_triton.kasmina.lifecycle import SeedLifecycleState
+from esper_triton.kasmina.plan import ActiveSeed, Plan
+from esper_triton.kasmina.record import LayerRecord, Observed
+from esper_triton.kasmina.seed import LoadedKernel, Seed
+
+__all__ = ["HostObserver", "observe_call", "relative_reconstruction_error", "seed_loss"]
+
+_S = SeedLifecycleState
+
+
+def relative_reconstruction_error(k: Tensor, h: Tensor) -> Tensor:
+    """||k - h||^2 / ||h||^2, 0-d: the loss of a seed that was given no other. Its root is what the gate looks at."""
+    tiny = torch.finfo(h.dtype).tiny
+    return (k - h).square().sum() / h.square().sum().clamp_min(tiny)
+
+
+def trains(record: LayerRecord) -> bool:
+    """Whether a seed of the layer is in TRAINING with a kernel."""
+    return any(seed.state is _S.TRAINING and seed.kernel is not None for seed in record.seeds)
+
+
+def watches_drift(record: LayerRecord) -> bool:
+    """Whether a ramp of the layer goes by the drift of its output."""
+    return any(seed.schedule is not None and "drift" in seed.schedule.needs for seed in record.seeds)
+
+
+class HostObserver:
+    """The host's forward of a layer that has an active seed and one in TRAINING: the latter learns from what the host
+    computes, not from the blend."""
+
+    def __init__(self, layer: nn.Module, record: LayerRecord, forward: Callable[..., Any]) -> None:
+        self.layer, self.record, self.forward = layer, record, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        h = self.forward(*args, **kwargs)
+        if self.layer.training and torch.is_grad_enabled():
+            _keep(self.record, args, kwargs, h)
+        return h
+
+
+def observe_call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """A forward hook of layers whose training calls are looked at. It also keeps `nn.TransformerEncoderLayer` from its
+    fast path."""
+    record: LayerRecord = layer._kasmina  # type: ignore[assignment]  # only adopted layers get this hook
+    if not layer.training or not torch.is_grad_enabled():
+        return
+    if trains(record) and not isinstance(layer.__dict__.get("forward"), Dispatch):
+        _keep(record, args, kwargs, output)
+    if watches_drift(record) and _is_plain(output) and output.numel():
+        record.output_mean_now = output.detach().reshape(-1, output.shape[-1]).mean(0)
+
+
+def _keep(record: LayerRecord, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:
+    if not _is_plain(h) or _is_recorded():
+        return
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    reads_x = any(
+        seed.state is _S.TRAINING and seed.kernel is not None and "x" in seed.kernel.program.inputs
+        for seed in record.seeds
+    )
+    copied = x.detach().clone() if reads_x and isinstance(x, Tensor) else None
+    record.observed = Observed(copied, h.detach().clone())
+
+
+def seed_loss(record: LayerRecord) -> Tensor | None:
+    """The sum of the losses of the layer's seeds in TRAINING over its last training call, 0-d, with a graph to their
+    parameters alone; None where there is none. Uses the call up: the next loss needs another one.
+
+    A seed that fails here gives no loss, and is culled at the next boundary.
+    """
+    observed, record.observed = record.observed, None
+    if observed is None:
+        return None
+    total: Tensor | None = None
+    for seed in record.seeds:
+        if seed.state is _S.TRAINING and seed.kernel is not None:
+            loss = _loss_of(seed, seed.kernel, observed)
+            if loss is not None:
+                total = loss if total is None else total + loss
+    return total
+
+
+def _loss_of(seed: Seed, kernel: LoadedKernel, observed: Observed) -> Tensor | None:
+    start, stop = seed.span
+    h = observed.h[..., start:stop]
+    one = torch.ones((), device=h.device)
+    # One seed over all of its own span, at alpha 1: what law 2 then gives is k.
+    active = ActiveSeed(seed, kernel.program, 0, stop - start, one, dict(seed.parameters))
+    plan = Plan(width=stop - start, seeds=(active,), gaps=(), overlapping=False, guard=False, timed=False)
+    before = seed.pending_faults, seed.specialisation_misses
+    with torch.enable_grad():
+        k = _dispatch(plan, observed.x, h)
+        if (seed.pending_faults, seed.specialisation_misses) != before:
+            return None
+        loss = relative_reconstruction_error(k, h) if seed.loss is None else seed.loss(k, h)
+    with torch.no_grad():
+        error = relative_reconstruction_error(k.detach().float(), h.float()).sqrt()
+        # Below 0 where the host itself was not finite: that is no fault of the seed, and no measurement either.
+        seed.measured_error = torch.where(h.isfinite().all(), error, -1.0)
+    return loss
