@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from esper_triton.contracts.errors import ArtifactRefused
@@ -174,6 +175,14 @@ class BakedLayer(nn.Module):
         """The host's output with the seeds blended into it. Raises ValueError where a kernel is not for it."""
         h = self.host(*args, **kwargs)
         x = (args[0] if args else next(iter(kwargs.values()))) if self._reads_x else None
+        if not h.is_nested:
+            return self._blended(h, x)
+        # nn.TransformerEncoder packs padded batches so in eval mode; every sequence of the pack is a matrix of its own.
+        parts = h.unbind()
+        inputs = [None] * len(parts) if x is None else x.unbind()
+        return torch.nested.as_nested_tensor([self._blended(*part) for part in zip(parts, inputs, strict=True)])
+
+    def _blended(self, h: Tensor, x: Tensor | None) -> Tensor:
         seeds: list[FixedSeed] = list(self.seeds)  # type: ignore[arg-type]
         return fixed_seeds(
             h,

@@ -208,18 +208,22 @@ def test_a_root_and_a_shared_layer_are_baked_in_every_place(adapter_store: Urza,
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch's own encoder makes them
 def test_the_fast_path_of_an_encoder_does_not_pass_over_a_baked_seed(
-    adapter_store: Urza, small: str, training: bool
+    adapter_store: Urza, small: str, padded: bool, training: bool
 ) -> None:
     torch.manual_seed(0)
-    encoder = nn.TransformerEncoderLayer(D, 2, D, dropout=0.0, batch_first=True).train(training)
-    model = esper.wrap(encoder, ["linear1"], seeds_per_layer=1, urza=adapter_store)
+    encoder_layer = nn.TransformerEncoderLayer(D, 2, D, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(encoder_layer, 1).train(training)
+    model = esper.wrap(encoder, ["layers.0.linear1"], seeds_per_layer=1, urza=adapter_store)
     x = torch.randn(2, 3, D)
+    mask = torch.tensor([[False, False, True], [False] * 3]) if padded else None
     with torch.no_grad():
-        host = model(x)
-        fossilise(model.kasmina_layers["linear1"], 0, small, 1.0)
-        out = esper.bake(model)(x)
-        assert torch.equal(out, model(x))
+        host = model(x, src_key_padding_mask=mask)
+        fossilise(model.kasmina_layers["layers.0.linear1"], 0, small, 1.0)
+        out = esper.bake(model)(x, src_key_padding_mask=mask)
+        assert torch.equal(out, model(x, src_key_padding_mask=mask))
     assert not torch.allclose(out, host)
 
 
