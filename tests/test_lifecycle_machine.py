@@ -40,6 +40,7 @@ MISSING = "000000000000-cpu-standard-000000000000"
 
 # The moves of the lifecycle, as what is observed: the table, the way into ERROR_RECOVERY, which is never asked for, and
 # the forced way out of ROLLED_BACK.
+GROWING = [S.GRAFTING, S.STABILIZATION, S.EVALUATING, S.FINE_TUNING, S.FOSSILIZED]
 MOVES = {
     (S.DORMANT, S.GERMINATED),
     (S.GERMINATED, S.LOADING),
@@ -70,8 +71,8 @@ class Lifecycle(RuleBasedStateMachine):
     source: ClassVar[Urza]
     artifact_id: ClassVar[str]
 
-    @initialize()
-    def wrap(self) -> None:
+    @initialize(starts=st.tuples(*[st.sampled_from([S.DORMANT, S.TRAINING, *GROWING])] * 4))
+    def wrap(self, starts: tuple[S, ...]) -> None:
         KernelCache.process().reset()
         self.folder = Path(tempfile.mkdtemp(prefix="esper-machine-"))
         self.patch = pytest.MonkeyPatch()
@@ -96,6 +97,13 @@ class Lifecycle(RuleBasedStateMachine):
         self.states = {(name, seed): S.DORMANT for name in ("0", "2") for seed in range(2)}
         for layer in self.model.kasmina_layers.values():
             layer.on_transition(self.moves.append)
+        for (name, seed), start in zip(self.states, starts, strict=True):
+            if start is not S.DORMANT:
+                self.load(name, seed, force=False, missing=1)
+                for to in GROWING[: GROWING.index(start) + 1] if start in GROWING else []:
+                    self.model.request_transition(name, seed, to)
+                    if to is S.GRAFTING:
+                        self.model.set_alpha(name, seed, 0.5)
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):
@@ -121,6 +129,13 @@ class Lifecycle(RuleBasedStateMachine):
             generator = torch.Generator().manual_seed(self.draw)
             for parameter in own_parameters(layer, seed).values():
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+    @rule(name=layers, seed=seeds, nth=st.integers(0, 3))
+    def move_on(self, name: str, seed: int, nth: int) -> None:
+        layer = self.model.kasmina_layers[name]
+        possible = sorted(to for source, to in MOVES if source is layer.seed_state(seed))
+        if possible:
+            self.move(name, seed, possible[nth % len(possible)])
 
     @rule(name=layers, seed=seeds, to=st.sampled_from(list(S)))
     def move(self, name: str, seed: int, to: S) -> None:

@@ -60,7 +60,8 @@ class Evaluation:
 @dataclass(frozen=True, kw_only=True)
 class MetricGate:
     """EVALUATING (and FINE_TUNING) to what follows: the metric has improved by more than `noises` times its measured
-    noise. Worse by more than that in the other direction, or a metric that is not finite with the seed: CULLED."""
+    noise. Worse by more than that in the other direction, or a metric that is not finite with the seed: CULLED; one
+    that is not finite only without it has improved."""
 
     noises: float = 1.0
 
@@ -68,6 +69,8 @@ class MetricGate:
         """Which way the gate sends a seed; `undecided` measures again."""
         if not all(map(math.isfinite, evaluation.on)):
             return "worse"
+        if not all(map(math.isfinite, evaluation.off)):
+            return "better"
         improvement, bound = evaluation.improvement, self.noises * evaluation.noise
         if improvement > bound:
             return "better"
