@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -172,7 +173,8 @@ def test_a_baked_model_runs_in_a_new_process(adapter_store: Urza, small: str, tm
         "torch.save(saved['model'](saved['x']).detach(), sys.argv[1] + '/out.pt')\n"
     )
     command = [sys.executable, "-W", "error", "-c", program, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    environment = os.environ | {"PYTHONPATH": str(Path(esper.__file__).parents[1])}  # the package that is tested here
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), model(x))
 

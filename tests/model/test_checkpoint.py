@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,7 +122,8 @@ def test_training_resumed_in_a_new_process_goes_on_bit_for_bit(
     )
     script = Path(__file__).with_name("resuming.py")
     command = [sys.executable, "-W", "error", str(script), str(adapter_store.root), str(tmp_path), optimizer, small]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    environment = os.environ | {"PYTHONPATH": str(Path(esper.__file__).parents[1])}  # the package that is tested here
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
     assert len(resumed["outputs"]) == 10
