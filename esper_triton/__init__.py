@@ -21,7 +21,13 @@ _HOME = {
     "MorphableModel": "esper_triton.model",
     "SeedLifecycleState": "esper_triton.kasmina",
     "Urza": "esper_triton.urza",
+    "attach": "esper_triton.model",
+    "bake": "esper_triton.model",
     "compile": "esper_triton.compile",
+    "esper_state_dict": "esper_triton.model",
+    "load_esper_state_dict": "esper_triton.model",
+    "load_model": "esper_triton.model",
+    "save_model": "esper_triton.model",
     "seed_parameters": "esper_triton.model",
     "unwrap": "esper_triton.model",
     "wrap": "esper_triton.model",
@@ -38,7 +44,13 @@ __all__ = [
     "SeedLifecycleState",
     "Urza",
     "__version__",
+    "attach",
+    "bake",
     "compile",
+    "esper_state_dict",
+    "load_esper_state_dict",
+    "load_model",
+    "save_model",
     "seed_parameters",
     "unwrap",
     "wrap",
@@ -49,7 +61,18 @@ if TYPE_CHECKING:
     from esper_triton.contracts.blueprint import Blueprint
     from esper_triton.contracts.errors import EsperError
     from esper_triton.kasmina import KasminaLayer, KasminaStateLayout, KernelCache, SeedLifecycleState
-    from esper_triton.model import MorphableModel, seed_parameters, unwrap, wrap
+    from esper_triton.model import (
+        MorphableModel,
+        attach,
+        bake,
+        esper_state_dict,
+        load_esper_state_dict,
+        load_model,
+        save_model,
+        seed_parameters,
+        unwrap,
+        wrap,
+    )
     from esper_triton.urza import Artifact, Urza
 
 

@@ -75,12 +75,16 @@ class Blueprint(_Value):
 
     The forward writes `out = h + alpha * (k - h)`, the blend of law 2. The source also defines `reference(...)` in
     plain torch, which returns `k` for inputs and parameters given by keyword; the kernels are proven against it.
+
+    `affine` says that k is an affine function of the inputs, whatever the parameters: such a seed may be merged into
+    its host's weights when it has become permanent. The proof sees to it that the reference is one.
     """
 
     schema_version: str = SCHEMA_VERSION
     name: Identifier
     description: str
     input: Literal["x", "h", "xh"]
+    affine: bool = False
     feature_dim: str = Field(description="symbol of the width of the span: the last dimension of h and out")
     source: str = Field(description="file name of the Triton source, relative to the blueprint")
     dims: dict[Identifier, Dim]

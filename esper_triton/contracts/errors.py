@@ -13,6 +13,7 @@ __all__ = [
     "ArtifactNotFound",
     "ArtifactRefused",
     "BlueprintError",
+    "CheckpointError",
     "CompileError",
     "CorruptObject",
     "EsperError",
@@ -72,6 +73,11 @@ class CorruptObject(EsperError, RuntimeError):
 
 class ArtifactRefused(EsperError, RuntimeError):
     """An intact artifact may not run here: its status, target, toolchain, dims or dtype does not fit (law 4)."""
+
+
+class CheckpointError(EsperError, ValueError):
+    """A checkpoint does not fit the model, the optimizer or the store, or is damaged. The message lists every fault at
+    once. Nothing was changed."""
 
 
 class InvalidTransition(EsperError, RuntimeError):

@@ -27,7 +27,7 @@ __all__ = [
     "sha256",
 ]
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 # What the loader understands of binaries and launch plans. Raised when an older binary could not be launched rightly.
 LAUNCH_FORMAT = 1
 
@@ -128,6 +128,7 @@ class Manifest(_Value):
     blueprint_id: Digest
     blueprint_name: str
     input: Literal["x", "h", "xh"]
+    affine: bool = False
     target: TargetSpec
     pipeline: Literal["fast", "standard", "aggressive"]
     toolchain: Toolchain

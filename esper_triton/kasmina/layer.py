@@ -21,6 +21,7 @@ from esper_triton.kasmina.boundary import (
     refresh,
     set_hook,
     state_storage,
+    tell,
     write_state,
 )
 from esper_triton.kasmina.cache import KernelCache
@@ -29,7 +30,7 @@ from esper_triton.kasmina.events import Observer
 from esper_triton.kasmina.gates import Policy
 from esper_triton.kasmina.kinds import Chunking, kind_of, seed_spans
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
-from esper_triton.kasmina.moves import release, warn
+from esper_triton.kasmina.moves import Made, release, warn
 from esper_triton.kasmina.pending import PendingLoad
 from esper_triton.kasmina.record import LayerRecord
 from esper_triton.kasmina.restore import converted, restore_kernels
@@ -408,8 +409,14 @@ def release_layer(layer: KasminaLayer) -> None:
     release_class(layer)  # first: it is the one step that can refuse
     drop_dispatch(layer)
     set_hook(layer, None)
+    gone = []
     for seed in layer._kasmina.seeds:
+        source, artifact_id = seed.state, seed.artifact_id
         release(seed)
+        if source is not _S.DORMANT:
+            seed.state = _S.DORMANT
+            gone.append(Made(seed.index, source, _S.DORMANT, artifact_id))
+    tell(layer._kasmina, gone)
     del layer._buffers[_STATE_BUFFER]
     layer._non_persistent_buffers_set.discard(_STATE_BUFFER)
     del layer.__dict__[_OWN_ATTRIBUTE]

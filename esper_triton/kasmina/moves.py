@@ -155,6 +155,8 @@ def _move(record: LayerRecord, seed: Seed, state: SeedLifecycleState, made: list
 
 def _enter(record: LayerRecord, seed: Seed, state: SeedLifecycleState, made: list[Made]) -> None:
     source, artifact_id = seed.state, seed.artifact_id
+    if state is _S.FOSSILIZED:
+        seed.permanent_since_step, seed.permanent_evaluation = record.step, seed.evaluation
     seed.enter(state, record.epoch)
     if state in _WITHOUT_KERNEL:
         release(seed)

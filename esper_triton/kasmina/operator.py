@@ -22,7 +22,7 @@ from esper_triton.kasmina.views import empty_output, from_matrix, matrix, settle
 
 __all__ = ["blend", "name_plan"]
 
-_library: Any = torch.library.Library("esper_triton", "DEF")  # type: ignore[no-untyped-call]  # torch's own
+_library: Any = torch.library.Library("esper_triton", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's own
 _library.define("blend(Tensor h, Tensor? x, Tensor[] alphas, Tensor[] parameters, str plan) -> (Tensor, Tensor[])")
 _library.define(
     "blend_backward(Tensor grad_out, Tensor h, Tensor? x, Tensor[] alphas, Tensor[] parameters, Tensor[] saved, "

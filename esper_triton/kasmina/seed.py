@@ -83,6 +83,8 @@ class Seed:
     reconstruction_error: float | None = None  # in TRAINING, as of the last boundary
     evaluation: Evaluation | None = None
     is_ready: bool = False
+    permanent_since_step: int | None = None  # of the layer, when it became FOSSILIZED
+    permanent_evaluation: Evaluation | None = None  # what it was FOSSILIZED on, where that was measured
     ticket: LoadTicket | None = None  # of the load under way; another one, or None, makes a late load's result void
     measured_error: Tensor | None = None  # 0-d, on the device, until the boundary reads it
     nonfinite_flag: Tensor | None = None  # 0-d bool on the device that calls set, where they are checked
@@ -115,6 +117,7 @@ class Seed:
         self.error_count = self.pending_faults = self.specialisation_misses = 0
         self.latency_ns = self.timed_calls = self.calls = 0
         self.health, self.last_update_epoch, self.opens_at = 0.0, 0, 0
+        self.permanent_since_step, self.permanent_evaluation = None, None
 
     @property
     def kernel_id(self) -> int:

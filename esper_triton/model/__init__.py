@@ -1,5 +1,22 @@
-"""A whole model with seeds: wrapping, naming its layers, and taking the wrap off again."""
+"""A whole model with seeds: wrapping, naming its layers, and taking the wrap off again; optimizers that follow it;
+checkpoints; and making it fixed."""
 
+from esper_triton.model.baking import bake
+from esper_triton.model.checkpoint import esper_state_dict, load_esper_state_dict
 from esper_triton.model.morphable import MorphableModel, seed_parameters, unwrap, wrap
+from esper_triton.model.optim import Attachment, attach
+from esper_triton.model.saving import load_model, save_model
 
-__all__ = ["MorphableModel", "seed_parameters", "unwrap", "wrap"]
+__all__ = [
+    "Attachment",
+    "MorphableModel",
+    "attach",
+    "bake",
+    "esper_state_dict",
+    "load_esper_state_dict",
+    "load_model",
+    "save_model",
+    "seed_parameters",
+    "unwrap",
+    "wrap",
+]

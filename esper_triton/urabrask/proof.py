@@ -64,7 +64,8 @@ def prove(blueprint: Blueprint, artifact_id: str, urza: Urza) -> tuple[Artifact,
       2, and its gradients by torch's autograd;
     - at alpha 0 the host's output and its gradient to the bit and zero gradients for parameters, also where these are
       NaN;
-    - inputs unchanged, and nothing written around the rows of `out`.
+    - inputs unchanged, and nothing written around the rows of `out`;
+    - of a blueprint that calls itself affine, a reference that is: k(u + v) + k(0) = k(u) + k(v) in float64.
 
     Every tensor that is given lies among NaN, between its rows too: what is read outside of it shows in the results.
 
@@ -101,6 +102,8 @@ def prove(blueprint: Blueprint, artifact_id: str, urza: Urza) -> tuple[Artifact,
                     failures.append(f"{case}: {name} is off by {ratio:.3g} times its tolerance")
         except Exception as error:  # whatever a kernel's launch raises is a verdict on the kernel
             failures.append(f"{case}: {type(error).__name__}: {error}")
+    if manifest.affine and not _is_affine(program, reference, generator):
+        failures.insert(0, "the blueprint says that k is affine in its inputs, and its reference is not")
     report = ProofReport(
         artifact_id=artifact_id,
         seed=_SEED,
@@ -118,6 +121,26 @@ def _cases() -> Iterator[_Case]:
         for alpha in _ALPHAS:
             yield _Case(rows=rows, alpha=alpha, poisoned=False)
     yield _Case(rows=_ROWS[-1], alpha=0.0, poisoned=True)
+
+
+def _is_affine(program: KernelProgram, reference: Callable[..., Tensor], generator: torch.Generator) -> bool:
+    manifest = program.manifest
+    widths = {"h": manifest.width, "x": manifest.dims.get(X_DIM, 0)}
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    parameters = {name: draw(*record.shape) for name, record in manifest.parameters.items()}
+    # Far apart and close together: a function that is affine in between, or far out, is not affine.
+    scales = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64).repeat_interleave(64)[:, None]
+    u, v = ({name: scales * draw(len(scales), widths[name]) for name in program.inputs} for _ in range(2))
+    both = {name: u[name] + v[name] for name in u}
+    zero = {name: torch.zeros_like(u[name]) for name in u}
+    k_u, k_v, k_both, k_zero = (reference(**inputs, **parameters) for inputs in (u, v, both, zero))
+    terms = sum(manifest.dims.values())
+    # Sums of so many terms in float64, each off by 2^-53 of its size; 1e3 for terms that cancel in a drawn sum.
+    size = (k_u.abs() + k_v.abs() + k_zero.abs()).amax(dim=1, keepdim=True)
+    return bool(((k_both + k_zero - k_u - k_v).abs() <= 1e3 * terms * 2.0**-53 * size).all())
 
 
 def _run(

@@ -1,0 +1,231 @@
+"""Seeds that will not change any more, as one operator of torch: `esper_triton::fixed_seeds`.
+
+It computes what an active layer's dispatch computes, to the bit, with constant alpha and frozen parameters, and holds
+nothing of a layer: the loaded kernels are found by the digest of their manifest. Where dispatch would fall back to the
+host (a dtype or width that a kernel is not for), it raises: a fixed model has no other path that would be right.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper_triton.contracts.errors import ArtifactRefused
+from esper_triton.kasmina.launcher import KernelProgram, check_runs_here
+from esper_triton.kasmina.views import empty_output, from_matrix, matches, matrix, settle
+from esper_triton.urza import Urza
+
+__all__ = ["fetch_program", "fixed_seeds", "keep_program"]
+
+_programs: weakref.WeakValueDictionary[str, KernelProgram] = weakref.WeakValueDictionary()
+"""By manifest digest, those that somebody holds: the operator's arguments can only be tensors and plain values."""
+
+
+def keep_program(digest: str, program: KernelProgram) -> KernelProgram:
+    """Lets the operator find a verified `program` for as long as the caller holds what this returns."""
+    return _programs.setdefault(digest, program)
+
+
+def fetch_program(urza: Urza, artifact_id: str, digest: str) -> KernelProgram:
+    """Loads an artifact whose manifest must have `digest`, for the operator, as long as the caller holds it (law 4).
+
+    Raises an EsperError as `Urza.load` does, and ArtifactRefused where it is another manifest or may not run here.
+    """
+    artifact, blobs = urza.load(artifact_id)
+    if artifact.digest != digest:
+        raise ArtifactRefused(
+            f"artifact {artifact_id!r} has a manifest of digest {artifact.digest} in {urza}, expected {digest}: it was "
+            "built or judged anew since; use the store that the model was baked with"
+        )
+    check_runs_here(artifact.manifest)
+    return keep_program(digest, KernelProgram.load(artifact.manifest, blobs))
+
+
+_library = torch.library.Library("esper_triton", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch does not annotate
+_SEEDS = "Tensor[] parameters, float[] alphas, str[] digests, int[] starts, int width, int feature_dim"
+for _schema in (
+    f"fixed_seeds(Tensor h, Tensor? x, {_SEEDS}) -> Tensor",
+    f"fixed_seeds_backward(Tensor grad_out, Tensor h, Tensor? x, {_SEEDS}) -> Tensor[]",
+):
+    _library.define(_schema)  # type: ignore[no-untyped-call]
+
+
+def fixed_seeds(
+    h: Tensor,
+    x: Tensor | None,
+    parameters: Sequence[Tensor],
+    alphas: Sequence[float],
+    digests: Sequence[str],
+    starts: Sequence[int],
+    width: int,
+    feature_dim: int = -1,
+) -> Tensor:
+    """`h + sum_i alpha_i * (k_i - h[c_i])` (law 2), a new tensor of the shape, strides and dtype of `h`.
+
+    Differentiable once, by `h` and `x` alone.
+
+    Args:
+        h: the host's output, with `width` features in dimension `feature_dim`. x: the host's input, with d_in there,
+            where a kernel reads it.
+        parameters: those of every seed, one after the other, by name within a seed; contiguous, in the kernel's dtype.
+        digests: of the seeds' manifests; loaded by `keep_program` or `fetch_program`.
+        starts: first column of each seed's span.
+
+    Raises RuntimeError for a kernel that is not loaded, ValueError for tensors that a kernel is not for.
+    """
+    result: Tensor = torch.ops.esper_triton.fixed_seeds(h, x, parameters, alphas, digests, starts, width, feature_dim)
+    return result
+
+
+class _Fixed:
+    """One seed of a call."""
+
+    def __init__(self, program: KernelProgram, parameters: dict[str, Tensor], alpha: Tensor, start: int) -> None:
+        self.program, self.parameters, self.alpha, self.start = program, parameters, alpha, start
+        self.stop = start + program.width
+
+    def forward(self, h: Tensor, x: Tensor | None, out: Tensor) -> dict[str, Tensor]:
+        return self.program.forward(self._inputs(h, x), self.parameters, self.alpha, out)
+
+    def backward(self, g: Tensor, h: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Gradients at the span of h, and at x where the kernel reads it. What forward saves is computed again: most
+        calls of a fixed model have no backward, and would hold it for nothing."""
+        saved = self.forward(h, x, torch.empty_like(g, memory_format=torch.contiguous_format))
+        to_inputs, _ = self.program.backward(g, self._inputs(h, x), self.parameters, self.alpha, saved)
+        return to_inputs["h"] if "h" in to_inputs else (1 - self.alpha) * g, to_inputs.get("x")
+
+    def _inputs(self, h: Tensor, x: Tensor | None) -> dict[str, Tensor]:
+        if "x" not in self.program.inputs:
+            return {"h": h}
+        if x is None:
+            raise ValueError(f"artifact {self.program.manifest.id} reads the layer's input, and there is none")
+        return {"h": h, "x": x}
+
+
+def _seeds(
+    h: Tensor, parameters: Sequence[Tensor], alphas: Sequence[float], digests: Sequence[str], starts: Sequence[int]
+) -> Iterator[_Fixed]:
+    given = iter(parameters)
+    for alpha, digest, start in zip(alphas, digests, starts, strict=True):
+        program = _programs.get(digest)
+        if program is None:
+            raise RuntimeError(f"the kernel of manifest {digest} is not loaded in this process; a baked model loads it")
+        own = {name: next(given) for name in sorted(program.manifest.parameters)}
+        yield _Fixed(program, own, torch.full((1,), alpha, dtype=torch.float32, device=h.device), start)
+
+
+def _gaps(seeds: Sequence[_Fixed], width: int) -> tuple[list[tuple[int, int]], bool]:
+    """Columns of no seed, and whether seeds overlap."""
+    spans = sorted((seed.start, seed.stop) for seed in seeds)
+    ends = [0, *itertools.accumulate((stop for _, stop in spans), max)]
+    gaps = [(end, start) for end, start in zip(ends, [*(s for s, _ in spans), width], strict=True) if start > end]
+    return gaps, any(after[0] < before[1] for before, after in itertools.pairwise(spans))
+
+
+@torch.library.impl(_library, "fixed_seeds", "CompositeExplicitAutograd")
+def _forward(
+    h: Tensor,
+    x: Tensor | None,
+    parameters: Sequence[Tensor],
+    alphas: Sequence[float],
+    digests: Sequence[str],
+    starts: Sequence[int],
+    width: int,
+    feature_dim: int,
+) -> Tensor:
+    if not matches(h, width, feature_dim):
+        raise ValueError(
+            f"the host's output is {tuple(h.shape)}, {width} features in dimension {feature_dim} are expected"
+        )
+    seeds = list(_seeds(h, parameters, alphas, digests, starts))
+    h2, x2 = matrix(h, feature_dim), None if x is None else matrix(x, feature_dim)
+    out, out2 = empty_output(h, feature_dim)
+    gaps, overlapping = _gaps(seeds, h2.shape[1])
+    for start, stop in [(0, h2.shape[1])] if overlapping else gaps:
+        out2[:, start:stop] = h2[:, start:stop]
+    for seed in seeds:
+        own, target = h2[:, seed.start : seed.stop], out2[:, seed.start : seed.stop]
+        if not overlapping:
+            seed.forward(own, x2, target)
+            continue
+        blended = torch.empty(own.shape, dtype=h.dtype, device=h.device)
+        seed.forward(own, x2, blended)
+        difference = blended - own
+        # Selected, as in dispatch: -0.0 + 0.0 would be 0.0.
+        target.copy_(torch.where(difference == 0, target, target + difference))
+    settle(out, out2, feature_dim)
+    return out
+
+
+@torch.library.impl(_library, "fixed_seeds_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad_out: Tensor,
+    h: Tensor,
+    x: Tensor | None,
+    parameters: Sequence[Tensor],
+    alphas: Sequence[float],
+    digests: Sequence[str],
+    starts: Sequence[int],
+    width: int,
+    feature_dim: int,
+) -> list[Tensor]:
+    """Gradients at h and, where it is given, at x."""
+    g, h2 = matrix(grad_out, feature_dim), matrix(h, feature_dim)
+    x2 = None if x is None else matrix(x, feature_dim)
+    grad_h = g.clone(memory_format=torch.contiguous_format)
+    grad_x = None if x2 is None else torch.zeros_like(x2, memory_format=torch.contiguous_format)
+    seeds = list(_seeds(h, parameters, alphas, digests, starts))
+    _, overlapping = _gaps(seeds, h2.shape[1])
+    for seed in seeds:
+        span = slice(seed.start, seed.stop)
+        to_h, to_x = seed.backward(g[:, span], h2[:, span], x2)
+        if overlapping:
+            grad_h[:, span] += to_h - g[:, span]
+        else:
+            grad_h[:, span] = to_h
+        if grad_x is not None and to_x is not None:
+            grad_x += to_x
+    grads = [from_matrix(grad_h, h, feature_dim)]
+    return grads if grad_x is None or x is None else [*grads, from_matrix(grad_x, x, feature_dim)]
+
+
+def _forward_shape(h: Tensor, x: Tensor | None, *seeds: object) -> Tensor:
+    return torch.empty_like(h)
+
+
+def _backward_shapes(grad_out: Tensor, h: Tensor, x: Tensor | None, *seeds: Any) -> list[Tensor]:
+    dim = seeds[-1]
+
+    def empty(like: Tensor) -> Tensor:
+        width = like.shape[dim]
+        return from_matrix(torch.empty((like.numel() // width, width), dtype=like.dtype, device=like.device), like, dim)
+
+    return [empty(tensor) for tensor in (h, x) if tensor is not None]
+
+
+def _keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
+    h, x, parameters, *ctx.seeds = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(h, x, *parameters)  # type: ignore[misc, arg-type]
+
+
+def _gradients(ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor) -> tuple[object, ...]:
+    h, x, *parameters = ctx.saved_tensors  # type: ignore[attr-defined]
+    if any(ctx.needs_input_grad[2]):  # type: ignore[attr-defined]
+        raise RuntimeError("the parameters of fixed seeds are frozen; a gradient at them is not computed")
+    grads = torch.ops.esper_triton.fixed_seeds_backward(grad_out, h, x, parameters, *ctx.seeds)  # type: ignore[attr-defined]
+    return (grads[0], None if x is None else grads[1], [None] * len(parameters), None, None, None, None, None)
+
+
+def _refuse(ctx: object, *grads: object) -> None:
+    raise RuntimeError("fixed seeds are differentiable once; a second derivative has no kernel")
+
+
+torch.library.register_fake("esper_triton::fixed_seeds", _forward_shape, lib=_library)
+torch.library.register_fake("esper_triton::fixed_seeds_backward", _backward_shapes, lib=_library)
+torch.library.register_autograd("esper_triton::fixed_seeds", _gradients, setup_context=_keep_inputs, lib=_library)
+torch.library.register_autograd("esper_triton::fixed_seeds_backward", _refuse, lib=_library)
