@@ -105,7 +105,7 @@ def compile(
     Returns the artifacts: VALIDATED, or PENDING_HARDWARE for a GPU that is not here. A compile where it is proves it.
 
     Raises BlueprintError and UnknownTarget (nothing was compiled), CompileError (nothing was stored), ProofFailed (it
-    was stored as REJECTED), StoreUnavailable.
+    was stored as REJECTED), ArtifactRefused (its GPU is here and cannot take it), StoreUnavailable.
     """
     blueprint = source if isinstance(source, Blueprint) else Blueprint.load(source)
     store = urza if isinstance(urza, Urza) else Urza(urza or default_root())

@@ -1,7 +1,7 @@
-"""Launches an artifact's kernels through Triton's real CUDA driver and launcher, in a process whose libcuda.so.1 is
-recording_libcuda.c.
+"""Launches an artifact's kernels through Triton's real driver and launcher of a vendor, in a process whose library of
+that vendor is recording_libcuda.c or recording_libamdhip64.c.
 
-    python recorded_launches.py STORE ARTIFACT_ID < request.json
+    python recorded_launches.py STORE ARTIFACT_ID LIBRARY < request.json
 
 The request has `rows`, `stream`, `strides`, and `addresses` by tensor. Forward and then backward are launched.
 """
@@ -16,7 +16,6 @@ import pytest
 import torch
 import triton
 from gpu_recorder import pretend
-from triton.backends.nvidia.driver import CudaDriver
 
 from esper_triton.kasmina.launcher import KernelProgram
 from esper_triton.urza import Urza
@@ -24,17 +23,17 @@ from esper_triton.urza import Urza
 PARAM_BYTES = {"i32": 4, "i64": 8}
 
 
-def main(root: str, artifact_id: str) -> None:
+def main(root: str, artifact_id: str, path: str) -> None:
     request = json.load(sys.stdin)
-    libcuda = ctypes.CDLL("libcuda.so.1")
+    library = ctypes.CDLL(path)
+    artifact, blobs = Urza(root).load(artifact_id)
+    manifest = artifact.manifest
     with pytest.MonkeyPatch.context() as patch:
-        machine = pretend(patch, "cuda", ["90"])
+        machine = pretend(patch, manifest.target.backend, [manifest.target.arch])
         machine.streams = {0: request["stream"]}
-        driver = CudaDriver()
+        driver = triton.backends.backends[{"cuda": "nvidia", "hip": "amd"}[manifest.target.backend]].driver()
         driver.get_current_device, driver.get_current_stream = machine.get_current_device, machine.get_current_stream
         patch.setattr(triton.runtime.driver, "_active", driver)
-        artifact, blobs = Urza(root).load(artifact_id)
-        manifest = artifact.manifest
         program = KernelProgram.load(manifest, blobs, torch.device("cuda:0"))
         for bind, steps in ((program.bind_forward, manifest.forward), (program.bind_backward, manifest.backward)):
             bound = bind(request["rows"], request["strides"])
@@ -42,7 +41,7 @@ def main(root: str, artifact_id: str) -> None:
             for (launch, grid, pick), step in zip(bound.launches, steps, strict=True):
                 signature = manifest.kernels[step.kernel].signature
                 sizes = [PARAM_BYTES.get(kind, 8) for kind in signature] + [8, 8]  # and two of scratch memory
-                libcuda.recorder_expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
+                library.recorder_expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
                 launch(*grid, *pick(values))
 
 

@@ -21,7 +21,7 @@ import triton
 from gpu_recorder import RecordingDriver, pretend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from seeding import copy_artifact, linear_with_seeds
+from seeding import copy_artifact, grow, linear_with_seeds
 
 import esper_triton as esper
 from esper_triton.contracts.errors import ArtifactRefused
@@ -383,6 +383,24 @@ def test_a_layer_on_the_cpu_refuses_an_artifact_for_a_gpu_and_says_who_and_what_
     assert "is for cuda90, seed 0 of layer 'fc' is on cpu; move the layer" in str(layer.last_error(0))
 
 
+def test_a_layer_that_has_moved_away_from_its_kernel_takes_the_hosts_path(
+    adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    layer = linear_with_seeds(adapter_store, 6, D, 1)
+    grow(layer, 0, adapter_for(D, R), alpha=1.0)
+    kernel = layer._kasmina.seeds[0].kernel
+    assert kernel is not None
+    x = torch.randn(3, 6)
+    host, grown = layer.default_transform(x), layer(x)
+    assert not torch.equal(grown, host)
+    kernel.program.device = torch.device("cuda:0")  # as if the layer had been there and were here now
+    layer._rebuild()
+    assert torch.equal(layer(x), host)
+    assert torch.equal(layer(x), host)
+    stats = layer.get_layer_stats()["seeds"][0]
+    assert (stats["specialisation_misses"], stats["error_count"]) == (2, 0)
+
+
 # ---- Proving what is here
 
 
@@ -419,18 +437,20 @@ def test_a_compile_proves_a_stored_artifact_on_the_gpu_that_it_is_for(
 # ---- Triton's own launcher
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler, which Triton needs on CUDA")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU has a libcuda of its own")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler, which Triton needs for a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU has a vendor's library of its own")
+@both
 def test_tritons_own_launcher_passes_grid_block_stream_and_every_argument_to_the_driver(
-    gpu_store: Urza, tmp_path: Path
+    gpu_store: Urza, tmp_path: Path, backend: str
 ) -> None:
     here = Path(__file__).parent
-    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    library = tmp_path / "libcuda.so.1"
-    command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", f"-I{include}", "-o", str(library)]
-    subprocess.run([*command, str(here / "recording_libcuda.c")], check=True, capture_output=True)
+    vendor, name = {"cuda": ("nvidia", "libcuda.so.1"), "hip": ("amd", "libamdhip64.so")}[backend]
+    include, library = Path(triton.__file__).parent / "backends" / vendor / "include", tmp_path / name
+    source = here / f"recording_{name.partition('.')[0]}.c"
+    options = ["-shared", "-fPIC", "-w", "-D__HIP_PLATFORM_AMD__", f"-Wl,-soname,{name}", f"-I{include}"]
+    subprocess.run(["gcc", *options, "-o", str(library), str(source)], check=True, capture_output=True)
 
-    manifest, _ = stored(gpu_store, "cuda")
+    manifest, _ = stored(gpu_store, backend)
     rows, stream = 70, 2**63 + 5
     strides = {"h": D + 1, "out": D + 2, "grad_out": D + 3}
     named = {a for step in (*manifest.forward, *manifest.backward) for a in step.arguments if "." not in a} - {"rows"}
@@ -438,11 +458,12 @@ def test_tritons_own_launcher_passes_grid_block_stream_and_every_argument_to_the
     request = {"rows": rows, "stream": stream, "strides": strides, "addresses": addresses}
     environment = os.environ | {
         "TRITON_LIBCUDA_PATH": str(tmp_path),
+        "TRITON_LIBHIP_PATH": str(library),
         "LD_LIBRARY_PATH": str(tmp_path),
         "PYTHONPATH": os.pathsep.join([str(Path(esper.__file__).parents[1]), str(here), str(here.parent)]),
     }
     done = subprocess.run(
-        [sys.executable, str(here / "recorded_launches.py"), str(gpu_store.root), manifest.id],
+        [sys.executable, str(here / "recorded_launches.py"), str(gpu_store.root), manifest.id, str(library)],
         input=json.dumps(request),
         capture_output=True,
         text=True,
@@ -464,7 +485,7 @@ def test_tritons_own_launcher_passes_grid_block_stream_and_every_argument_to_the
             {
                 "function": record.symbol,
                 "grid": [evaluate(text, {"rows": rows}) for text in step.grid],
-                "block": [32 * record.num_warps, 1, 1],
+                "block": [(64 if backend == "hip" else 32) * record.num_warps, 1, 1],
                 "shared": record.shared_bytes,
                 "stream": stream,
                 "attributes": 0,
