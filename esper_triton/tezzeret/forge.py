@@ -81,7 +81,7 @@ def _compile_kernel(plan: Plan, kernel: KernelPlan, blobs: dict[str, bytes]) -> 
         raise CompileError(
             f"{where} needs {metadata.shared} bytes of shared memory, one program can have {limit}; use smaller blocks"
         )
-    for scratch in ("global", "profile"):  # the second is what TRITON_INSTRUMENTATION_MODE adds
+    for scratch in ("global", "profile"):  # the second is a profiler's
         if getattr(metadata, f"{scratch}_scratch_size", 0):
             raise CompileError(f"{where} needs {scratch} scratch memory, which a launch plan cannot give it")
     return KernelRecord(

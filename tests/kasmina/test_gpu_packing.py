@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from seeding import copy_artifact, grow, linear_with_seeds
 
 import esper_triton as esper
-from esper_triton.contracts.errors import ArtifactRefused
+from esper_triton.contracts.errors import ArtifactRefused, CompileError
 from esper_triton.contracts.expressions import evaluate
 from esper_triton.contracts.manifest import KernelStatus, Manifest, TargetSpec
 from esper_triton.cpu.driver import CPUDriver
@@ -122,6 +122,23 @@ def test_launchers_are_made_for_kernels_of_one_cta_without_scratch_memory(
         assert not metadata.global_scratch_size + metadata.profile_scratch_size
         assert not metadata.launch_cooperative_grid
         assert not metadata.launch_pdl
+
+
+@pytest.mark.parametrize("kind", ["global", "profile"])
+def test_a_kernel_that_needs_scratch_memory_is_not_stored(
+    adapter_path: Path, store: Urza, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    compile_kernel = triton.compile
+
+    def needing_scratch(*args: Any, **kwargs: Any) -> Any:
+        compiled = compile_kernel(*args, **kwargs)
+        compiled.metadata = compiled.metadata._replace(**{f"{kind}_scratch_size": 16})
+        return compiled
+
+    monkeypatch.setattr(triton, "compile", needing_scratch)
+    with pytest.raises(CompileError, match=f"for cuda90 needs {kind} scratch memory, which a launch plan cannot give"):
+        esper.compile(adapter_path, dims={"d": D, "r": R}, targets="cuda:90", urza=store)
+    assert not store.ids()
 
 
 def _attributes_read(function: Any, name: str) -> set[str]:
