@@ -102,10 +102,10 @@ def compile(
         dtype: of the layer: float32, float16 or bfloat16. targets: `cpu`, `cuda:90`, `hip:gfx942` and the like.
         pipeline: `standard`. urza: the store or its directory; without one `$ESPER_URZA`, else `~/.cache/esper/urza`.
 
-    Returns the artifacts: VALIDATED for `cpu`, PENDING_HARDWARE for a GPU.
+    Returns the artifacts: VALIDATED, or PENDING_HARDWARE for a GPU that is not here. A compile where it is proves it.
 
     Raises BlueprintError and UnknownTarget (nothing was compiled), CompileError (nothing was stored), ProofFailed (it
-    was stored as REJECTED), StoreUnavailable.
+    was stored as REJECTED), ArtifactRefused (its GPU is here and cannot take it), StoreUnavailable.
     """
     blueprint = source if isinstance(source, Blueprint) else Blueprint.load(source)
     store = urza if isinstance(urza, Urza) else Urza(urza or default_root())
@@ -177,10 +177,15 @@ def _is_intact(store: Urza, artifact_id: str) -> bool:
 def _proven(plan: Plan, store: Urza) -> Artifact:
     """The stored artifact with a verdict, if this machine can give one. Raises ProofFailed."""
     artifact = store.get(plan.artifact_id)
-    if artifact.status is KernelStatus.PENDING_BENCHMARKING:
+    if artifact.status in (KernelStatus.PENDING_BENCHMARKING, KernelStatus.PENDING_HARDWARE):
+        import torch
+
+        from esper_triton.kasmina.gpu import find_gpu
         from esper_triton.urabrask.proof import prove
 
-        artifact, _ = prove(plan.blueprint, plan.artifact_id, store)
+        device = torch.device("cpu") if plan.target.backend == "cpu" else find_gpu(plan.target)
+        if device is not None:
+            artifact, _ = prove(plan.blueprint, plan.artifact_id, store, device)
     if artifact.status is KernelStatus.REJECTED:
         raise ProofFailed(
             f"artifact {artifact.id} does not compute what {plan.blueprint.name!r} says and was stored as REJECTED: "

@@ -189,7 +189,9 @@ def _fits_in_graph(plan: Plan, h: Any, x: Any) -> bool:
     """`_fits` of every seed, for tensors that stand for others in a graph."""
     if not isinstance(h, Tensor) or not matches(h, plan.width, plan.feature_dim):
         return False
-    if any(h.dtype != active.program.dtype for active in plan.seeds) or h.device != plan.seeds[0].alpha.device:
+    if any(h.dtype != active.program.dtype or h.device != active.program.device for active in plan.seeds):
+        return False
+    if h.device != plan.seeds[0].alpha.device:
         return False
     if x is None:
         return True
@@ -206,7 +208,8 @@ def _fits(plan: Plan, active: ActiveSeed, x: Any, h: Any) -> bool:
     program = active.program
     if not _is_plain(h) or h.layout is not torch.strided or not matches(h, plan.width, plan.feature_dim):
         return False
-    if h.dtype != program.dtype or h.device != active.alpha.device:
+    # The seed's state has moved with the layer, and its kernel has not.
+    if h.dtype != program.dtype or h.device != active.alpha.device or h.device != program.device:
         return False
     if "x" not in program.inputs:
         return True

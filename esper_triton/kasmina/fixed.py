@@ -22,17 +22,19 @@ from esper_triton.urza import Urza
 
 __all__ = ["fetch_program", "fixed_seeds", "keep_program"]
 
-_programs: weakref.WeakValueDictionary[str, KernelProgram] = weakref.WeakValueDictionary()
-"""By manifest digest, those that somebody holds: the operator's arguments can only be tensors and plain values."""
+_programs: weakref.WeakValueDictionary[tuple[str, torch.device], KernelProgram] = weakref.WeakValueDictionary()
+"""By manifest digest and device, those that somebody holds: the operator's arguments can only be tensors and plain
+values."""
 
 
 def keep_program(digest: str, program: KernelProgram) -> KernelProgram:
     """Lets the operator find a verified `program` for as long as the caller holds what this returns."""
-    return _programs.setdefault(digest, program)
+    return _programs.setdefault((digest, program.device), program)
 
 
-def fetch_program(urza: Urza, artifact_id: str, digest: str) -> KernelProgram:
-    """Loads an artifact whose manifest must have `digest`, for the operator, as long as the caller holds it (law 4).
+def fetch_program(urza: Urza, artifact_id: str, digest: str, device: torch.device) -> KernelProgram:
+    """Loads an artifact whose manifest must have `digest`, for the operator on tensors of `device`, as long as the
+    caller holds it (law 4).
 
     Raises an EsperError as `Urza.load` does, and ArtifactRefused where it is another manifest or may not run here.
     """
@@ -42,8 +44,8 @@ def fetch_program(urza: Urza, artifact_id: str, digest: str) -> KernelProgram:
             f"artifact {artifact_id!r} has a manifest of digest {artifact.digest} in {urza}, expected {digest}: it was "
             "built or judged anew since; use the store that the model was baked with"
         )
-    check_runs_here(artifact.manifest)
-    return keep_program(digest, KernelProgram.load(artifact.manifest, blobs))
+    check_runs_here(artifact.manifest, device)
+    return keep_program(digest, KernelProgram.load(artifact.manifest, blobs, device))
 
 
 _library = torch.library.Library("esper_triton", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch does not annotate
@@ -112,9 +114,11 @@ def _seeds(
 ) -> Iterator[_Fixed]:
     given = iter(parameters)
     for alpha, digest, start in zip(alphas, digests, starts, strict=True):
-        program = _programs.get(digest)
+        program = _programs.get((digest, h.device))
         if program is None:
-            raise RuntimeError(f"the kernel of manifest {digest} is not loaded in this process; a baked model loads it")
+            raise RuntimeError(
+                f"the kernel of manifest {digest} is not loaded in this process for {h.device}; a baked model loads it"
+            )
         own = {name: next(given) for name in sorted(program.manifest.parameters)}
         yield _Fixed(program, own, torch.full((1,), alpha, dtype=torch.float32, device=h.device), start)
 

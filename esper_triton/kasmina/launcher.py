@@ -16,6 +16,7 @@ from esper_triton.contracts.blueprint import TensorSpec
 from esper_triton.contracts.errors import ArtifactRefused
 from esper_triton.contracts.expressions import Expression
 from esper_triton.contracts.manifest import LAUNCH_FORMAT, KernelStatus, LaunchStep, Manifest
+from esper_triton.kasmina.gpu import GPUKernel, check_gpu
 
 __all__ = ["X_DIM", "Bound", "BoundLaunch", "KernelProgram", "check_machine", "check_runs_here"]
 
@@ -32,6 +33,8 @@ _POINTEE = {
     "*i64": torch.int64,
 }
 _INT32_LIMIT = 2**31
+_CPU = torch.device("cpu")
+_BINARY_KIND = {"cpu": "o", "cuda": "cubin", "hip": "hsaco"}
 _ROWS_REMEMBERED = 64  # batch sizes in use at once are few: the usual one, the last of an epoch, evaluation
 
 
@@ -39,11 +42,14 @@ class _Launchable(Protocol):
     @property
     def code_bytes(self) -> int: ...
 
-    def launcher(self) -> Callable[..., None]: ...  # (x, y, z, *args), pointers as tensors
+    def launcher(self) -> Callable[..., None]: ...  # (x, y, z, *args), pointers as tensors or addresses
 
 
-def check_machine(manifest: Manifest) -> None:
-    """The machine's side of law 4, whatever the status. Raises ArtifactRefused with the way out."""
+def check_machine(manifest: Manifest, device: torch.device) -> torch.device:
+    """The machine's side of law 4, whatever the status: the artifact is for this CPU, or for the GPU `device`.
+
+    Returns where it would run, a GPU with its index. Raises ArtifactRefused with the way out.
+    """
     if manifest.launch_format != LAUNCH_FORMAT:
         raise ArtifactRefused(
             f"artifact {manifest.id} has launch format {manifest.launch_format}, this release reads {LAUNCH_FORMAT}; "
@@ -51,14 +57,11 @@ def check_machine(manifest: Manifest) -> None:
         )
     target = manifest.target
     if target.backend != "cpu":
-        if not _has_gpu(target.backend, target.arch):
-            raise ArtifactRefused(
-                f"artifact {manifest.id} is for {target.label} and this process has no such device; "
-                f"compile blueprint {manifest.blueprint_name!r} for cpu, or load it on a machine that has one"
-            )
+        return check_gpu(manifest, device)
+    if device.type != "cpu":
         raise ArtifactRefused(
-            f"artifact {manifest.id} is for {target.label}: this release launches cpu artifacts only; "
-            f"compile blueprint {manifest.blueprint_name!r} for cpu"
+            f"artifact {manifest.id} is for cpu and cannot run on {device}; "
+            f"compile blueprint {manifest.blueprint_name!r} for it"
         )
     from esper_triton.cpu.host import cpu_features, cpu_name  # here: llvmlite is loaded with the first cpu artifact
 
@@ -69,10 +72,11 @@ def check_machine(manifest: Manifest) -> None:
             f"({cpu_name()}) does not have: {', '.join(missing)}; "
             f"compile blueprint {manifest.blueprint_name!r} on this machine"
         )
+    return _CPU
 
 
-def check_runs_here(manifest: Manifest) -> None:
-    """Law 4 but for the bytes, which Urza has verified: proven, of a known format, and for this machine.
+def check_runs_here(manifest: Manifest, device: torch.device) -> None:
+    """Law 4 but for the bytes, which Urza has verified: proven, of a known format, and for this CPU or GPU.
 
     Raises ArtifactRefused with the way out.
     """
@@ -81,16 +85,7 @@ def check_runs_here(manifest: Manifest) -> None:
             f"artifact {manifest.id} is {manifest.status.value} and only VALIDATED ones run; "
             "compile it again, or see its report for why it was not validated"
         )
-    check_machine(manifest)
-
-
-def _has_gpu(backend: str, arch: str) -> bool:
-    if not torch.cuda.is_available():
-        return False
-    if backend == "hip":
-        return torch.version.hip is not None
-    major, minor = torch.cuda.get_device_capability()
-    return torch.version.cuda is not None and f"{major}{minor}" == arch
+    check_machine(manifest, device)
 
 
 @dataclass(frozen=True)
@@ -161,9 +156,9 @@ class KernelProgram:
     they read no tensor's contents on the host. With no rows nothing is launched.
     """
 
-    def __init__(self, manifest: Manifest, kernels: Mapping[str, _Launchable]) -> None:
+    def __init__(self, manifest: Manifest, kernels: Mapping[str, _Launchable], device: torch.device = _CPU) -> None:
         self.manifest = manifest
-        self.device_type = "cpu"
+        self.device = device
         self.dtype = TORCH_DTYPE[manifest.dtype]
         self.width = manifest.width
         self.code_bytes = sum(kernel.code_bytes for kernel in kernels.values())
@@ -187,23 +182,29 @@ class KernelProgram:
         self._sizes: dict[int, _Sizes] = {}
 
     @classmethod
-    def load(cls, manifest: Manifest, blobs: Mapping[str, bytes]) -> KernelProgram:
+    def load(cls, manifest: Manifest, blobs: Mapping[str, bytes], device: torch.device = _CPU) -> KernelProgram:
         """Loads every kernel of an artifact whose blobs (by SHA-256) have been verified.
 
         Whether the artifact is proven is not asked here, so that it can be proven; `check_runs_here` asks it. Raises
-        ArtifactRefused where it cannot run on this machine or its plan is not consistent with its kernels.
+        ArtifactRefused where it cannot run on `device` of this machine or its plan is not consistent with its kernels.
         """
-        check_machine(manifest)
-        from esper_triton.cpu.native import NativeKernel
-
+        device = check_machine(manifest, device)
+        target = manifest.target
         loaded: dict[str, _Launchable] = {}
         for name, record in manifest.kernels.items():
-            if record.binary_kind != "o":
+            binary, expected = blobs[record.binary], _BINARY_KIND[target.backend]
+            if record.binary_kind != expected:
                 raise ArtifactRefused(
-                    f"artifact {manifest.id}: kernel {name!r} is a {record.binary_kind} and its target is cpu"
+                    f"artifact {manifest.id}: kernel {name!r} is a {record.binary_kind} and its target is "
+                    f"{target.label}, which takes {expected}"
                 )
-            loaded[name] = NativeKernel.load(blobs[record.binary], symbol=record.symbol, signature=record.signature)
-        return cls(manifest, loaded)
+            if device.type == "cuda":
+                loaded[name] = GPUKernel.load(binary, record, target, device)
+            else:
+                from esper_triton.cpu.native import NativeKernel
+
+                loaded[name] = NativeKernel.load(binary, symbol=record.symbol, signature=record.signature)
+        return cls(manifest, loaded, device)
 
     @property
     def has_backward(self) -> bool:
@@ -382,6 +383,8 @@ class KernelProgram:
     def _sizes_for(self, rows: int) -> _Sizes:
         sizes = self._sizes.get(rows)
         if sizes is None:
+            if rows >= _INT32_LIMIT:  # a launcher would take the low 32 bits
+                raise ValueError(f"{rows} rows are more than a kernel can be told of, 2**31 - 1")
 
             def grids(launches: Sequence[_Launch]) -> tuple[tuple[int, int, int], ...]:
                 return tuple((x(rows), y(rows), z(rows)) for x, y, z in (launch.grid for launch in launches))
@@ -414,14 +417,14 @@ class KernelProgram:
             tensors["x"] = inputs["x"]
         for name, tensor in tensors.items():
             width = self._widths[name]
-            if tensor.shape != (rows, width) or tensor.dtype != self.dtype or tensor.device.type != self.device_type:
+            if tensor.shape != (rows, width) or tensor.dtype != self.dtype or tensor.device != self.device:
                 raise ValueError(
                     f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, artifact {self.manifest.id} "
-                    f"takes [rows, {width}] {self.dtype} on {self.device_type}"
+                    f"takes [rows, {width}] {self.dtype} on {self.device}"
                 )
             if width > 1 and tensor.stride(1) != 1:
                 raise ValueError(f"{name} has stride {tensor.stride(1)} in its last dimension, 1 is expected")
-        if alpha.dtype != torch.float32 or alpha.numel() != 1 or alpha.device.type != self.device_type:
+        if alpha.dtype != torch.float32 or alpha.numel() != 1 or alpha.device != self.device:
             raise ValueError(f"alpha is {tuple(alpha.shape)} {alpha.dtype} on {alpha.device}, one float32 is expected")
         tensors["alpha"] = alpha
         for name, record in self.manifest.parameters.items():
@@ -429,12 +432,12 @@ class KernelProgram:
             if (
                 parameter.shape != record.shape
                 or parameter.dtype != self.dtype
-                or parameter.device.type != self.device_type
+                or parameter.device != self.device
                 or not parameter.is_contiguous()
             ):
                 raise ValueError(
                     f"parameter {name} is {tuple(parameter.shape)} {parameter.dtype} on {parameter.device}, contiguous "
-                    f"{record.shape} {self.dtype} on {self.device_type} is expected"
+                    f"{record.shape} {self.dtype} on {self.device} is expected"
                 )
             tensors[name] = parameter
         return tensors

@@ -43,7 +43,7 @@ class LoadRequest:
 
 
 def load(request: LoadRequest, urza: Urza) -> LoadedKernel:
-    """Law 4 in order: bytes (by Urza, every one), ban, status and machine, fit to the span; then the cache.
+    """Law 4 in order: bytes (by Urza, every one), ban, device, status and machine, fit to the span; then the cache.
 
     Raises an EsperError that says what was wrong and what would work.
     """
@@ -51,11 +51,12 @@ def load(request: LoadRequest, urza: Urza) -> LoadedKernel:
     manifest = artifact.manifest
     cache = KernelCache.process()
     cache.check_not_banned(manifest.id, force=request.force)
-    check_runs_here(manifest)
+    _check_device(request, manifest)
+    check_runs_here(manifest, request.device)
     _check_fit(request, manifest)
     key = CacheKey(artifact.digest, f"{manifest.dtype}x{manifest.width}", str(request.device))
     try:
-        program = cache.load(key, lambda: KernelProgram.load(manifest, blobs), request.holder)
+        program = cache.load(key, lambda: KernelProgram.load(manifest, blobs, request.device), request.holder)
     except ArtifactRefused:
         raise
     except Exception:
@@ -78,7 +79,6 @@ def _check_fit(request: LoadRequest, manifest: Manifest) -> None:
             f"{stop - start} (columns {start} to {stop - 1}); compile blueprint {manifest.blueprint_name!r} with "
             f"{manifest.feature_dim}={stop - start}"
         )
-    _check_device(request, manifest)
     check_dtype(request.who, manifest, request.dtype)
     if "x" in manifest.input:
         if request.kind.x_width is None:

@@ -47,12 +47,14 @@ class _PreparedSeed:
         self.static = (active.alpha.data_ptr(), *self.addresses)
         self.saved = tuple(zip(self.forward.shapes.values(), self.forward.dtypes.values(), strict=True))
         self.reads_x = "x" in program.inputs
+        # On another device, a launch on another stream may still write to what this one has got back.
+        self.reuses = self.device.type == "cpu"
         self.spare: list[list[Tensor]] = []  # what forward has saved for no backward, to be written over
         self._backward: Bound | None = None
 
     def allocate(self, recording: bool) -> list[Tensor]:
         """For what forward saves."""
-        if not recording and self.device.type == "cpu":  # on another, a launch on another stream may still write there
+        if not recording:
             try:
                 return self.spare.pop()  # by one thread each
             except IndexError:
@@ -130,7 +132,7 @@ class Prepared:
                 record.timed_calls += 1
             if recording:
                 kept += saved
-            elif len(seed.spare) < _SPARE:
+            elif seed.reuses and len(seed.spare) < _SPARE:
                 seed.spare.append(saved)
         if not ran:
             return h

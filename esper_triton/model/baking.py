@@ -132,6 +132,11 @@ class FixedSeed(nn.Module):
         )
         self.program = program
 
+    @property
+    def _device(self) -> torch.device:
+        # A seed without parameters has no tensor to tell where it is.
+        return next((tensor.device for tensor in self.weights.values()), torch.device("cpu"))
+
     def tensors(self) -> list[Tensor]:
         """The parameters in the order of their names, as the operator takes them."""
         return [self.weights[name] for name in sorted(self.weights)]
@@ -151,7 +156,7 @@ class FixedSeed(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch does not annotate it
-        self.program = fetch_program(self.urza, self.artifact_id, self.manifest_digest)
+        self.program = fetch_program(self.urza, self.artifact_id, self.manifest_digest, self._device)
 
 
 def _keep_fast_path_closed(module: nn.Module, args: Any, output: Any) -> None:

@@ -82,8 +82,9 @@ def _compile_kernel(plan: Plan, kernel: KernelPlan, blobs: dict[str, bytes]) -> 
         raise CompileError(
             f"{where} needs {metadata.shared} bytes of shared memory, one program can have {limit}; use smaller blocks"
         )
-    if getattr(metadata, "global_scratch_size", 0):
-        raise CompileError(f"{where} needs global scratch memory, which a launch plan cannot give it")
+    for scratch in ("global", "profile"):  # the second is a profiler's
+        if getattr(metadata, f"{scratch}_scratch_size", 0):
+            raise CompileError(f"{where} needs {scratch} scratch memory, which a launch plan cannot give it")
     return KernelRecord(
         name=kernel.name,
         symbol=metadata.name,

@@ -1,4 +1,4 @@
-"""The first proof: an artifact's CPU kernels, from the bytes in the store, against a float64 reference."""
+"""The first proof: an artifact's kernels, from the bytes in the store, against a float64 reference."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from esper_triton.urza import Artifact, Urza
 
 __all__ = ["ProofReport", "prove"]
 
+_CPU = torch.device("cpu")
 _SEED = 20190615
 _ROWS = (0, 1, 7, 33, 64, 100)
 _ALPHAS = (0.0, 0.3, 1.0)
@@ -54,7 +55,9 @@ class _Case:
         return f"rows={self.rows} alpha={self.alpha}" + (" parameters=NaN" if self.poisoned else "")
 
 
-def prove(blueprint: Blueprint, artifact_id: str, urza: Urza) -> tuple[Artifact, ProofReport]:
+def prove(
+    blueprint: Blueprint, artifact_id: str, urza: Urza, device: torch.device = _CPU
+) -> tuple[Artifact, ProofReport]:
     """Runs the stored kernels and gives the artifact its status, VALIDATED or REJECTED, with the report beside it.
 
     Every case is one forward and, where there is one, one backward, with drawn inputs, over row counts, alphas and row
@@ -68,6 +71,9 @@ def prove(blueprint: Blueprint, artifact_id: str, urza: Urza) -> tuple[Artifact,
     - of a blueprint that calls itself affine, a reference that is: k(u + v) + k(0) = k(u) + k(v) in float64.
 
     Every tensor that is given lies among NaN, between its rows too: what is read outside of it shows in the results.
+    Inputs are drawn and results are compared on the CPU; `device` is where the kernels run. A kernel that leaves a
+    GPU's memory altogether makes every later use of the GPU by this process fail; it is rejected, and the process
+    should end.
 
     Tolerance. A sum of n products in float32 is off by at most n v times the sum of the absolute values of its terms,
     v = 2^-24 (N. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1). The sums here follow
@@ -81,13 +87,13 @@ def prove(blueprint: Blueprint, artifact_id: str, urza: Urza) -> tuple[Artifact,
     evaluated than at the absolute value: for gelu at most 1.13 against at least 0.5. An error inside an activation and
     what it does to the slope are covered by n v being the worst case: sums of drawn terms come to about sqrt(n) v.
 
-    Raises as `Urza.load` does, and ArtifactRefused where the artifact is not for this machine.
+    Raises as `Urza.load` does, and ArtifactRefused where the artifact is not for `device`.
     """
     artifact, blobs = urza.load(artifact_id)
     manifest = artifact.manifest
     if blueprint.id != manifest.blueprint_id:
         raise ArtifactRefused(f"artifact {artifact_id} was not made from blueprint {blueprint.name!r}")
-    program = KernelProgram.load(manifest, blobs)
+    program = KernelProgram.load(manifest, blobs, device)
     reference: Callable[..., Tensor] = load_source(blueprint).reference
     worst: dict[str, float] = {}
     failures: list[str] = []
@@ -152,7 +158,8 @@ def _run(
     memory: dict[str, Tensor] = {}
 
     def place(name: str, value: Tensor, gap: int = 0) -> Tensor:
-        memory[name] = value.new_full((value.numel() + rows * gap + 2 * _FENCE,), torch.nan)
+        size = value.numel() + rows * gap + 2 * _FENCE
+        memory[name] = torch.full((size,), torch.nan, dtype=value.dtype, device=program.device)
         return _within(memory[name], value.shape, gap).copy_(value)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -167,7 +174,7 @@ def _run(
         value = draw(*record.shape, scale=record.shape[-1] ** -0.5 if len(record.shape) > 1 else 1.0)
         parameters[name] = place(name, value * torch.nan if case.poisoned else value)
     grad_out = place("grad_out", draw(rows, manifest.width), _GAP)
-    alpha = torch.tensor([case.alpha], dtype=torch.float32)
+    alpha = torch.tensor([case.alpha], dtype=torch.float32, device=program.device)
     before = {name: buffer.clone() for name, buffer in memory.items()}
     out = place("out", draw(rows, manifest.width) * torch.nan, _GAP)
 
@@ -192,6 +199,8 @@ def _run(
     def of_inputs(given: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
         return reference(**{name: given[name] for name in program.inputs}, **weights)
 
+    results, inputs, parameters = _on_cpu(results), _on_cpu(inputs), _on_cpu(parameters)
+    grad_out = grad_out.cpu()
     terms = sum(manifest.dims.values())
     expected = _float64(of_inputs, inputs, parameters, grad_out, float(alpha))
     magnitude = _float64(of_inputs, _absolute(inputs), _absolute(parameters), grad_out.abs(), float(alpha))
@@ -225,6 +234,10 @@ def _within(buffer: Tensor, shape: Sequence[int], gap: int) -> Tensor:
     if len(shape) != 2:
         return buffer[_FENCE : buffer.numel() - _FENCE].view(shape)
     return buffer.as_strided(shape, (shape[1] + gap, 1), _FENCE)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in tensors.items()}
 
 
 def _absolute(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

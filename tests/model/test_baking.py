@@ -255,7 +255,7 @@ def test_a_kernel_model_is_compiled_in_one_graph(adapter_store: Urza, small: str
 
 def test_the_operator_keeps_torchs_rules_and_says_what_it_does_not_have(adapter_store: Urza, small: str) -> None:
     artifact = adapter_store.get(small)
-    program = fetch_program(adapter_store, small, artifact.digest)
+    program = fetch_program(adapter_store, small, artifact.digest, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     shapes = {name: program.manifest.parameters[name].shape for name in sorted(program.manifest.parameters)}
     parameters = [torch.randn(shape, generator=generator) for shape in shapes.values()]
@@ -275,7 +275,7 @@ def test_the_operator_keeps_torchs_rules_and_says_what_it_does_not_have(adapter_
     with pytest.raises(RuntimeError, match="the kernel of manifest 0000 is not loaded"):
         fixed_seeds(h, None, parameters, [0.5], ["0000"], [0], D)
     with pytest.raises(ArtifactRefused, match="expected 0000"):
-        fetch_program(adapter_store, small, "0000")
+        fetch_program(adapter_store, small, "0000", torch.device("cpu"))
 
 
 class _Attended(nn.Module):
