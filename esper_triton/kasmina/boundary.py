@@ -304,10 +304,11 @@ def _place_flags(record: LayerRecord, device: torch.device) -> None:
     checked = [seed.state.is_active and (record.sampling or seed.state is _S.EVALUATING) for seed in record.seeds]
     before, record.nonfinite = record.nonfinite, None
     if any(checked):
-        record.nonfinite = torch.zeros(len(checked), dtype=torch.bool, device=device)
-        if before is not None and before.device == device:
-            stay = torch.tensor([seed.nonfinite_flag is not None for seed in record.seeds], device=device)
-            torch.logical_and(before, stay, out=record.nonfinite)
+        with torch.inference_mode(False):  # or calls outside of it could not set them
+            record.nonfinite = torch.zeros(len(checked), dtype=torch.bool, device=device)
+            if before is not None and before.device == device:
+                stay = torch.tensor([seed.nonfinite_flag is not None for seed in record.seeds], device=device)
+                record.nonfinite.copy_(before & stay)
     flags = [None] * len(checked) if record.nonfinite is None else record.nonfinite.unbind()
     for seed, is_checked, flag in zip(record.seeds, checked, flags, strict=True):
         seed.nonfinite_flag = flag if is_checked else None

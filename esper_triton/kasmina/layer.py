@@ -327,10 +327,10 @@ class KasminaLayer(Adopted):
             raise ValueError(f"{self._who(own)}: no Urza to load {artifact_id!r} from; give one to wrap or adopt")
         if commits_at_once(record):
             commit(self)
-        if record.queue.outlook(own).state is _S.ERROR_RECOVERY:
+        if not force and record.queue.outlook(own).state is _S.ERROR_RECOVERY:
             # Refused here and not by the load, which would cull the seed with all that it has learned.
             try:
-                KernelCache.process().check_not_banned(artifact_id, force=force)
+                KernelCache.process().check_not_failed(artifact_id)
             except ArtifactRefused as error:
                 own.last_error = error
                 warn("load_kernel_failed", record.name, seed, artifact_id, error)
