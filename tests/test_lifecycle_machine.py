@@ -90,6 +90,7 @@ class Lifecycle(RuleBasedStateMachine):
         KasminaLayer.adopt(
             last, num_seeds=2, urza=self.store, name="2", chunking="whole", policy=Policy(embargo_epochs=1)
         )
+        self.store_is_whole = True
         self.epoch = 0
         self.draw = 0
         self.poisoned: set[tuple[str, int]] = set()
@@ -242,15 +243,17 @@ class Lifecycle(RuleBasedStateMachine):
     def evict_what_is_in_use(self) -> None:
         KernelCache.process().reset()
 
-    @precondition(lambda self: self.artifact_id in self.store)
+    @precondition(lambda self: self.store_is_whole)
     @rule(how=st.sampled_from([flip_one_byte, lambda store, _: shutil.rmtree(store.root)]))
     def damage_the_store(self, how: Callable[[Urza, str], None]) -> None:
         how(self.store, self.artifact_id)
+        self.store_is_whole = False
 
     @rule()
     def repair_the_store(self) -> None:
         shutil.rmtree(self.store.root, ignore_errors=True)
         copy_artifact(self.source, self.store, self.artifact_id)
+        self.store_is_whole = True
 
     # ---- what always holds
 
