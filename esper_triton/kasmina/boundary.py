@@ -226,10 +226,8 @@ def tell(record: LayerRecord, made: Sequence[Made]) -> None:
     if not record.observers:
         return
     first: Exception | None = None
-    for move in made:
-        event = Transition(
-            layer=record.name, seed=move.seed, source=move.source, target=move.target, artifact_id=move.artifact_id
-        )
+    for seed, source, target, artifact_id in made:
+        event = Transition(layer=record.name, seed=seed, source=source, target=target, artifact_id=artifact_id)
         for observer in tuple(record.observers):
             try:
                 observer(event)
@@ -301,16 +299,22 @@ def install_dispatch(layer: KasminaLayer) -> None:
 
 def _place_flags(record: LayerRecord, device: torch.device) -> None:
     """Gives every seed whose calls are checked its place in the layer's flags, where one that stays keeps its value."""
-    checked = [seed.state.is_active and (record.sampling or seed.state is _S.EVALUATING) for seed in record.seeds]
+    if record.sampling:
+        checked = [seed.state.is_active for seed in record.seeds]
+    else:
+        checked = [seed.state is _S.EVALUATING for seed in record.seeds]
     before, record.nonfinite = record.nonfinite, None
-    if any(checked):
-        with torch.inference_mode(False):  # or calls outside of it could not set them
-            record.nonfinite = torch.zeros(len(checked), dtype=torch.bool, device=device)
-            if before is not None and before.device == device:
-                stay = torch.tensor([seed.nonfinite_flag is not None for seed in record.seeds], device=device)
-                record.nonfinite.copy_(before & stay)
-    flags = [None] * len(checked) if record.nonfinite is None else record.nonfinite.unbind()
-    for seed, is_checked, flag in zip(record.seeds, checked, flags, strict=True):
+    if not any(checked):
+        if before is not None:
+            for seed in record.seeds:
+                seed.nonfinite_flag = None
+        return
+    with torch.inference_mode(False):  # or calls outside of it could not set them
+        record.nonfinite = torch.zeros(len(checked), dtype=torch.bool, device=device)
+        if before is not None and before.device == device:
+            stay = torch.tensor([seed.nonfinite_flag is not None for seed in record.seeds], device=device)
+            record.nonfinite.copy_(before & stay)
+    for seed, is_checked, flag in zip(record.seeds, checked, record.nonfinite.unbind(), strict=True):
         seed.nonfinite_flag = flag if is_checked else None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
 
 from esper_triton.contracts.errors import EsperError
 from esper_triton.kasmina.cache import KernelCache
@@ -33,13 +32,9 @@ _WITHOUT_KERNEL = (_S.DORMANT, _S.CULLED, _S.CANCELLED, _S.ROLLED_BACK)
 _log = logging.getLogger("esper_triton.kasmina")
 
 
-class Made(NamedTuple):
-    """A transition that has been made on the host, before the commit is whole and anybody is told."""
-
-    seed: int
-    source: SeedLifecycleState
-    target: SeedLifecycleState
-    artifact_id: str | None
+Made = tuple[int, SeedLifecycleState, SeedLifecycleState, str | None]
+"""A transition that has been made on the host, before the commit is whole and anybody is told: the seed, the state it
+came from, the one it is in, and its artifact."""
 
 
 def apply_requests(record: LayerRecord, receive: Callable[[Loaded], Loaded | LoadFailed]) -> list[Made]:
@@ -48,11 +43,12 @@ def apply_requests(record: LayerRecord, receive: Callable[[Loaded], Loaded | Loa
     made: list[Made] = []
     for request, before, after in record.queue.take():
         seed = record.seeds[request.seed]
-        now = Outlook.of(seed)
         received = request
-        if isinstance(request, Loaded) and now.ticket is request.ticket:
+        if isinstance(request, Loaded) and seed.ticket is request.ticket:
             received = receive(request)
-        if after is None or received is not request or now != before:
+        as_foreseen = before is not None and before.state is seed.state and before.ticket is seed.ticket
+        if after is None or received is not request or not as_foreseen:
+            now = Outlook.of(seed)
             try:
                 after = follow(
                     record.name, received, now, epoch=record.epoch, embargo_epochs=record.policy.embargo_epochs
@@ -66,6 +62,10 @@ def apply_requests(record: LayerRecord, receive: Callable[[Loaded], Loaded | Loa
 
 def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, made: list[Made]) -> None:
     match request:
+        case Move():
+            _enter(record, seed, request.target, made)
+            if request.target is _S.GRAFTING:
+                seed.schedule = request.schedule
         case Assign():
             if seed.state is not _S.ERROR_RECOVERY:
                 if seed.state is not _S.DORMANT:
@@ -88,10 +88,6 @@ def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, ma
                 seed.last_error = request.error
                 warn("load_kernel_failed", record.name, seed.index, seed.artifact_id, request.error)
                 _enter(record, seed, _S.CULLED, made)
-        case Move():
-            _enter(record, seed, request.target, made)
-            if request.target is _S.GRAFTING:
-                seed.schedule = request.schedule
         case SetAlpha():
             seed.alpha, seed.schedule = request.value, None
         case Unload():
@@ -157,10 +153,10 @@ def _enter(record: LayerRecord, seed: Seed, state: SeedLifecycleState, made: lis
     if state is _S.GRAFTING:
         seed.alpha = 0.0
     learns = state not in _FROZEN
-    for parameter in seed.parameters.values():
-        if parameter.requires_grad is not learns:
+    if learns is (source in _FROZEN) or source is _S.LOADING:  # otherwise a commit of many seeds touches no parameter
+        for parameter in seed.parameters.values():
             parameter.requires_grad_(learns)
-    made.append(Made(seed.index, source, state, artifact_id))
+    made.append((seed.index, source, state, artifact_id))
 
 
 def release(seed: Seed) -> None:
