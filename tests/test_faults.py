@@ -252,6 +252,23 @@ def test_more_than_a_tenth_of_failed_calls_culls_the_seed(
     assert torch.equal(layer(x), layer.default_transform(x))
 
 
+def test_after_a_ban_one_load_is_tried_and_thirty_quiet_seconds_end_it() -> None:
+    now = [0.0]
+    cache = KernelCache(clock=lambda: now[0])
+    for layer in range(3):
+        cache.record_failure("a", layer)
+    with pytest.raises(ArtifactRefused, match="banned in this process for another 30 s"):
+        cache.check_not_banned("a")
+    now[0] = 30.0
+    cache.check_not_banned("a")
+    with pytest.raises(ArtifactRefused, match="on trial in this process for another 30 s"):
+        cache.check_not_banned("a")
+    now[0] = 60.0
+    cache.check_not_banned("a")
+    cache.record_failure("a", 7)  # counts from the start again
+    cache.check_not_banned("a")
+
+
 def test_a_fossil_that_fails_often_is_kept_for_a_retry(
     adapter_store: Urza, small: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,10 +226,8 @@ def tell(record: LayerRecord, made: Sequence[Made]) -> None:
     if not record.observers:
         return
     first: Exception | None = None
-    for move in made:
-        event = Transition(
-            layer=record.name, seed=move.seed, source=move.source, target=move.target, artifact_id=move.artifact_id
-        )
+    for seed, source, target, artifact_id in made:
+        event = Transition(layer=record.name, seed=seed, source=source, target=target, artifact_id=artifact_id)
         for observer in tuple(record.observers):
             try:
                 observer(event)
@@ -278,11 +276,7 @@ def install_dispatch(layer: KasminaLayer) -> None:
     """Puts the dispatch in place that belongs to the seeds and to the state block as they are."""
     record, state = layer._kasmina, layer.state
     device = state.storage.device
-    for seed in record.seeds:
-        if not seed.state.is_active or not (record.sampling or seed.state is _S.EVALUATING):
-            seed.nonfinite_flag = None
-        elif seed.nonfinite_flag is None or seed.nonfinite_flag.device != device:
-            seed.nonfinite_flag = torch.zeros((), dtype=torch.bool, device=device)
+    _place_flags(record, device)
     learning = trains(record)
     plan = make_plan(record, state.alpha_blend.unbind().__getitem__, device)
     if plan is None:
@@ -301,6 +295,27 @@ def install_dispatch(layer: KasminaLayer) -> None:
     set_hook(
         layer, observe_call if learning or watches_drift(record) else None if plan is None else _keep_fast_path_closed
     )
+
+
+def _place_flags(record: LayerRecord, device: torch.device) -> None:
+    """Gives every seed whose calls are checked its place in the layer's flags, where one that stays keeps its value."""
+    if record.sampling:
+        checked = [seed.state.is_active for seed in record.seeds]
+    else:
+        checked = [seed.state is _S.EVALUATING for seed in record.seeds]
+    before, record.nonfinite = record.nonfinite, None
+    if not any(checked):
+        if before is not None:
+            for seed in record.seeds:
+                seed.nonfinite_flag = None
+        return
+    with torch.inference_mode(False):  # or calls outside of it could not set them
+        record.nonfinite = torch.zeros(len(checked), dtype=torch.bool, device=device)
+        if before is not None and before.device == device:
+            stay = torch.tensor([seed.nonfinite_flag is not None for seed in record.seeds], device=device)
+            record.nonfinite.copy_(before & stay)
+    for seed, is_checked, flag in zip(record.seeds, checked, record.nonfinite.unbind(), strict=True):
+        seed.nonfinite_flag = flag if is_checked else None
 
 
 def host_forward(layer: KasminaLayer) -> Callable[..., Any]:

@@ -50,6 +50,7 @@ class _Entry:
 class _Failures:
     layers: set[int] = field(default_factory=set)
     banned_until: float | None = None
+    tried_until: float | None = None  # one load was let through after the ban
     raised: bool = False
 
 
@@ -146,26 +147,39 @@ class KernelCache:
             failures.layers.add(layer)
             failures.raised |= raised
             if len(failures.layers) >= _BAN_AFTER_LAYERS:
-                failures.banned_until = self._clock() + _BAN_SECONDS
+                failures.banned_until, failures.tried_until = self._clock() + _BAN_SECONDS, None
 
-    def check_not_banned(self, artifact_id: str, *, force: bool = False) -> None:
-        """Raises ArtifactRefused while a ban holds; after 30 s one more failure renews it (half-open). Without `force`,
-        also for a kernel that has failed while it ran in this process."""
+    def check_not_failed(self, artifact_id: str) -> None:
+        """Raises ArtifactRefused for a kernel that has failed while it ran in this process."""
         with self._lock:
             failures = self._failures.get(artifact_id)
-            if failures is not None and failures.raised and not force:
-                raise ArtifactRefused(
-                    f"artifact {artifact_id} failed while it ran in this process and is not loaded again; load another "
-                    "artifact, or this one with force=True"
-                )
+        if failures is not None and failures.raised:
+            raise ArtifactRefused(
+                f"artifact {artifact_id} failed while it ran in this process and is not loaded again; load another "
+                "artifact, or this one with force=True"
+            )
+
+    def check_not_banned(self, artifact_id: str) -> None:
+        """Raises ArtifactRefused while a ban holds. After 30 s one load is let through (half-open): one more failure
+        renews the ban, and 30 s without one end it."""
+        with self._lock:
+            failures = self._failures.get(artifact_id)
             if failures is None or failures.banned_until is None:
                 return
-            left = failures.banned_until - self._clock()
-        if left > 0:
-            raise ArtifactRefused(
-                f"artifact {artifact_id} is banned in this process for another {left:.0f} s: it failed in "
-                f"{_BAN_AFTER_LAYERS} different layers; load another artifact, or try again then"
-            )
+            now = self._clock()
+            if failures.tried_until is None and now >= failures.banned_until:
+                failures.tried_until = now + _BAN_SECONDS
+                return
+            if failures.tried_until is not None and now >= failures.tried_until:
+                failures.layers.clear()
+                failures.banned_until = failures.tried_until = None
+                return
+            left = (failures.tried_until or failures.banned_until) - now
+            state = "banned" if failures.tried_until is None else "on trial"
+        raise ArtifactRefused(
+            f"artifact {artifact_id} is {state} in this process for another {left:.0f} s: it failed in "
+            f"{_BAN_AFTER_LAYERS} different layers; load another artifact, or try again then"
+        )
 
     def stats(self) -> CacheStats:
         """Counters and contents now."""

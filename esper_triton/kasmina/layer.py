@@ -341,10 +341,10 @@ class KasminaLayer(Adopted):
             raise ValueError(f"{self._who(own)}: no Urza to load {artifact_id!r} from; give one to wrap or adopt")
         if commits_at_once(record):
             commit(self)
-        if record.queue.outlook(own).state is _S.ERROR_RECOVERY:
+        if not force and record.queue.outlook(own).state is _S.ERROR_RECOVERY:
             # Refused here and not by the load, which would cull the seed with all that it has learned.
             try:
-                KernelCache.process().check_not_banned(artifact_id, force=force)
+                KernelCache.process().check_not_failed(artifact_id)
             except ArtifactRefused as error:
                 own.last_error = error
                 warn("load_kernel_failed", record.name, seed, artifact_id, error)
@@ -409,13 +409,13 @@ def release_layer(layer: KasminaLayer) -> None:
     release_class(layer)  # first: it is the one step that can refuse
     drop_dispatch(layer)
     set_hook(layer, None)
-    gone = []
+    gone: list[Made] = []
     for seed in layer._kasmina.seeds:
         source, artifact_id = seed.state, seed.artifact_id
         release(seed)
         if source is not _S.DORMANT:
             seed.state = _S.DORMANT
-            gone.append(Made(seed.index, source, _S.DORMANT, artifact_id))
+            gone.append((seed.index, source, _S.DORMANT, artifact_id))
     tell(layer._kasmina, gone)
     del layer._buffers[_STATE_BUFFER]
     layer._non_persistent_buffers_set.discard(_STATE_BUFFER)

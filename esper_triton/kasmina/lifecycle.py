@@ -27,6 +27,8 @@ class SeedLifecycleState(enum.IntEnum):
     ROLLED_BACK = 11
     ERROR_RECOVERY = 12
 
+    __hash__ = int.__hash__  # enum's own is a Python function, and every commit asks several sets about every seed
+
     @property
     def is_active(self) -> bool:
         """Whether a seed in this state contributes to the layer's output."""

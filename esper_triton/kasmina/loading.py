@@ -50,7 +50,9 @@ def load(request: LoadRequest, urza: Urza) -> LoadedKernel:
     artifact, blobs = urza.load(request.artifact_id)
     manifest = artifact.manifest
     cache = KernelCache.process()
-    cache.check_not_banned(manifest.id, force=request.force)
+    if not request.force:
+        cache.check_not_failed(manifest.id)
+    cache.check_not_banned(manifest.id)
     _check_device(request, manifest)
     check_runs_here(manifest, request.device)
     _check_fit(request, manifest)
@@ -68,7 +70,8 @@ def load(request: LoadRequest, urza: Urza) -> LoadedKernel:
 def fetch(request: LoadRequest, urza: Urza) -> tuple[LoadedKernel, dict[str, nn.Parameter]]:
     """`load`, and the parameters that the seed starts with."""
     loaded = load(request, urza)
-    return loaded, make_parameters(request, loaded.manifest)
+    with torch.inference_mode(False):  # or they could never be trained
+        return loaded, make_parameters(request, loaded.manifest)
 
 
 def _check_fit(request: LoadRequest, manifest: Manifest) -> None:

@@ -84,12 +84,13 @@ def _read_errors(record: LayerRecord, measured: Measured) -> None:
 
 
 def _read_flags(record: LayerRecord) -> None:
-    flagged = [(seed, seed.nonfinite_flag) for seed in record.seeds if seed.nonfinite_flag is not None]
-    if not flagged:
+    if record.nonfinite is None:
         return
-    for (seed, tensor), flag in zip(flagged, torch.stack([tensor for _, tensor in flagged]).tolist(), strict=True):
+    flags = record.nonfinite.tolist()
+    if any(flags):
+        record.nonfinite.zero_()
+    for seed, flag in zip(record.seeds, flags, strict=True):
         if flag:
-            tensor.zero_()
             seed.fault(NonFiniteOutput(f"{who(record, seed)}: its output was not finite where the host's was"))
 
 

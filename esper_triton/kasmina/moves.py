@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
 
 from esper_triton.contracts.errors import EsperError
 from esper_triton.kasmina.cache import KernelCache
-from esper_triton.kasmina.lifecycle import SeedLifecycleState, check_transition
+from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.record import LayerRecord
 from esper_triton.kasmina.seed import Seed
 from esper_triton.kasmina.transitions import (
@@ -28,18 +27,14 @@ from esper_triton.kasmina.transitions import (
 __all__ = ["Made", "apply_faults", "apply_requests", "release", "warn"]
 
 _S = SeedLifecycleState
-_FROZEN = frozenset(state for state in _S if state.is_frozen)
+_FROZEN = tuple(state for state in _S if state.is_frozen)
 _WITHOUT_KERNEL = (_S.DORMANT, _S.CULLED, _S.CANCELLED, _S.ROLLED_BACK)
 _log = logging.getLogger("esper_triton.kasmina")
 
 
-class Made(NamedTuple):
-    """A transition that has been made on the host, before the commit is whole and anybody is told."""
-
-    seed: int
-    source: SeedLifecycleState
-    target: SeedLifecycleState
-    artifact_id: str | None
+Made = tuple[int, SeedLifecycleState, SeedLifecycleState, str | None]
+"""A transition that has been made on the host, before the commit is whole and anybody is told: the seed, the state it
+came from, the one it is in, and its artifact."""
 
 
 def apply_requests(record: LayerRecord, receive: Callable[[Loaded], Loaded | LoadFailed]) -> list[Made]:
@@ -48,11 +43,12 @@ def apply_requests(record: LayerRecord, receive: Callable[[Loaded], Loaded | Loa
     made: list[Made] = []
     for request, before, after in record.queue.take():
         seed = record.seeds[request.seed]
-        now = Outlook.of(seed)
         received = request
-        if isinstance(request, Loaded) and now.ticket is request.ticket:
+        if isinstance(request, Loaded) and seed.ticket is request.ticket:
             received = receive(request)
-        if after is None or received is not request or now != before:
+        as_foreseen = before is not None and before.state is seed.state and before.ticket is seed.ticket
+        if after is None or received is not request or not as_foreseen:
+            now = Outlook.of(seed)
             try:
                 after = follow(
                     record.name, received, now, epoch=record.epoch, embargo_epochs=record.policy.embargo_epochs
@@ -66,12 +62,16 @@ def apply_requests(record: LayerRecord, receive: Callable[[Loaded], Loaded | Loa
 
 def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, made: list[Made]) -> None:
     match request:
+        case Move():
+            _enter(record, seed, request.target, made)
+            if request.target is _S.GRAFTING:
+                seed.schedule = request.schedule
         case Assign():
             if seed.state is not _S.ERROR_RECOVERY:
                 if seed.state is not _S.DORMANT:
-                    _move(record, seed, _S.DORMANT, made)
-                _move(record, seed, _S.GERMINATED, made)
-            _move(record, seed, _S.LOADING, made)
+                    _enter(record, seed, _S.DORMANT, made)
+                _enter(record, seed, _S.GERMINATED, made)
+            _enter(record, seed, _S.LOADING, made)
             if seed.artifact_id != request.artifact_id:
                 seed.parameters = {}
             seed.artifact_id, seed.last_error = request.artifact_id, None
@@ -81,29 +81,23 @@ def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, ma
                 seed.kernel = request.kernel
                 seed.parameters = seed.parameters or request.parameters
                 KernelCache.process().pin(seed.kernel.key, seed.kernel.program, seed)
-                _move(record, seed, after.state, made)
+                _enter(record, seed, after.state, made)
         case LoadFailed():
             if seed.ticket is request.ticket:
                 request.ticket.took_effect = False
                 seed.last_error = request.error
                 warn("load_kernel_failed", record.name, seed.index, seed.artifact_id, request.error)
-                _move(record, seed, _S.CULLED, made)
-        case Move():
-            _move(record, seed, request.target, made)
-            if request.target is _S.GRAFTING:
-                seed.schedule = request.schedule
+                _enter(record, seed, _S.CULLED, made)
         case SetAlpha():
             seed.alpha, seed.schedule = request.value, None
         case Unload():
             if seed.state not in (_S.DORMANT, _S.CULLED, _S.CANCELLED):
-                _move(record, seed, _S.CANCELLED if seed.state in (_S.GERMINATED, _S.TRAINING) else _S.CULLED, made)
+                _enter(record, seed, _S.CANCELLED if seed.state in (_S.GERMINATED, _S.TRAINING) else _S.CULLED, made)
             if seed.state is not _S.DORMANT:
-                _move(record, seed, _S.DORMANT, made)
-        case Reset():
-            if seed.state is _S.ROLLED_BACK:  # by force; the table itself has no way out of it
                 _enter(record, seed, _S.DORMANT, made)
-            elif seed.state is not _S.DORMANT:
-                _move(record, seed, _S.DORMANT, made)
+        case Reset():
+            if seed.state is not _S.DORMANT:
+                _enter(record, seed, _S.DORMANT, made)
         case _:
             raise TypeError(f"unknown request {request!r}")
     seed.ticket, seed.opens_at = after.ticket, after.opens_at
@@ -144,16 +138,12 @@ def _discard_kernel(record: LayerRecord, seed: Seed) -> None:
 
 
 def _cull(record: LayerRecord, seed: Seed, made: list[Made]) -> None:
-    _move(record, seed, _S.CULLED, made)
+    _enter(record, seed, _S.CULLED, made)
     seed.opens_at = record.epoch + record.policy.embargo_epochs
 
 
-def _move(record: LayerRecord, seed: Seed, state: SeedLifecycleState, made: list[Made]) -> None:
-    check_transition(record.name, seed.index, seed.state, state)
-    _enter(record, seed, state, made)
-
-
 def _enter(record: LayerRecord, seed: Seed, state: SeedLifecycleState, made: list[Made]) -> None:
+    # That the table has this move was seen by `follow`, for all but the moves that are nobody's request.
     source, artifact_id = seed.state, seed.artifact_id
     if state is _S.FOSSILIZED:
         seed.permanent_since_step, seed.permanent_evaluation = record.step, seed.evaluation
@@ -165,10 +155,10 @@ def _enter(record: LayerRecord, seed: Seed, state: SeedLifecycleState, made: lis
     if state is _S.GRAFTING:
         seed.alpha = 0.0
     learns = state not in _FROZEN
-    for parameter in seed.parameters.values():
-        if parameter.requires_grad is not learns:
+    if learns is (source in _FROZEN) or source is _S.LOADING:  # otherwise a commit of many seeds touches no parameter
+        for parameter in seed.parameters.values():
             parameter.requires_grad_(learns)
-    made.append(Made(seed.index, source, state, artifact_id))
+    made.append((seed.index, source, state, artifact_id))
 
 
 def release(seed: Seed) -> None:

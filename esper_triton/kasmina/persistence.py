@@ -231,7 +231,7 @@ def _apply_seed(prepared: _PreparedSeed, device: torch.device, epoch: int) -> Ma
         own.evaluation = _evaluation(stage.evaluation)
     own.permanent_since_step = section.permanent.since_step
     own.permanent_evaluation = _evaluation(section.permanent.evaluation)
-    return Made(own.index, source, own.state, artifact_id or own.artifact_id)
+    return own.index, source, own.state, artifact_id or own.artifact_id
 
 
 def _evaluation(section: _EvaluationSection | None) -> Evaluation | None:

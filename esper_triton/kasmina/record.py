@@ -58,6 +58,7 @@ class LayerRecord:
     replicas: object | None = None  # what the replicas' boundaries go through (esper_triton.model.distributed)
     observers: list[Observer] = field(default_factory=list)
     observed: Observed | None = None
+    nonfinite: Tensor | None = None  # [num_seeds] bool on the device, while a seed's calls are checked
     output_mean_now: Tensor | None = None
     prior_forward: Any = None  # an instance `forward` that the host had before a seed became active
 
@@ -73,5 +74,16 @@ class LayerRecord:
 
 _OF_THIS_OBJECT = frozenset(
     # `prior_forward` travels in the instance dictionary of the layer.
-    {"queue", "owner", "deferred", "follows", "replicas", "observers", "observed", "output_mean_now", "prior_forward"}
+    {
+        "queue",
+        "owner",
+        "deferred",
+        "follows",
+        "replicas",
+        "observers",
+        "observed",
+        "nonfinite",
+        "output_mean_now",
+        "prior_forward",
+    }
 )

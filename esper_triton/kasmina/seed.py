@@ -87,7 +87,7 @@ class Seed:
     permanent_evaluation: Evaluation | None = None  # what it was FOSSILIZED on, where that was measured
     ticket: LoadTicket | None = None  # of the load under way; another one, or None, makes a late load's result void
     measured_error: Tensor | None = None  # 0-d, on the device, until the boundary reads it
-    nonfinite_flag: Tensor | None = None  # 0-d bool on the device that calls set, where they are checked
+    nonfinite_flag: Tensor | None = None  # 0-d bool, a view of the layer's, where calls are checked
 
     def fault(self, error: BaseException) -> None:
         """Notes that the seed's kernel failed in this call; it takes effect at the next commit."""

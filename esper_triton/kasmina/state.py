@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -159,4 +160,4 @@ def _struct(num_seeds: int) -> struct.Struct:
 
 def pack_state(columns: Mapping[str, Iterable[int | float | bool]], num_seeds: int) -> bytes:
     """The block's bytes from one column of `num_seeds` values for each of its arrays, by name."""
-    return _struct(num_seeds).pack(*(value for name, _ in _FIELDS for value in columns[name]))
+    return _struct(num_seeds).pack(*itertools.chain.from_iterable(columns[name] for name, _ in _FIELDS))

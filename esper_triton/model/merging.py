@@ -78,7 +78,7 @@ def _without_identity(matrix: Tensor) -> Tensor:
 def _affine_map(seed: FixedSeed) -> tuple[Tensor, Tensor | None, Tensor]:
     """M [width, width], N [width, d_in] where the kernel reads x, and c [width], all float64."""
     program = seed.program
-    device = next((tensor.device for tensor in seed.tensors()), torch.device(program.device_type))
+    device = program.device
     x_width = program.x_width or 0
     unit = torch.eye(program.width + x_width, dtype=program.dtype, device=device)
     generator = torch.Generator().manual_seed(0)

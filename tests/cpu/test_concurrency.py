@@ -62,7 +62,13 @@ def in_threads(*works: Callable[[], bool]) -> None:
 
     def run(work):
         barrier.wait()
-        results.append(work())
+        try:
+            results.append(work())
+        except SystemError as error:
+            # Python 3.11 counts the depth of a parse for all threads together (gh-106905), and Triton parses sources.
+            if "AST constructor recursion depth mismatch" not in str(error):
+                raise
+            results.append(work())
 
     threads = [threading.Thread(target=run, args=(work,)) for work in works]
     for thread in threads:

@@ -29,6 +29,7 @@ from esper_triton.contracts.expressions import evaluate
 from esper_triton.contracts.manifest import KernelStatus, Manifest, TargetSpec
 from esper_triton.cpu.driver import CPUDriver
 from esper_triton.kasmina import KasminaLayer, gpu
+from esper_triton.kasmina.boundary import refresh
 from esper_triton.kasmina.launcher import Bound, KernelProgram, check_runs_here
 from esper_triton.urza import Urza
 
@@ -411,7 +412,7 @@ def test_a_layer_that_has_moved_away_from_its_kernel_takes_the_hosts_path(
     host, grown = layer.default_transform(x), layer(x)
     assert not torch.equal(grown, host)
     kernel.program.device = torch.device("cuda:0")  # as if the layer had been there and were here now
-    layer._rebuild()
+    refresh(layer)
     assert torch.equal(layer(x), host)
     assert torch.equal(layer(x), host)
     stats = layer.get_layer_stats()["seeds"][0]

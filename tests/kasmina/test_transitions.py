@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from seeding import grow, linear_with_seeds, own_parameters
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import esper_triton as esper
 from esper_triton.contracts.errors import InvalidTransition, SlotEmbargoed, StateCorruption
@@ -19,6 +20,7 @@ from esper_triton.kasmina import KasminaLayer, SeedLifecycleState
 from esper_triton.kasmina.events import Transition
 from esper_triton.kasmina.gates import Policy
 from esper_triton.kasmina.lifecycle import ALLOWED_MOVES
+from esper_triton.kasmina.schedules import drift_controlled, linear
 from esper_triton.kasmina.seed import Seed
 from esper_triton.kasmina.transitions import Move, Outlook, TransitionQueue, follow
 from esper_triton.model import MorphableModel
@@ -27,6 +29,15 @@ from esper_triton.urza import Urza
 D, R, IN = 16, 4, 6
 S = SeedLifecycleState
 T = TypeVar("T")
+
+
+class NoReadBack(TorchDispatchMode):
+    """Fails on every operation that brings a tensor's contents to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        aten = torch.ops.aten
+        assert func.overloadpacket not in (aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -220,7 +231,8 @@ def test_commits_forwards_and_requests_from_many_threads_end_in_a_consistent_lay
         except (InvalidTransition, ValueError):
             pass  # another thread was first
 
-    threads = [threading.Thread(target=guarded(work)) for work in (forward, forward, ask, ask, ask, layer.commit)]
+    work = [*[forward] * 3, *[ask] * 3, layer.commit, layer.step_boundary]
+    threads = [threading.Thread(target=guarded(each)) for each in work]
     for thread in threads:
         thread.start()
     stop.wait(timeout=2.0)
@@ -231,6 +243,60 @@ def test_commits_forwards_and_requests_from_many_threads_end_in_a_consistent_lay
     layer.commit()
     assert layer.state.lifecycle_states.tolist() == [layer.seed_state(0), layer.seed_state(1)]
     assert layer.get_layer_stats()["seeds"][1]["error_count"] == 0
+
+
+def test_law_3_a_call_does_not_wait_for_a_commit(layer: KasminaLayer, small: str) -> None:
+    grow(layer, 0, small, alpha=0.5)
+    assert layer.load_kernel_sync(1, small)
+    x = torch.randn(3, IN)
+    before = layer(x)
+    with layer._kasmina.queue.lock:  # a commit is under way
+        assert torch.equal(elsewhere(lambda: layer(x)), before)
+
+
+@pytest.mark.parametrize("state", [S.TRAINING, S.GRAFTING, S.EVALUATING], ids=lambda s: s.name)
+def test_law_3_a_call_whose_seed_is_trained_watched_or_checked_reads_nothing_back(
+    layer: KasminaLayer, small: str, state: S
+) -> None:
+    assert layer.load_kernel_sync(0, small)
+    if state is not S.TRAINING:
+        layer.graft(0, drift_controlled(5))
+    if state is S.EVALUATING:
+        layer.request_transition(0, S.STABILIZATION)
+        layer.request_transition(0, S.EVALUATING)
+    with NoReadBack():
+        out = layer(torch.randn(3, IN))
+    assert out.shape == (3, 2 * D)
+    assert layer.get_layer_stats()["seeds"][0]["error_count"] == 0, layer.last_error(0)
+    own = layer._kasmina
+    seen = {S.TRAINING: own.observed, S.GRAFTING: own.output_mean_now, S.EVALUATING: own.nonfinite}
+    assert seen[state] is not None
+
+
+def test_a_seed_that_is_loaded_and_moved_in_inference_mode_trains_all_the_same(layer: KasminaLayer, small: str) -> None:
+    with torch.inference_mode():
+        grow(layer, 0, small, alpha=0.5)
+        layer.request_transition(0, S.STABILIZATION)
+        layer.request_transition(0, S.EVALUATING)
+    layer(torch.randn(3, IN))
+    layer.step_boundary()
+    assert layer.seed_state(0) is S.EVALUATING, layer.last_error(0)
+    layer.request_transition(0, S.FINE_TUNING)
+    layer(torch.randn(3, IN)).square().sum().backward()
+    assert all(p.grad is not None for p in own_parameters(layer, 0).values())
+
+
+def test_a_root_that_is_the_layer_is_spoken_to_as_a_model_or_as_a_layer(adapter_store: Urza, small: str) -> None:
+    root = esper.wrap(nn.Linear(IN, D), [nn.Linear], seeds_per_layer=1, urza=adapter_store)
+    assert root.load_kernel_sync("", 0, small, force=True)
+    root.set_seed_loss("", 0, None)
+    root.graft(0, schedule=linear(2))
+    root.step_boundary()
+    assert root.state.alpha(0) == 0.5
+    assert root.is_ready_for_transition("", 0) is root.is_ready_for_transition(0) is False
+    root.rollback(0)
+    assert root.reset_seed("", 0, force=True)
+    assert root.unload_kernel(0) is False
 
 
 # ---- the slot of a seed that is gone
