@@ -383,8 +383,8 @@ class KasminaLayer(Adopted):
         if not before.is_meta:
             state_storage(self).copy_(before)  # to_empty() leaves it undefined
         for seed in self._kasmina.seeds:
-            for name, parameter in seed.parameters.items():
-                seed.parameters[name] = converted(parameter, fn)
+            # Another dictionary: the plan that is still there keeps its own.
+            seed.parameters = {name: converted(parameter, fn) for name, parameter in seed.parameters.items()}
         if before.is_meta:
             write_state(self)
         install_dispatch(self)  # the state has new storage: the plan's views of alpha must follow it

@@ -157,7 +157,7 @@ def _enter(record: LayerRecord, seed: Seed, state: SeedLifecycleState, made: lis
     learns = state not in _FROZEN
     if learns is (source in _FROZEN) or source is _S.LOADING:  # otherwise a commit of many seeds touches no parameter
         for parameter in seed.parameters.values():
-            parameter.requires_grad_(learns)
+            parameter.requires_grad = learns
     made.append((seed.index, source, state, artifact_id))
 
 

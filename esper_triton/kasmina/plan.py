@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,7 @@ from esper_triton.kasmina.seed import Seed
 __all__ = ["ActiveSeed", "Contribution", "Plan", "make_plan"]
 
 
-@dataclass(frozen=True)
-class ActiveSeed:
+class ActiveSeed(NamedTuple):
     """A seed of a plan. `alpha` is a view of the layer's state on the device; a new value needs no new plan. Where
     `nonfinite` is given, a 0-d bool on the device, calls set it once the seed's output is not finite where the host's
     is; a step boundary reads it."""
@@ -60,9 +60,7 @@ class Contribution:
 def make_plan(record: LayerRecord, alpha_of: Callable[[int], Tensor], device: torch.device) -> Plan | None:
     """The plan of a layer's active seeds, or None where every one is silent."""
     seeds = tuple(
-        ActiveSeed(
-            seed, seed.kernel.program, *seed.span, alpha_of(seed.index), dict(seed.parameters), seed.nonfinite_flag
-        )
+        ActiveSeed(seed, seed.kernel.program, *seed.span, alpha_of(seed.index), seed.parameters, seed.nonfinite_flag)
         for seed in record.seeds
         if seed.state.is_active and seed.kernel is not None
     )
