@@ -19,6 +19,7 @@ _HOME = {
     "KasminaStateLayout": "esper_triton.kasmina",
     "KernelCache": "esper_triton.kasmina",
     "MorphableModel": "esper_triton.model",
+    "Policy": "esper_triton.kasmina",
     "SeedLifecycleState": "esper_triton.kasmina",
     "Urza": "esper_triton.urza",
     "attach": "esper_triton.model",
@@ -27,6 +28,7 @@ _HOME = {
     "esper_state_dict": "esper_triton.model",
     "load_esper_state_dict": "esper_triton.model",
     "load_model": "esper_triton.model",
+    "replicate": "esper_triton.model",
     "save_model": "esper_triton.model",
     "seed_parameters": "esper_triton.model",
     "unwrap": "esper_triton.model",
@@ -41,6 +43,7 @@ __all__ = [
     "KasminaStateLayout",
     "KernelCache",
     "MorphableModel",
+    "Policy",
     "SeedLifecycleState",
     "Urza",
     "__version__",
@@ -50,6 +53,7 @@ __all__ = [
     "esper_state_dict",
     "load_esper_state_dict",
     "load_model",
+    "replicate",
     "save_model",
     "seed_parameters",
     "unwrap",
@@ -60,7 +64,7 @@ if TYPE_CHECKING:
     from esper_triton.compile import compile
     from esper_triton.contracts.blueprint import Blueprint
     from esper_triton.contracts.errors import EsperError
-    from esper_triton.kasmina import KasminaLayer, KasminaStateLayout, KernelCache, SeedLifecycleState
+    from esper_triton.kasmina import KasminaLayer, KasminaStateLayout, KernelCache, Policy, SeedLifecycleState
     from esper_triton.model import (
         MorphableModel,
         attach,
@@ -68,6 +72,7 @@ if TYPE_CHECKING:
         esper_state_dict,
         load_esper_state_dict,
         load_model,
+        replicate,
         save_model,
         seed_parameters,
         unwrap,

@@ -1,4 +1,4 @@
-"""The README's code runs as it stands."""
+"""The code of the README and of the pages runs as it stands."""
 
 import importlib.util
 import re
@@ -28,6 +28,16 @@ def test_the_training_loop_of_the_readme(tmp_path: Path, monkeypatch: pytest.Mon
     module = run(BLOCKS[0].replace("...  ", step, 1), tmp_path)
     assert "'forward_calls_active': 100" in capsys.readouterr().out
     assert type(module.model[0]) is torch.nn.Linear
+
+
+def test_the_training_loop_of_the_page_on_growing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "kernels").symlink_to(ROOT / "kernels")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "kasmina.md").read_text("utf-8"), re.DOTALL)
+    module = run(block, tmp_path)
+    assert module.model.kasmina_layers["0"].seed_state(0).name == "FOSSILIZED"
+    assert (tmp_path / "grown" / "lineage.json").exists()
 
 
 def test_the_kernel_of_the_readme(tmp_path: Path):

@@ -3,6 +3,7 @@ checkpoints; and making it fixed."""
 
 from esper_triton.model.baking import bake
 from esper_triton.model.checkpoint import esper_state_dict, load_esper_state_dict
+from esper_triton.model.distributed import Replicas, replicate
 from esper_triton.model.morphable import MorphableModel, seed_parameters, unwrap, wrap
 from esper_triton.model.optim import Attachment, attach
 from esper_triton.model.saving import load_model, save_model
@@ -10,11 +11,13 @@ from esper_triton.model.saving import load_model, save_model
 __all__ = [
     "Attachment",
     "MorphableModel",
+    "Replicas",
     "attach",
     "bake",
     "esper_state_dict",
     "load_esper_state_dict",
     "load_model",
+    "replicate",
     "save_model",
     "seed_parameters",
     "unwrap",
