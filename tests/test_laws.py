@@ -1,5 +1,5 @@
 """The laws of the house. Each test is named after the law that it would see broken; more tests of laws 1 and 7 stand
-with the faults and with the transitions. Law 9, of telemetry, comes with the bus."""
+with the faults and with the transitions."""
 
 from __future__ import annotations
 
@@ -755,3 +755,37 @@ def test_law_8_an_encoder_layers_fast_path_does_not_pass_over_an_active_seed(
     assert (grown - host).abs().amax(dim=-1)[0, :4].min() > 1e-3
     assert torch.equal(again, host)
     assert all(not m._forward_hooks for m in model.modules())
+
+
+# ---- Law 9: telemetry never costs training (what is measured in the layers; publishing comes with the bus)
+
+
+def test_law_9_measuring_changes_no_bit_and_can_be_read_at_any_time(
+    adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    x = torch.randn(7, IN)
+    results = {}
+    for telemetry in (False, True):
+        layer = linear_with_seeds(adapter_store, IN, D, 1, telemetry_enabled=telemetry)
+        grow(layer, 0, adapter_for(D, R), alpha=0.5)
+        stop, errors = threading.Event(), []
+
+        def read(layer: KasminaLayer = layer, stop: threading.Event = stop, errors: list[object] = errors) -> None:
+            try:
+                while not stop.is_set():
+                    layer.get_layer_stats()
+            except BaseException as error:
+                errors.append(error)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        outs = [layer(x) for _ in range(50)]
+        (grad,) = torch.autograd.grad(outs[-1].square().sum(), layer.weight)
+        stop.set()
+        reader.join()
+        assert not errors
+        results[telemetry] = [*outs, grad]
+        latency = layer.get_layer_stats()["seeds"][0]["exec_latency_us"]
+        assert (latency is not None and latency > 0) is telemetry
+    for measured, plain in zip(results[True], results[False], strict=True):
+        assert torch.equal(measured, plain)
