@@ -21,7 +21,7 @@ from esper_triton.contracts.errors import LoadDeadlineExceeded
 from esper_triton.kasmina import loading
 from esper_triton.kasmina.adoption import host_class
 from esper_triton.kasmina.dispatch import Dispatch
-from esper_triton.kasmina.events import Transition
+from esper_triton.kasmina.events import SpecialisationMiss, Transition
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.measuring import Measured, measure_step, who
 from esper_triton.kasmina.moves import Made, apply_faults, apply_requests
@@ -55,6 +55,7 @@ __all__ = [
     "set_hook",
     "state_storage",
     "tell",
+    "tell_misses",
     "write_state",
 ]
 
@@ -112,6 +113,7 @@ def end_step(layer: KasminaLayer, *, auto_advance: bool) -> None:
         end_late_loads(record)
         made = finish_step(layer, measured, auto_advance=auto_advance)
     tell(record, made)
+    tell_misses(record)
 
 
 def is_silent(record: LayerRecord) -> bool:
@@ -235,6 +237,24 @@ def tell(record: LayerRecord, made: Sequence[Made]) -> None:
                 first = first or error
     if first is not None:
         raise first
+
+
+def tell_misses(record: LayerRecord) -> None:
+    """Observers hear of every artifact that is wanted for another dtype or device, once."""
+    for seed in record.seeds:
+        wanted, seed.wanted = seed.wanted, None
+        if wanted is None or seed.kernel is None or not record.miss_observers:
+            continue
+        program = seed.kernel.program
+        if wanted == (str(program.dtype), str(program.device)):
+            continue  # the right kernel, for a tensor that no kernel is for
+        event = SpecialisationMiss(
+            layer=record.name, seed=seed.index, artifact_id=seed.kernel.manifest.id, dtype=wanted[0], device=wanted[1]
+        )
+        if event not in record.misses_told:
+            record.misses_told.add(event)
+            for observer in tuple(record.miss_observers):
+                observer(event)
 
 
 # ---- the device side and the dispatch

@@ -59,7 +59,7 @@ class Dispatch:
             return prepared(h, x if self._reads_x else None)
         if _is_recorded():
             self._warn_of_recording()
-            _count_misses(self.plan.seeds)
+            _count_misses(self.plan.seeds, h)
             return h
         if type(h) is Tensor and h.is_nested:
             return self._packed(x, h)
@@ -90,7 +90,7 @@ class Dispatch:
         if torch.compiler.is_exporting() and not self._is_final:
             # What is exported outlives the plan of a seed that goes on changing.
             self._warn_of_recording()
-            _count_misses(self.plan.seeds)
+            _count_misses(self.plan.seeds, h)
             return h
         if not _fits_in_graph(self.plan, h, x if self._reads_x else None):
             return h
@@ -137,9 +137,9 @@ def _is_recorded() -> bool:
     return torch._C._is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
-def _count_misses(seeds: Sequence[ActiveSeed]) -> None:
+def _count_misses(seeds: Sequence[ActiveSeed], h: Any) -> None:
     for active in seeds:
-        active.seed.specialisation_misses += 1
+        active.seed.miss(getattr(h, "dtype", None), getattr(h, "device", None))
 
 
 def _dispatch(plan: Plan, x: Any, h: Any) -> Any:
@@ -165,7 +165,7 @@ def _blend(plan: Plan, x: Any, h: Any) -> tuple[Tensor, list[Contribution], Tens
     """The blended output, what its seeds leave for backward, and the input where one of them read it; None where no
     seed contributed."""
     fitting = [active for active in plan.seeds if _fits(plan, active, x, h)]
-    _count_misses([active for active in plan.seeds if active not in fitting])
+    _count_misses([active for active in plan.seeds if active not in fitting], h)
     if not fitting:
         return None
     reads_x = any("x" in active.program.inputs for active in fitting)

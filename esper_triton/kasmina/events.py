@@ -1,4 +1,5 @@
-"""What a layer tells those who asked to be told: its seeds' transitions, once they have taken effect."""
+"""What a layer tells those who asked to be told: its seeds' transitions, once they have taken effect, and for what its
+seeds have no kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 
-__all__ = ["Observer", "Transition"]
+__all__ = ["MissObserver", "Observer", "SpecialisationMiss", "Transition"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +24,18 @@ class Transition:
 
 
 Observer = Callable[[Transition], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialisationMiss:
+    """A call gave a seed's columns to the host, since the seed's kernel is not for such tensors. Whoever compiles can
+    make one that is: of the same blueprint, for `dtype` (as torch prints it) and `device`."""
+
+    layer: str
+    seed: int
+    artifact_id: str
+    dtype: str
+    device: str
+
+
+MissObserver = Callable[[SpecialisationMiss], None]

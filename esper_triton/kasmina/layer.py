@@ -26,7 +26,7 @@ from esper_triton.kasmina.boundary import (
 )
 from esper_triton.kasmina.cache import KernelCache
 from esper_triton.kasmina.dispatch import Dispatch
-from esper_triton.kasmina.events import Observer
+from esper_triton.kasmina.events import MissObserver, Observer
 from esper_triton.kasmina.gates import Policy
 from esper_triton.kasmina.kinds import Chunking, kind_of, seed_spans
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
@@ -374,6 +374,13 @@ class KasminaLayer(Adopted):
         """Calls `observer` after every transition of this layer's seeds, on the thread that commits it, and returns
         what ends that. A copy of the layer has no observers."""
         observers = self._kasmina.observers
+        observers.append(observer)
+        return lambda: observers.remove(observer) if observer in observers else None
+
+    def on_specialisation_miss(self, observer: MissObserver) -> Callable[[], None]:
+        """Calls `observer` at step boundaries, once for each artifact of this layer that calls have wanted for another
+        dtype or device than its kernel is for (the host has served them), and returns what ends that."""
+        observers = self._kasmina.miss_observers
         observers.append(observer)
         return lambda: observers.remove(observer) if observer in observers else None
 

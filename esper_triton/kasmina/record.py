@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from esper_triton.kasmina.events import Observer
+from esper_triton.kasmina.events import MissObserver, Observer, SpecialisationMiss
 from esper_triton.kasmina.gates import Policy
 from esper_triton.kasmina.kinds import Chunking, Kind
 from esper_triton.kasmina.seed import Seed
@@ -57,6 +57,8 @@ class LayerRecord:
     follows: bool = False  # another replica's queue decides, not this one's
     replicas: object | None = None  # what the replicas' boundaries go through (esper_triton.model.distributed)
     observers: list[Observer] = field(default_factory=list)
+    miss_observers: list[MissObserver] = field(default_factory=list)
+    misses_told: set[SpecialisationMiss] = field(default_factory=set)
     observed: Observed | None = None
     nonfinite: Tensor | None = None  # [num_seeds] bool on the device, while a seed's calls are checked
     output_mean_now: Tensor | None = None
@@ -81,6 +83,8 @@ _OF_THIS_OBJECT = frozenset(
         "follows",
         "replicas",
         "observers",
+        "miss_observers",
+        "misses_told",
         "observed",
         "nonfinite",
         "output_mean_now",

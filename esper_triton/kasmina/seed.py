@@ -70,6 +70,7 @@ class Seed:
     error_count: int = 0
     pending_faults: int = 0
     specialisation_misses: int = 0
+    wanted: tuple[str, str] | None = None  # dtype and device of the last miss, until the boundary tells
     latency_ns: int = 0
     timed_calls: int = 0
     calls: int = 0  # in which the seed was active
@@ -94,6 +95,11 @@ class Seed:
         self.last_error = error.with_traceback(None)  # its frames would keep the call's activations alive
         self.pending_faults += 1
 
+    def miss(self, dtype: object, device: object) -> None:
+        """Notes that a call's tensors were not what the seed's kernel is for."""
+        self.specialisation_misses += 1
+        self.wanted = (str(dtype), str(device))
+
     def count_faults(self) -> None:
         """Moves the pending faults into the error count."""
         self.error_count = min(self.error_count + self.pending_faults, _ERROR_COUNT_MAX)
@@ -115,6 +121,7 @@ class Seed:
     def reset(self) -> None:
         """What a new occupant of the slot starts from."""
         self.error_count = self.pending_faults = self.specialisation_misses = 0
+        self.wanted = None
         self.latency_ns = self.timed_calls = self.calls = 0
         self.health, self.last_update_epoch, self.opens_at = 0.0, 0, 0
         self.permanent_since_step, self.permanent_evaluation = None, None
@@ -130,7 +137,7 @@ class Seed:
         return self.latency_ns / self.timed_calls / 1000 if self.timed_calls else None
 
     def _without_load(self) -> dict[str, Any]:
-        fields = dict(vars(self), ticket=None, measured_error=None, nonfinite_flag=None)
+        fields = dict(vars(self), ticket=None, measured_error=None, nonfinite_flag=None, wanted=None)
         if self.state in (SeedLifecycleState.GERMINATED, SeedLifecycleState.LOADING):
             # The load under way belongs to the original; nobody would finish it here.
             fields |= {"state": SeedLifecycleState.DORMANT, "artifact_id": None}

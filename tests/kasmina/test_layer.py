@@ -26,6 +26,7 @@ from torch import nn
 from esper_triton.contracts.errors import ArtifactRefused, CorruptObject, InvalidTransition, SlotEmbargoed
 from esper_triton.kasmina import KasminaLayer, KernelCache, SeedLifecycleState
 from esper_triton.kasmina import loading as loading_module
+from esper_triton.kasmina.events import SpecialisationMiss
 from esper_triton.urza import Urza
 
 D, R, IN = 16, 4, 6
@@ -527,3 +528,29 @@ def test_without_telemetry_no_time_is_taken(adapter_store: Urza, small: str) -> 
     stats = layer.get_layer_stats()
     assert stats["telemetry_enabled"] is False
     assert stats["seeds"][0]["exec_latency_us"] is None
+
+
+def test_a_missing_specialisation_is_told_once_at_the_boundary_and_the_host_serves_meanwhile(
+    layer: KasminaLayer, small: str
+) -> None:
+    grow(layer, 0, small, alpha=1.0)
+    told: list[SpecialisationMiss] = []
+    stop = layer.on_specialisation_miss(told.append)
+    layer.bfloat16()
+    x = torch.randn(3, IN, dtype=torch.bfloat16)
+    for _ in range(2):
+        assert torch.equal(layer(x), layer.default_transform(x))
+        assert len(told) <= 1
+        layer.step_boundary()
+    assert told == [
+        SpecialisationMiss(layer="fc", seed=0, artifact_id=small, dtype="torch.bfloat16", device="cpu"),
+    ]
+    layer.float()
+    assert not torch.equal(layer(x.float()), layer.default_transform(x.float()))
+    layer.step_boundary()
+    stop()
+    layer.double()
+    layer(x.double())
+    layer.step_boundary()
+    assert len(told) == 1
+    assert layer.seed_state(0) is S.GRAFTING
