@@ -9,6 +9,7 @@ which is disabled) and Hugging Face's kernels (the same layers, of a class whose
 """
 
 import argparse
+import asyncio
 import contextlib
 import copy
 import gc
@@ -409,10 +410,11 @@ def pause(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         urza = esper.Urza(folder)
         ids = [esper.compile(BLUEPRINT, dims={"d": 256, "r": r}, urza=urza).id for r in range(1, 11)]
-        model = esper.wrap(Transformer(4), ["*.out"], seeds_per_layer=1, urza=urza)
+        model = esper.wrap(Transformer(4), ["*.out"], seeds_per_layer=25, chunking="whole", urza=urza)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         x = torch.randn(4, 64, 256)
-        names = list(model.kasmina_layers)
+        places = [(name, seed) for name in model.kasmina_layers for seed in range(25)]
+        model.defer_transitions()  # what is loaded waits for a boundary: only the loads themselves are looked at
 
         def step() -> float:
             began = time.perf_counter()
@@ -421,23 +423,24 @@ def pause(options: argparse.Namespace) -> list[dict[str, Any]]:
             optimizer.zero_grad()
             return (time.perf_counter() - began) * 1000
 
-        def load() -> None:
-            for k in range(100):
-                KernelCache.process().reset()
-                own = model.kasmina_layers[names[0]]
-                loading.load(load_request(own, own._kasmina.seeds[0], ids[k % len(ids)], holder=own), urza)
-                time.sleep(0.01)
+        async def load() -> None:
+            KernelCache.process().reset()
+            for k, place in enumerate(places):
+                assert await model.load_kernel(*place, ids[k % len(ids)])
 
         for _ in range(20):
             step()
         times: dict[str, list[float]] = {"without": [], "with": []}
         for _ in range(6):
-            times["without"] += [step() for _ in range(80)]
-            thread = threading.Thread(target=load)
+            times["without"] += [step() for _ in range(40)]
+            thread = threading.Thread(target=lambda: asyncio.run(load()))
             thread.start()
             while thread.is_alive():
                 times["with"].append(step())
             thread.join()
+            for place in places:
+                model.unload_kernel(*place)
+            model.step_boundary()
     p99 = {name: statistics.quantiles(values, n=100)[98] for name, values in times.items()}
     rows = [
         {"what": "step p50 without, ms", "value": statistics.median(times["without"])},

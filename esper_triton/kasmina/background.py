@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
 __all__ = ["start"]
 
-# So few at once that a hundred loads do not take the interpreter from the training thread.
 _slots = threading.Semaphore(4)
+# A load holds the interpreter for most of a millisecond, and the training thread waits meanwhile. So a slot rests after
+# a load for this many times the time that it took of a processor: four slots take a twentieth of the interpreter. Not
+# where so many wait that they would miss their deadlines.
+_REST = 79
+_LONGEST_REST_S = 0.2
+_MANY = 200
+_counting = threading.Lock()
+_counts = {"waiting": 0}  # loads that have been asked for and have not ended
 
 
 class _Slot:
@@ -43,20 +51,32 @@ class _Slot:
 def start(work: Callable[[], None]) -> tuple[Future[None], Callable[[], None]]:
     """Runs `work`, which raises no Exception, on a thread of its own, as soon as one of four slots is free.
 
-    Returns a future that is done when the work is, and what gives the load up: its slot goes to another. A daemon
-    thread: a load that hangs does not keep the process from ending.
+    Returns a future that is done when the work is, and what gives the load up: its slot goes to another. The slot rests
+    after the work, for the training thread's sake. A daemon thread: a load that hangs does not keep the process from
+    ending.
     """
     future: Future[None] = Future()
     future.set_running_or_notify_cancel()
     slot = _Slot()
 
     def run() -> None:
+        spent_s = 0.0
         try:
             if slot.take():
+                began = time.thread_time()
                 work()
+                spent_s = time.thread_time() - began
         finally:
-            slot.give_back()
             future.set_result(None)
+            with _counting:
+                _counts["waiting"] -= 1
+                few = _counts["waiting"] < _MANY
+            if few:
+                time.sleep(min(_REST * spent_s, _LONGEST_REST_S))
+            slot.give_back()
+
+    with _counting:
+        _counts["waiting"] += 1
 
     threading.Thread(target=run, name="esper-load", daemon=True).start()
     return future, slot.give_back
