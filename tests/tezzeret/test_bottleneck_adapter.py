@@ -72,8 +72,8 @@ def in_float64(h: Tensor, parameters: dict[str, Tensor], alpha: float, grad_out:
 def close(
     found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, sizes: dict[str, Tensor] | None = None
 ) -> None:
-    """`rtol` of each tensor's largest element, or of the largest of `sizes`, what the same computation makes of absolute
-    values: elements that come out of cancellation have that error, too."""
+    """`rtol` of each tensor's largest element, or of the largest of `sizes`, what the same computation makes of
+    absolute values: elements that come out of cancellation have that error, too."""
     for name, value in expected.items():
         scale = (sizes or expected)[name].abs().max().item() if value.numel() else 0.0
         error = (found[name].double() - value).abs().max().item() if value.numel() else 0.0
