@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from esper_triton.kasmina.plan import Contribution, Plan
 from esper_triton.kasmina.views import from_matrix, matrix
 
-__all__ = ["SeedBlend", "seed_backward"]
+__all__ = ["SeedBlend", "add_gradients"]
 
 
 class SeedBlend(torch.autograd.Function):
@@ -55,22 +55,8 @@ class SeedBlend(torch.autograd.Function):
         grad_x = torch.zeros_like(x2, memory_format=torch.contiguous_format) if needs_x and x2 is not None else None
         parameter_grads: list[Tensor | None] = []
         for contribution, own, kept_tensors in zip(ctx.contributions, parameters, saved, strict=True):
-            active = contribution.active
-            span = slice(active.start, active.stop)
-            try:
-                to_h, to_x, to_parameters = seed_backward(contribution, g[:, span], h2[:, span], x2, own, kept_tensors)
-            except Exception as error:
-                active.seed.fault(error)
-                parameter_grads.extend(None for _ in own)
-                continue
-            if grad_h is not None:
-                if ctx.plan.overlapping:
-                    grad_h[:, span] += to_h - g[:, span]
-                else:
-                    grad_h[:, span] = to_h
-            if grad_x is not None and to_x is not None:
-                grad_x += to_x
-            parameter_grads.extend(to_parameters[name] for name in own)
+            grads = add_gradients(ctx.plan, contribution, g, h2, x2, own, kept_tensors, grad_h, grad_x)
+            parameter_grads.extend(None if grads is None else grads[name] for name in own)
         return (
             None,
             None,
@@ -81,7 +67,37 @@ class SeedBlend(torch.autograd.Function):
         )
 
 
-def seed_backward(
+def add_gradients(
+    plan: Plan,
+    contribution: Contribution,
+    g: Tensor,
+    h: Tensor,
+    x: Tensor | None,
+    parameters: dict[str, Tensor],
+    saved: dict[str, Tensor],
+    grad_h: Tensor | None,
+    grad_x: Tensor | None,
+) -> dict[str, Tensor] | None:
+    """Takes one seed into `grad_h`, which begins as `g`, and `grad_x`, which begins as zeros (all [rows, width]; None
+    where nobody asks), and returns the gradients of its parameters; None where its backward fails, which is noted."""
+    active = contribution.active
+    span = slice(active.start, active.stop)
+    try:
+        to_h, to_x, to_parameters = _seed_backward(contribution, g[:, span], h[:, span], x, parameters, saved)
+    except Exception as error:
+        active.seed.fault(error)
+        return None
+    if grad_h is not None:
+        if plan.overlapping:
+            grad_h[:, span] += to_h - g[:, span]
+        else:
+            grad_h[:, span] = to_h
+    if grad_x is not None and to_x is not None:
+        grad_x += to_x
+    return to_parameters
+
+
+def _seed_backward(
     contribution: Contribution,
     g: Tensor,
     h: Tensor,

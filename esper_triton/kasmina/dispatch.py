@@ -22,7 +22,7 @@ from esper_triton.kasmina.operator import blend, name_plan
 from esper_triton.kasmina.plan import ActiveSeed, Contribution, Plan
 from esper_triton.kasmina.prepared import Prepared, prepare
 from esper_triton.kasmina.record import LayerRecord
-from esper_triton.kasmina.views import empty_output, matches, matrix, settle
+from esper_triton.kasmina.views import add_share, empty_output, matches, matrix, settle
 
 __all__ = ["Dispatch"]
 
@@ -249,9 +249,7 @@ def run_seeds(
                 out_span.copy_(h_span)
             continue
         if plan.overlapping:
-            difference = target - h_span
-            # Selected, not only added: -0.0 + 0.0 is 0.0, and a silent seed must leave every bit of the host's output.
-            out_span.copy_(torch.where(difference == 0, out_span, out_span + difference))
+            add_share(out_span, target, h_span)
         contributions.append(contribution)
     return contributions
 

@@ -7,7 +7,6 @@ host (a dtype or width that a kernel is not for), it raises: a fixed model has n
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from esper_triton.contracts.errors import ArtifactRefused
 from esper_triton.kasmina.launcher import KernelProgram, check_runs_here
-from esper_triton.kasmina.views import empty_output, from_matrix, matches, matrix, settle
+from esper_triton.kasmina.plan import spread
+from esper_triton.kasmina.views import add_share, empty_output, from_matrix, matches, matrix, settle
 from esper_triton.urza import Urza
 
 __all__ = ["fetch_program", "fixed_seeds", "keep_program"]
@@ -123,14 +123,6 @@ def _seeds(
         yield _Fixed(program, own, torch.full((1,), alpha, dtype=torch.float32, device=h.device), start)
 
 
-def _gaps(seeds: Sequence[_Fixed], width: int) -> tuple[list[tuple[int, int]], bool]:
-    """Columns of no seed, and whether seeds overlap."""
-    spans = sorted((seed.start, seed.stop) for seed in seeds)
-    ends = [0, *itertools.accumulate((stop for _, stop in spans), max)]
-    gaps = [(end, start) for end, start in zip(ends, [*(s for s, _ in spans), width], strict=True) if start > end]
-    return gaps, any(after[0] < before[1] for before, after in itertools.pairwise(spans))
-
-
 @torch.library.impl(_library, "fixed_seeds", "CompositeExplicitAutograd")
 def _forward(
     h: Tensor,
@@ -149,8 +141,8 @@ def _forward(
     seeds = list(_seeds(h, parameters, alphas, digests, starts))
     h2, x2 = matrix(h, feature_dim), None if x is None else matrix(x, feature_dim)
     out, out2 = empty_output(h, feature_dim)
-    gaps, overlapping = _gaps(seeds, h2.shape[1])
-    for start, stop in [(0, h2.shape[1])] if overlapping else gaps:
+    gaps, overlapping = spread([(seed.start, seed.stop) for seed in seeds], width)
+    for start, stop in [(0, width)] if overlapping else gaps:
         out2[:, start:stop] = h2[:, start:stop]
     for seed in seeds:
         own, target = h2[:, seed.start : seed.stop], out2[:, seed.start : seed.stop]
@@ -159,9 +151,7 @@ def _forward(
             continue
         blended = torch.empty(own.shape, dtype=h.dtype, device=h.device)
         seed.forward(own, x2, blended)
-        difference = blended - own
-        # Selected, as in dispatch: -0.0 + 0.0 would be 0.0.
-        target.copy_(torch.where(difference == 0, target, target + difference))
+        add_share(target, blended, own)
     settle(out, out2, feature_dim)
     return out
 
@@ -184,7 +174,7 @@ def _backward(
     grad_h = g.clone(memory_format=torch.contiguous_format)
     grad_x = None if x2 is None else torch.zeros_like(x2, memory_format=torch.contiguous_format)
     seeds = list(_seeds(h, parameters, alphas, digests, starts))
-    _, overlapping = _gaps(seeds, h2.shape[1])
+    _, overlapping = spread([(seed.start, seed.stop) for seed in seeds], width)
     for seed in seeds:
         span = slice(seed.start, seed.stop)
         to_h, to_x = seed.backward(g[:, span], h2[:, span], x2)

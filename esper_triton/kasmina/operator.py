@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_triton.kasmina.autograd import seed_backward
+from esper_triton.kasmina.autograd import add_gradients
 from esper_triton.kasmina.plan import ActiveSeed, Contribution, Plan
 from esper_triton.kasmina.views import empty_output, from_matrix, matrix, settle
 
@@ -122,28 +122,16 @@ def _backward(
     for active, tensor, _, _ in _saved_shapes(plan, h2.shape[0]):
         own.setdefault(id(active), {})[tensor] = next(kept)
     for active in plan.seeds:
-        span = slice(active.start, active.stop)
         named = {parameter: next(values) for parameter in active.parameters}
         stored = own.get(id(active), {})
-        rejected = stored.pop("rejected", None)
-        zeros = [torch.zeros_like(value, memory_format=torch.contiguous_format) for value in named.values()]
-        if active.seed.pending_faults:  # since the last boundary: it contributes nothing to this step
-            grads += zeros
-            continue
-        try:
-            to_h, to_x, to_parameters = seed_backward(
-                Contribution(active, {}, rejected), g[:, span], h2[:, span], x2, named, stored
+        contribution = Contribution(active, {}, stored.pop("rejected", None))
+        to_parameters = None
+        if not active.seed.pending_faults:  # since the last boundary: else it contributes nothing to this step
+            to_parameters = add_gradients(
+                plan, contribution, g, h2, x2, named, stored, grad_h, None if x2 is None else grad_x
             )
-        except Exception as error:
-            active.seed.fault(error)
-            grads += zeros
-            continue
-        if plan.overlapping:
-            grad_h[:, span] += to_h - g[:, span]
-        else:
-            grad_h[:, span] = to_h
-        if to_x is not None:
-            grad_x += to_x
+        if to_parameters is None:
+            to_parameters = {n: torch.zeros_like(v, memory_format=torch.contiguous_format) for n, v in named.items()}
         grads += [to_parameters[parameter] for parameter in named]
     return from_matrix(grad_h, h, dim), grad_x if x is None else from_matrix(grad_x, x, dim), grads
 

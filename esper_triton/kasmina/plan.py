@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from esper_triton.kasmina.launcher import KernelProgram
 from esper_triton.kasmina.record import LayerRecord
 from esper_triton.kasmina.seed import Seed
 
-__all__ = ["ActiveSeed", "Contribution", "Plan", "make_plan"]
+__all__ = ["ActiveSeed", "Contribution", "Plan", "make_plan", "spread"]
 
 
 class ActiveSeed(NamedTuple):
@@ -66,21 +66,27 @@ def make_plan(record: LayerRecord, alpha_of: Callable[[int], Tensor], device: to
     )
     if not seeds:
         return None
-    gaps, end = [], 0
-    ordered = sorted((active.start, active.stop) for active in seeds)
-    for start, stop in [*ordered, (record.kind.width, record.kind.width)]:
-        if start > end:
-            gaps.append((end, start))
-        end = max(end, stop)
+    gaps, overlapping = spread([(active.start, active.stop) for active in seeds], record.kind.width)
     return Plan(
         width=record.kind.width,
         feature_dim=record.kind.feature_dim,
         x_name=record.kind.x_name,
         first_of_tuple=record.kind.first_of_tuple,
         seeds=seeds,
-        gaps=tuple(gaps),
-        overlapping=any(after[0] < before[1] for before, after in itertools.pairwise(ordered)),
+        gaps=gaps,
+        overlapping=overlapping,
         guard=record.guard,
         # On another device a launch returns before it has run, and its end cannot be read without a sync.
         timed=record.telemetry_enabled and device.type == "cpu",
     )
+
+
+def spread(spans: Sequence[tuple[int, int]], width: int) -> tuple[tuple[tuple[int, int], ...], bool]:
+    """The columns, of `width`, that are in no span, and whether spans overlap."""
+    gaps, end = [], 0
+    ordered = sorted(spans)
+    for start, stop in [*ordered, (width, width)]:
+        if start > end:
+            gaps.append((end, start))
+        end = max(end, stop)
+    return tuple(gaps), any(after[0] < before[1] for before, after in itertools.pairwise(ordered))

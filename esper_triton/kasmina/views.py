@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["empty_output", "from_matrix", "matches", "matrix", "settle"]
+__all__ = ["add_share", "empty_output", "from_matrix", "matches", "matrix", "settle"]
 
 
 def matrix(tensor: Tensor, feature_dim: int = -1) -> Tensor:
@@ -59,3 +59,10 @@ def matches(tensor: Tensor, width: int, feature_dim: int, like: Tensor | None = 
     return (
         like.dim() == dims and tensor.shape[:at] == like.shape[:at] and tensor.shape[at + 1 :] == like.shape[at + 1 :]
     )
+
+
+def add_share(out: Tensor, blended: Tensor, h: Tensor) -> None:
+    """Adds what a seed's own blend differs from `h` by to `out`, which other seeds share (law 2's sum)."""
+    difference = blended - h
+    # Selected, not only added: -0.0 + 0.0 is 0.0, and a silent seed must leave every bit of the host's output.
+    out.copy_(torch.where(difference == 0, out, out + difference))
