@@ -126,7 +126,7 @@ def _backward(
         stored = own.get(id(active), {})
         contribution = Contribution(active, {}, stored.pop("rejected", None))
         to_parameters = None
-        if not active.seed.pending_faults:  # since the last boundary: else it contributes nothing to this step
+        if not active.seed.pending_faults:  # one that has failed since the last boundary contributes nothing
             to_parameters = add_gradients(
                 plan, contribution, g, h2, x2, named, stored, grad_h, None if x2 is None else grad_x
             )
