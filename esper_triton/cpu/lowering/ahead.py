@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _LINE = 64  # bytes of a cache line
 _FEW = 16384  # bytes of a tile up to which it goes to the first-level cache
+_USERS = ("tt.reduce", "tt.store")  # whose nests fetch; and those of what is carried around a loop
 # Of `llvm.prefetch`: to read, how near, data.
 _NEAR, _FARTHER = ([ir.Constant(I32, number) for number in (0, locality, 1)] for locality in (3, 2))
 
@@ -88,6 +89,8 @@ class Ahead:
         """What a nest for `user` is to fetch, when the operations `done` are those of nests so far, of this one too."""
         block = user.block
         if self._program.terse or nest.axis is None or block is None or not _comes_again(block):
+            return []
+        if user.name not in _USERS and user is not block.terminator:
             return []
         # Nests share tiles to be loaded and to be stored. One that loads its tile itself, and is the last, is busy.
         stores, nests = self._rest(user, block)

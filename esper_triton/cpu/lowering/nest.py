@@ -127,6 +127,7 @@ class Nest:
         self.axis = lane_axis(self.shape) if axis is None else axis
         self._kept = dict(keep or {})
         self.accesses = frozenset(accesses)
+        self.upcoming: Sequence[Upcoming] = ()  # tiles of what comes next, see `ahead`
         self._accesses = [op for op in accesses if memory.mask_of(op) is not None]
         self.builders: list[ir.IRBuilder] = [program.b]
         self._open: list[_Loop | None] = []
@@ -283,12 +284,6 @@ class Nest:
         for _ in range(opened):
             self.close()
 
-    def fetch(self, tiles: Sequence[Upcoming], index: tuple[Index, ...]) -> None:
-        """Ask for what the loop's next step will load of `tiles` at `index`, if that is a whole chunk."""
-        if not self.is_split:
-            for tile in tiles:
-                tile.fetch(self, index)
-
     def leave_on(self, masks: Iterable[Value], index: tuple[Index, ...]) -> None:
         """Take it from here that masks are on in every lane at `index`."""
         for mask in masks:
@@ -393,7 +388,10 @@ class Nest:
         return full, end, list(reach)
 
     def visit(self, index: tuple[Index, ...]) -> None:
-        """Store the chunk of every kept value."""
+        """Store the chunk of every kept value; and ask for a share of the tiles that come next, where it is whole."""
+        if not self.is_split:
+            for tile in self.upcoming:
+                tile.fetch(self, index)
         self._visit(index, self._kept)
 
     def _visit(self, index: tuple[Index, ...], values: Iterable[Value]) -> None:

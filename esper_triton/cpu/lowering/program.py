@@ -25,7 +25,7 @@ from llvmlite import ir
 from esper_triton.cpu.errors import UnsupportedOperation
 from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering.accesses import Form, Record
-from esper_triton.cpu.lowering.ahead import Ahead, Upcoming
+from esper_triton.cpu.lowering.ahead import Ahead
 from esper_triton.cpu.lowering.atomics import lower_volatile_load
 from esper_triton.cpu.lowering.chunks import Buffer
 from esper_triton.cpu.lowering.elementwise import (
@@ -373,7 +373,9 @@ class Program:
         keep |= updates
         self.buffers |= updates
         accesses = [op for op in (*operations, user) if op is not None and op.name in ("tt.load", "tt.store")]
-        return Nest(self, shape, keep, [] if self.terse else accesses, axis)
+        nest = Nest(self, shape, keep, [] if self.terse else accesses, axis)
+        nest.upcoming = [] if user is None else self._ahead.share(user, nest, self._done)
+        return nest
 
     def _may_be_loaded_again(self, value: Value, axis: int | None, user: Operation) -> bool:
         """Whether a lazy tile is neighbours in memory, which are read as fast as a copy of them would be, and `user` is
@@ -449,19 +451,13 @@ class Program:
         tiles are computed before any is written.
         """
         nest = self.nest([value for value, _ in tiles], tiles[0][1].shape, user)
-        upcoming = self.upcoming(user, nest)
 
         def chunk(index: tuple[c.Index, ...]) -> None:
-            nest.fetch(upcoming, index)
             chunks = [nest.exact(value, index) for value, _ in tiles]
             for computed, (_, buffer) in zip(chunks, tiles, strict=True):
                 buffer.write(nest.b, index, computed, nest.width)
 
         nest.run(chunk)
-
-    def upcoming(self, user: Operation, nest: Nest) -> list[Upcoming]:
-        """What a nest made for `user` is to fetch for the next step of the loop around it."""
-        return self._ahead.share(user, nest, self._done)
 
     def _write(self, value: Value, buffer: Buffer) -> None:
         nest = self.nest([value], buffer.shape, None)

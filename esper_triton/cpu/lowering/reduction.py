@@ -102,7 +102,6 @@ class _Reduction:
         light = together[op].in_lanes and program.weight(self._operands) <= _LIGHT
         along = program.reading_axis(self._operands)
         self._nest = program.nest(self._operands, self._shape, op, along, also=others)
-        self._upcoming = program.upcoming(op, self._nest)
         lanes = self._nest.axis
         inner = None if lanes is None or lanes in self._axes else lanes - (lanes > self._axes[0])
         self._outputs = [
@@ -141,7 +140,6 @@ class _Reduction:
 
     def _at(self, index: Sequence[Index]) -> _Chunks:
         here = tuple(index)
-        self._nest.fetch(self._upcoming, here)
         self._nest.visit(here)
         return [self._nest.vector(operand, here) for operand in self._operands]
 

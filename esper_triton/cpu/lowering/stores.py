@@ -14,7 +14,6 @@ from llvmlite import ir
 
 from esper_triton.cpu.lowering import chunks as c
 from esper_triton.cpu.lowering import memory
-from esper_triton.cpu.lowering.chunks import Index
 from esper_triton.cpu.lowering.elementwise import I1, element_type
 from esper_triton.cpu.lowering.layout import WORTH_TURNING, contiguous_axis, steps
 from esper_triton.cpu.lowering.memory import load_operands, mask_of
@@ -58,13 +57,7 @@ def _store_tile(program: Program, op: Operation) -> None:
     pointer = op.operands[0]
     assert isinstance(pointer.type, TensorType)
     nest = program.nest(op.operands, pointer.type.shape, op, _store_axis(program, op))
-    upcoming = program.upcoming(op, nest)
-
-    def chunk(index: tuple[Index, ...]) -> None:
-        nest.fetch(upcoming, index)
-        memory.store(nest, op, index)
-
-    nest.run(chunk)
+    nest.run(lambda index: memory.store(nest, op, index))
 
 
 def _apart(program: Program, op: Operation, hazards: Sequence[Value]) -> Any | None:
