@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from esper_triton.contracts.blueprint import DTypeName, ParameterSpec, TensorSpec
 from esper_triton.contracts.expressions import evaluate
+from esper_triton.contracts.initial import fill_init
 
 __all__ = [
     "ArtifactId",
@@ -172,6 +173,6 @@ class Manifest(_Value):
 def parameter_records(parameters: dict[str, ParameterSpec], dims: dict[str, int]) -> dict[str, ParameterRecord]:
     """The blueprint's parameters with their shapes worked out for `dims`."""
     return {
-        name: ParameterRecord(shape=tuple(evaluate(text, dims) for text in spec.shape), init=spec.init)
+        name: ParameterRecord(shape=tuple(evaluate(text, dims) for text in spec.shape), init=fill_init(spec.init, dims))
         for name, spec in parameters.items()
     }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from esper_triton.contracts.errors import ArtifactRefused
+from esper_triton.contracts.initial import Init
 from esper_triton.contracts.manifest import Manifest
 from esper_triton.kasmina.cache import CacheKey, KernelCache
 from esper_triton.kasmina.kinds import Kind
@@ -124,24 +124,30 @@ def check_dtype(who: str, manifest: Manifest, dtype: torch.dtype | None) -> None
 def make_parameters(request: LoadRequest, manifest: Manifest) -> dict[str, nn.Parameter]:
     """The seed's parameters as the blueprint initialises them, the same for the same artifact, layer name and seed.
 
-    Drawn from a generator of their own: the global random stream does not move (law 8). `kaiming_uniform` is uniform
-    within sqrt(1 / fan_in), fan-in being the last dimension, as `nn.Linear` draws its weights.
+    Drawn in float32 from a generator of their own: the global random stream does not move (law 8). What each `init` is
+    stands in `contracts.initial`. Raises ArtifactRefused for one that is unknown.
     """
     identity = f"{manifest.id}\0{request.layer_name}\0{request.seed}".encode()
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(identity).digest()[:8], "big") >> 1)
     parameters = {}
     for name in sorted(manifest.parameters):
         record = manifest.parameters[name]
+        try:
+            init = Init.parse(record.init)
+        except ValueError as error:
+            raise ArtifactRefused(f"artifact {manifest.id}: parameter {name!r} has {error}") from error
         value = torch.zeros(record.shape, dtype=torch.float32)
-        match record.init:
+        match init.kind:
             case "zeros":
                 pass
             case "ones":
                 value.fill_(1.0)
-            case "kaiming_uniform":
-                bound = math.sqrt(1.0 / record.shape[-1])
+            case "constant":
+                value.fill_(init.number)
+            case "normal":
+                value.normal_(0.0, init.number, generator=generator)
+            case _:
+                bound = init.bound(record.shape)
                 value.uniform_(-bound, bound, generator=generator)
-            case unknown:
-                raise ArtifactRefused(f"artifact {manifest.id}: parameter {name!r} has unknown init {unknown!r}")
         parameters[name] = nn.Parameter(value.to(device=request.device, dtype=TORCH_DTYPE[manifest.dtype]))
     return parameters
