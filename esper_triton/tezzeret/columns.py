@@ -157,8 +157,9 @@ class _Columns:
             masks += [second.ok] if second.ok else []
         else:
             along = self._along(gradient, first, second)
-            # A parameter of several dimensions lies as its elements do, one after the other.
-            step = param["strides"][-1] if param.shape else 1
+            # The elements of a view of several dimensions lie one after the other, or in one of its dimensions.
+            wide = [stride for extent, stride in zip(param.shape, param["strides"], strict=True) if extent > 1]
+            step = wide[-1] if wide else 1
             where.append(along.code + ("" if step == 1 else f" * {step}"))
             masks = [along.ok] if along.ok else []
             if second is not None:

@@ -248,7 +248,13 @@ class Graph:
         return self.mul(self.rsum(a), self.const(1.0 / a.width))
 
     def linear(self, a: Node, weight: Node, *, transposed: bool = False) -> Node:
-        n = weight.shape[1 if transposed else 0]
+        """a weight^T, or a weight where it is `transposed`. With one column on either side it is no product."""
+        out_dim = 1 if transposed else 0
+        n, k = weight.shape[out_dim], weight.shape[1 - out_dim]
+        if k == 1:
+            return self.mul(a, self.view(weight, (out_dim,), {1 - out_dim: 0}))
+        if n == 1:
+            return self.rsum(self.mul(a, self.view(weight, (1 - out_dim,), {out_dim: 0})))
         return self.node("linear", (a, weight), a.level, (*a.shape[:-1], n), transposed=(transposed,))
 
     def pool_sum(self, a: Node) -> Node:
@@ -256,6 +262,8 @@ class Graph:
         return self.reshape(self.node("pool_sum", (flat,), "batch", flat.shape), a.shape)
 
     def outer(self, g: Node, a: Node) -> Node:
+        if 1 in (g.width, a.width):
+            return self.sum_rows(self.mul(g, a))
         return self.node("outer", (g, a), "none", (g.width, a.width))
 
     def sum_rows(self, g: Node) -> Node:

@@ -138,7 +138,9 @@ class Writer(Values):
         parameters = [f"{n}_ptr" for n in self.pointers] + [f"{n}_row_stride" for n in self.strides]
         parameters += [*self.scalars, *(f"{n}: tl.constexpr" for n in self.constexprs)]
         quoted = doc if len(doc) > 1 else [doc[0]]
-        text = ["@triton.jit", f"def {name}(", *(f"    {p}," for p in parameters), "):"]
+        # Or a launch with one row would be given a kernel of its own, in which rows is no tensor.
+        fixed = f"(do_not_specialize={list(self.scalars)})" if self.scalars else ""
+        text = [f"@triton.jit{fixed}", f"def {name}(", *(f"    {p}," for p in parameters), "):"]
         text += [f'    """{quoted[0]}' + ('"""' if len(quoted) == 1 else "")]
         if len(quoted) > 1:
             text += ["", *(f"    {line}" if line else "" for line in quoted[1:]), '    """']
