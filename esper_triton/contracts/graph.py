@@ -32,6 +32,7 @@ __all__ = [
     "input_dims",
     "is_affine",
     "layout_of",
+    "layouts_of",
 ]
 
 Layout = Literal["rows", "sequence", "image"]
@@ -282,13 +283,20 @@ def _domain(op: Op) -> str:
     return OPERATIONS[op.op].domain if op.op in OPERATIONS else "row"
 
 
-def layout_of(ops: Iterable[Op]) -> Layout:
-    """The layout that a graph needs: `rows` where each result depends on its own row alone, else what its ops look
-    at. Pooling and attention take an image too; by themselves they need a sequence."""
+def layouts_of(ops: Iterable[Op]) -> tuple[Layout, ...]:
+    """The layouts in which a graph can be computed. Where each result depends on its own row alone, any; pooling and
+    attention take the positions of a sequence or of an image; convolutions take what they are over."""
     domains = {_domain(op) for op in ops}
     if "image" in domains:
-        return "image"
-    return "sequence" if domains - {"row"} else "rows"
+        return ("image",)
+    if "sequence" in domains:
+        return ("sequence",)
+    return ("sequence", "image") if "positions" in domains else ("rows", "sequence", "image")
+
+
+def layout_of(ops: Iterable[Op]) -> Layout:
+    """The least layout that a graph needs, the first of `layouts_of`: `rows` where each row is on its own."""
+    return layouts_of(ops)[0]
 
 
 def _unused(blueprint: Blueprint) -> list[str]:

@@ -1,8 +1,8 @@
 """What a graph means: evaluated op by op in torch, with torch's own functions.
 
 This is what emitted kernels are proven against, so it shares nothing with the emitter: no decomposition, no fusion, no
-derivative of its own. Gradients are torch's autograd. It computes in the dtype that it is given, float64 where it is the
-measure of others.
+derivative of its own. Gradients are torch's autograd. It computes in the dtype that it is given, float64 where it is
+the measure of others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.errors import BlueprintError, nearest
 from esper_triton.contracts.expressions import evaluate
-from esper_triton.contracts.graph import Layout, Op, ValueType, attributes, infer, layout_of
+from esper_triton.contracts.graph import Layout, Op, ValueType, attributes, infer, layout_of, layouts_of
 
 __all__ = ["reference"]
 
@@ -45,15 +45,15 @@ def reference(
         training: whether dropout drops. Then `mask` has, for each dropout, by the name of its value, a tensor that is
             true where an element is kept: of the value's shape, which is [*leading, *inner] for one value a row and
             [batch, *inner] for one a batch item.
-        layout: how the inputs' rows lie; without it as the graph needs it (`layout_of`). A graph of rows alone takes any.
+        layout: how the inputs' rows lie; without it as the graph needs it (`layout_of`). A graph of rows alone takes
+        any.
 
     Returns a tensor of the shape of `h`. Raises BlueprintError with every fault of dims, inputs and parameters.
     """
-    needed = layout_of(blueprint.ops)
-    layout = needed if layout is None else layout
+    layout = layout_of(blueprint.ops) if layout is None else layout
     types = infer(blueprint, dims)
     masks = mask or {}
-    _check(blueprint, types, inputs, parameters, masks, layout, needed, training=training)
+    _check(blueprint, types, inputs, parameters, masks, layout, training=training)
     leading = next(iter(inputs.values())).shape[:-1]
     frame = _Frame(leading=leading, dims=dims, training=training, masks=masks)
     values: dict[str, _Value] = {
@@ -67,8 +67,7 @@ def reference(
         ]
         result = _EVALUATORS[op.op](frame, op, operands)
         values[op.name] = _Value(result, types[op.name])
-    k = values[blueprint.output].tensor
-    return k.expand(*leading, k.shape[-1])
+    return values[blueprint.output].tensor
 
 
 @dataclass(frozen=True)
@@ -91,34 +90,22 @@ class _Frame:
     def extent(self, value: object) -> int:
         return evaluate(str(value), self.dims)
 
-    def aligned(self, value: _Value, rank: int) -> Tensor:
-        """With the leading dimensions of rows and `rank` inner ones, of extent 1 where it has none: ready to broadcast."""
-        leading: tuple[int, ...] = (1,) * len(self.leading)
-        if value.kind.level == "rows":
-            leading = self.leading
-        elif value.kind.level == "batch":
-            leading = (self.leading[0], *leading[1:])
-        inner = value.kind.shape
-        return value.tensor.reshape(*leading, *(1,) * (rank - len(inner)), *inner)
-
     def together(self, *operands: _Value) -> list[Tensor]:
         """Operands that broadcast in torch as the graph says that they do."""
         rank = max(len(value.kind.shape) for value in operands)
         levels = {value.kind.level for value in operands}
-        if len(levels) > 1 and levels != {None, "batch"}:
-            return [self.aligned(value, rank) for value in operands]
-        (level,) = levels - {None} or {None}
-        own = 0 if level is None else 1 if level == "batch" else len(self.leading)
+        own = len(self.leading) if "rows" in levels else 1 if "batch" in levels else 0
         found = []
         for value in operands:
-            leading = value.tensor.shape[:own] if value.kind.level is not None else (1,) * own
+            outer = {"rows": self.leading, "batch": self.leading[:1], None: ()}[value.kind.level]
             inner = value.kind.shape
-            found.append(value.tensor.reshape(*leading, *(1,) * (rank - len(inner)), *inner))
+            shape = (*outer, *(1,) * (own - len(outer)), *(1,) * (rank - len(inner)), *inner)
+            found.append(value.tensor.reshape(shape))
         return found
 
     def positions(self, value: _Value) -> Tensor:
         """[batch, positions, *inner]"""
-        return value.tensor.reshape(self.leading[0], -1, *value.kind.shape)
+        return value.tensor.reshape(self.leading[0], self.leading[1:].numel(), *value.kind.shape)
 
 
 Evaluator = Callable[[_Frame, Op, list[_Value]], Tensor]
@@ -186,7 +173,7 @@ def _convolution(function: Callable[..., Tensor], *, depthwise: bool) -> Evaluat
 
 def _concat(frame: _Frame, op: Op, operands: list[_Value]) -> Tensor:
     tensors = frame.together(*operands)
-    leading = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
+    leading = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))  # type: ignore[no-untyped-call]
     return torch.cat([tensor.expand(*leading, tensor.shape[-1]) for tensor in tensors], dim=-1)
 
 
@@ -205,9 +192,14 @@ def _reshape(frame: _Frame, op: Op, operands: list[_Value]) -> Tensor:
 def _attention(frame: _Frame, op: Op, operands: list[_Value]) -> Tensor:
     attrs = attributes(op)
     heads = frame.extent(attrs["heads"])
-    q, k, v = (frame.positions(value).unflatten(-1, (heads, -1)).transpose(1, 2) for value in operands)
+    q, k, v = (_split(frame.positions(value), heads) for value in operands)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=bool(attrs["causal"]))
-    return out.transpose(1, 2).flatten(-2).reshape(*frame.leading, -1)
+    return out.transpose(1, 2).reshape(*frame.leading, *operands[2].kind.shape)
+
+
+def _split(tensor: Tensor, heads: int) -> Tensor:
+    """[batch, heads, positions, width of a head]"""
+    return tensor.reshape(*tensor.shape[:-1], heads, tensor.shape[-1] // heads).transpose(1, 2)
 
 
 def _gather(frame: _Frame, op: Op, operands: list[_Value]) -> Tensor:
@@ -282,13 +274,15 @@ def _check(
     parameters: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     layout: Layout,
-    needed: Layout,
     *,
     training: bool,
 ) -> None:
     faults: list[str] = []
-    if needed not in ("rows", layout):
-        faults.append(f"its graph needs the layout {needed!r}, found {layout!r}")
+    fitting = layouts_of(blueprint.ops)
+    if layout not in fitting:
+        raise BlueprintError(
+            f"blueprint {blueprint.name!r}: layout is {layout!r}, its graph takes {' or '.join(fitting)}"
+        )
     leading: Any = None
     for name in blueprint.inputs:
         width = types[name].shape[0]
