@@ -13,15 +13,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from esper_triton.contracts.errors import BlueprintError, nearest
 from esper_triton.contracts.expressions import ExpressionError, symbols
 
-__all__ = ["Blueprint", "DTypeName", "Dim", "LaunchSpec", "ParameterSpec", "TensorSpec"]
+__all__ = ["Blueprint", "DTypeName", "Dim", "LaunchSpec", "LayoutName", "ParameterSpec", "TensorSpec"]
 
 SCHEMA_VERSION = "1.0"
 DTypeName = Literal["float32", "float16", "bfloat16"]
+LayoutName = Literal["rows", "sequence", "image"]
 Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 Grid = Annotated[tuple[str, ...], Field(min_length=1, max_length=3)]
 
 # Tensors that the executor brings; every other tensor that a kernel names is a parameter, saved or scratch.
 INPUTS = {"x": ("x",), "h": ("h",), "xh": ("x", "h")}
+# Sizes of a call that kernels, grids and shapes may name, by layout.
+EXTENTS: dict[LayoutName, tuple[str, ...]] = {
+    "rows": ("rows",),
+    "sequence": ("rows", "batch", "length"),
+    "image": ("rows", "batch", "length", "image_height", "image_width"),
+}
+RESERVED = frozenset({"h", "x", "out", "alpha", "training", "dropout_seed", *EXTENTS["image"]})
 
 
 class _Value(BaseModel):
@@ -50,14 +58,16 @@ class ParameterSpec(_Value):
 
 
 class TensorSpec(_Value):
-    """An intermediate tensor. `shape` holds expressions over dims and `rows`; dtype `input` is the layer's."""
+    """An intermediate tensor. `shape` holds expressions over dims and the layout's extents; dtype `input` is the
+    layer's."""
 
     shape: tuple[str, ...]
     dtype: Literal["input", "float32"] = "float32"
 
 
 class LaunchSpec(_Value):
-    """One launch: a `@triton.jit` function of the source and its grid, expressions over dims, constexprs and `rows`."""
+    """One launch: a `@triton.jit` function of the source and its grid, expressions over dims, constexprs and the
+    layout's extents."""
 
     kernel: str
     grid: Grid
@@ -73,8 +83,16 @@ class Blueprint(_Value):
     `grad_out`, `grad_h`, `grad_x`, `grad_<parameter>` and `scratch`. All matrices are row-major with unit stride in the
     last dimension. A blueprint that reads `x` has a dim `d_in`, the width of `x`.
 
+    `layout` says what the rows are, and with it which further int32 a kernel may take by name: `rows` are of no order;
+    in a `sequence` they are `batch` items of `length` positions, one item after the other; in an `image` each item's
+    `length` positions are `image_height` lines of `image_width`. A kernel may also take `training`, int32, 1 when the
+    layer is in training mode, and `dropout_seed_ptr`, the address of one int64 that is drawn for each forward in
+    training mode and is the same in its backward (0 in eval mode).
+
     The forward writes `out = h + alpha * (k - h)`, the blend of law 2. The source also defines `reference(...)` in
-    plain torch, which returns `k` for inputs and parameters given by keyword; the kernels are proven against it.
+    plain torch, which returns `k` for inputs and parameters given by keyword; the kernels are proven against it. Inputs
+    and k are [rows, width], in a `sequence` [batch, length, width], and in an `image` [batch, image_height,
+    image_width, width]. Of a kernel that behaves otherwise in training, it is what holds in eval mode.
 
     `affine` says that k is an affine function of the inputs, whatever the parameters: such a seed may be merged into
     its host's weights when it has become permanent. The proof sees to it that the reference is one.
@@ -84,6 +102,7 @@ class Blueprint(_Value):
     name: Identifier
     description: str
     input: Literal["x", "h", "xh"]
+    layout: LayoutName = "rows"
     affine: bool = False
     feature_dim: str = Field(description="symbol of the width of the span: the last dimension of h and out")
     source: str = Field(description="file name of the Triton source, relative to the blueprint")
@@ -113,23 +132,23 @@ class Blueprint(_Value):
             except ExpressionError as error:
                 faults.append(f"{where}: {error}")
 
-        dims = set(self.dims)
+        dims, extents = set(self.dims), set(EXTENTS[self.layout])
         for name, parameter in self.parameters.items():
             for text in parameter.shape:
                 check(f"parameters.{name}.shape", text, dims)
         for group, tensors in (("saved", self.saved), ("scratch", self.scratch)):
             for name, tensor in tensors.items():
                 for text in tensor.shape:
-                    check(f"{group}.{name}.shape", text, dims | {"rows"})
+                    check(f"{group}.{name}.shape", text, dims | extents)
         for name, text in self.constexprs.items():
             check(f"constexprs.{name}", text, dims)
         for group, launches in (("forward", self.forward), ("backward", self.backward)):
             for index, launch in enumerate(launches):
                 for text in launch.grid:
-                    check(f"{group}[{index}].grid", text, dims | {"rows"} | set(self.constexprs))
-        reserved = {"h", "x", "out", "alpha", "rows"}
+                    check(f"{group}[{index}].grid", text, dims | extents | set(self.constexprs))
+        faults += [f"dim {name!r} is the name of an extent" for name in sorted(dims & set(EXTENTS["image"]))]
         names = [*self.parameters, *self.saved, *self.scratch]
-        for name in sorted(set(names) & reserved | {n for n in names if names.count(n) > 1 or n.startswith("grad_")}):
+        for name in sorted(set(names) & RESERVED | {n for n in names if names.count(n) > 1 or n.startswith("grad_")}):
             faults.append(f"tensor name {name!r} is taken twice or reserved")
         if faults:
             raise ValueError("; ".join(faults))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class SeedBlend(torch.autograd.Function):
         *parameters: nn.Parameter,
     ) -> Tensor:
         ctx.plan = plan
-        ctx.contributions = [Contribution(c.active, {}, c.rejected) for c in contributions]
+        ctx.contributions = [replace(c, saved={}) for c in contributions]
         ctx.saved_names = [tuple(c.saved) for c in contributions]
         # Through autograd's own keeping, so that its hooks (offloading, checkpointing) and version checks apply.
         ctx.save_for_backward(h, x, *parameters, *(t for c in contributions for t in c.saved.values()))
@@ -49,8 +50,8 @@ class SeedBlend(torch.autograd.Function):
         saved = [{name: next(kept) for name in names} for names in ctx.saved_names]
         _, _, _, needs_h, needs_x, *needs_parameters = ctx.needs_input_grad
 
-        dim = ctx.plan.feature_dim
-        g, h2, x2 = matrix(grad_out, dim), matrix(h, dim), None if x is None else matrix(x, dim)
+        axes = ctx.plan.axes
+        g, h2, x2 = matrix(grad_out, axes), matrix(h, axes), None if x is None else matrix(x, axes)
         grad_h = g.clone(memory_format=torch.contiguous_format) if needs_h else None
         grad_x = torch.zeros_like(x2, memory_format=torch.contiguous_format) if needs_x and x2 is not None else None
         parameter_grads: list[Tensor | None] = []
@@ -61,8 +62,8 @@ class SeedBlend(torch.autograd.Function):
             None,
             None,
             None,
-            None if grad_h is None else from_matrix(grad_h, h, dim),
-            None if grad_x is None else from_matrix(grad_x, x, dim),
+            None if grad_h is None else from_matrix(grad_h, h, axes),
+            None if grad_x is None else from_matrix(grad_x, x, axes),
             *(grad if needed else None for grad, needed in zip(parameter_grads, needs_parameters, strict=True)),
         )
 
@@ -109,7 +110,15 @@ def _seed_backward(
     seed reads it, and to its parameters, given that of its span of the output."""
     active = contribution.active
     inputs = {"h": h} if x is None else {"h": h, "x": x}
-    to_inputs, to_parameters = active.program.backward(g, inputs, parameters, active.alpha, saved)
+    to_inputs, to_parameters = active.program.backward(
+        g,
+        inputs,
+        parameters,
+        active.alpha,
+        saved,
+        extents=contribution.extents,
+        training=contribution.training,
+    )
     # Kernels that read only x leave the host's own share of the blend to us: d(h + alpha * (k - h)) / dh with k
     # constant.
     to_h = to_inputs["h"] if "h" in to_inputs else (1 - active.alpha) * g

@@ -17,7 +17,17 @@ from torch import Tensor
 from esper_triton.contracts.errors import ArtifactRefused
 from esper_triton.kasmina.launcher import KernelProgram, check_runs_here
 from esper_triton.kasmina.plan import spread
-from esper_triton.kasmina.views import add_share, empty_output, from_matrix, matches, matrix, settle
+from esper_triton.kasmina.views import (
+    Axes,
+    Extents,
+    add_share,
+    empty_output,
+    extents_of,
+    from_matrix,
+    matches,
+    matrix,
+    settle,
+)
 from esper_triton.urza import Urza
 
 __all__ = ["fetch_program", "fixed_seeds", "keep_program"]
@@ -49,7 +59,10 @@ def fetch_program(urza: Urza, artifact_id: str, digest: str, device: torch.devic
 
 
 _library = torch.library.Library("esper_triton", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch does not annotate
-_SEEDS = "Tensor[] parameters, float[] alphas, str[] digests, int[] starts, int width, int feature_dim"
+_SEEDS = (
+    "Tensor[] parameters, float[] alphas, str[] digests, int[] starts, int width, int feature_dim, "
+    "bool length_first, bool training, Tensor? dropout_seeds"
+)
 for _schema in (
     f"fixed_seeds(Tensor h, Tensor? x, {_SEEDS}) -> Tensor",
     f"fixed_seeds_backward(Tensor grad_out, Tensor h, Tensor? x, {_SEEDS}) -> Tensor[]",
@@ -66,6 +79,9 @@ def fixed_seeds(
     starts: Sequence[int],
     width: int,
     feature_dim: int = -1,
+    length_first: bool = False,
+    training: bool = False,
+    dropout_seeds: Tensor | None = None,
 ) -> Tensor:
     """`h + sum_i alpha_i * (k_i - h[c_i])` (law 2), a new tensor of the shape, strides and dtype of `h`.
 
@@ -77,28 +93,52 @@ def fixed_seeds(
         parameters: those of every seed, one after the other, by name within a seed; contiguous, in the kernel's dtype.
         digests: of the seeds' manifests; loaded by `keep_program` or `fetch_program`.
         starts: first column of each seed's span.
+        length_first: whether `h` of three dimensions is [length, batch, width].
+        training: whether kernels with a dropout drop. dropout_seeds: int64, one for each seed, where one then does.
 
     Raises RuntimeError for a kernel that is not loaded, ValueError for tensors that a kernel is not for.
     """
-    result: Tensor = torch.ops.esper_triton.fixed_seeds(h, x, parameters, alphas, digests, starts, width, feature_dim)
+    result: Tensor = torch.ops.esper_triton.fixed_seeds(
+        h, x, parameters, alphas, digests, starts, width, feature_dim, length_first, training, dropout_seeds
+    )
     return result
 
 
 class _Fixed:
     """One seed of a call."""
 
-    def __init__(self, program: KernelProgram, parameters: dict[str, Tensor], alpha: Tensor, start: int) -> None:
+    def __init__(
+        self,
+        program: KernelProgram,
+        parameters: dict[str, Tensor],
+        alpha: Tensor,
+        start: int,
+        extents: Extents,
+        training: bool,
+        dropout_seed: Tensor | None,
+    ) -> None:
         self.program, self.parameters, self.alpha, self.start = program, parameters, alpha, start
         self.stop = start + program.width
+        self.extents, self.training, self.dropout_seed = extents, training, dropout_seed
 
     def forward(self, h: Tensor, x: Tensor | None, out: Tensor) -> dict[str, Tensor]:
-        return self.program.forward(self._inputs(h, x), self.parameters, self.alpha, out)
+        return self.program.forward(
+            self._inputs(h, x),
+            self.parameters,
+            self.alpha,
+            out,
+            extents=self.extents,
+            training=self.training,
+            dropout_seed=self.dropout_seed,
+        )
 
     def backward(self, g: Tensor, h: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Gradients at the span of h, and at x where the kernel reads it. What forward saves is computed again: most
         calls of a fixed model have no backward, and would hold it for nothing."""
         saved = self.forward(h, x, torch.empty_like(g, memory_format=torch.contiguous_format))
-        to_inputs, _ = self.program.backward(g, self._inputs(h, x), self.parameters, self.alpha, saved)
+        to_inputs, _ = self.program.backward(
+            g, self._inputs(h, x), self.parameters, self.alpha, saved, extents=self.extents, training=self.training
+        )
         return to_inputs["h"] if "h" in to_inputs else (1 - self.alpha) * g, to_inputs.get("x")
 
     def _inputs(self, h: Tensor, x: Tensor | None) -> dict[str, Tensor]:
@@ -110,17 +150,26 @@ class _Fixed:
 
 
 def _seeds(
-    h: Tensor, parameters: Sequence[Tensor], alphas: Sequence[float], digests: Sequence[str], starts: Sequence[int]
+    h: Tensor,
+    parameters: Sequence[Tensor],
+    alphas: Sequence[float],
+    digests: Sequence[str],
+    starts: Sequence[int],
+    axes: Axes,
+    training: bool,
+    dropout_seeds: Tensor | None,
 ) -> Iterator[_Fixed]:
-    given = iter(parameters)
-    for alpha, digest, start in zip(alphas, digests, starts, strict=True):
+    given, extents = iter(parameters), extents_of(h.shape, axes)
+    for place, (alpha, digest, start) in enumerate(zip(alphas, digests, starts, strict=True)):
         program = _programs.get((digest, h.device))
         if program is None:
             raise RuntimeError(
                 f"the kernel of manifest {digest} is not loaded in this process for {h.device}; a baked model loads it"
             )
         own = {name: next(given) for name in sorted(program.manifest.parameters)}
-        yield _Fixed(program, own, torch.full((1,), alpha, dtype=torch.float32, device=h.device), start)
+        constant = torch.full((1,), alpha, dtype=torch.float32, device=h.device)
+        dropout_seed = None if dropout_seeds is None else dropout_seeds[place].view(1)
+        yield _Fixed(program, own, constant, start, extents, training, dropout_seed)
 
 
 @torch.library.impl(_library, "fixed_seeds", "CompositeExplicitAutograd")
@@ -133,14 +182,18 @@ def _forward(
     starts: Sequence[int],
     width: int,
     feature_dim: int,
+    length_first: bool,
+    training: bool,
+    dropout_seeds: Tensor | None,
 ) -> Tensor:
     if not matches(h, width, feature_dim):
         raise ValueError(
             f"the host's output is {tuple(h.shape)}, {width} features in dimension {feature_dim} are expected"
         )
-    seeds = list(_seeds(h, parameters, alphas, digests, starts))
-    h2, x2 = matrix(h, feature_dim), None if x is None else matrix(x, feature_dim)
-    out, out2 = empty_output(h, feature_dim)
+    axes = Axes(feature_dim, length_first)
+    seeds = list(_seeds(h, parameters, alphas, digests, starts, axes, training, dropout_seeds))
+    h2, x2 = matrix(h, axes), None if x is None else matrix(x, axes)
+    out, out2 = empty_output(h, axes)
     gaps, overlapping = spread([(seed.start, seed.stop) for seed in seeds], width)
     for start, stop in [(0, width)] if overlapping else gaps:
         out2[:, start:stop] = h2[:, start:stop]
@@ -152,7 +205,7 @@ def _forward(
         blended = torch.empty(own.shape, dtype=h.dtype, device=h.device)
         seed.forward(own, x2, blended)
         add_share(target, blended, own)
-    settle(out, out2, feature_dim)
+    settle(out, out2, axes)
     return out
 
 
@@ -167,13 +220,17 @@ def _backward(
     starts: Sequence[int],
     width: int,
     feature_dim: int,
+    length_first: bool,
+    training: bool,
+    dropout_seeds: Tensor | None,
 ) -> list[Tensor]:
     """Gradients at h and, where it is given, at x."""
-    g, h2 = matrix(grad_out, feature_dim), matrix(h, feature_dim)
-    x2 = None if x is None else matrix(x, feature_dim)
+    axes = Axes(feature_dim, length_first)
+    g, h2 = matrix(grad_out, axes), matrix(h, axes)
+    x2 = None if x is None else matrix(x, axes)
     grad_h = g.clone(memory_format=torch.contiguous_format)
     grad_x = None if x2 is None else torch.zeros_like(x2, memory_format=torch.contiguous_format)
-    seeds = list(_seeds(h, parameters, alphas, digests, starts))
+    seeds = list(_seeds(h, parameters, alphas, digests, starts, axes, training, dropout_seeds))
     _, overlapping = spread([(seed.start, seed.stop) for seed in seeds], width)
     for seed in seeds:
         span = slice(seed.start, seed.stop)
@@ -184,8 +241,8 @@ def _backward(
             grad_h[:, span] = to_h
         if grad_x is not None and to_x is not None:
             grad_x += to_x
-    grads = [from_matrix(grad_h, h, feature_dim)]
-    return grads if grad_x is None or x is None else [*grads, from_matrix(grad_x, x, feature_dim)]
+    grads = [from_matrix(grad_h, h, axes)]
+    return grads if grad_x is None or x is None else [*grads, from_matrix(grad_x, x, axes)]
 
 
 def _forward_shape(h: Tensor, x: Tensor | None, *seeds: object) -> Tensor:
@@ -193,26 +250,28 @@ def _forward_shape(h: Tensor, x: Tensor | None, *seeds: object) -> Tensor:
 
 
 def _backward_shapes(grad_out: Tensor, h: Tensor, x: Tensor | None, *seeds: Any) -> list[Tensor]:
-    dim = seeds[-1]
+    axes = Axes(seeds[5], seeds[6])
 
     def empty(like: Tensor) -> Tensor:
-        width = like.shape[dim]
-        return from_matrix(torch.empty((like.numel() // width, width), dtype=like.dtype, device=like.device), like, dim)
+        width = like.shape[axes.feature_dim]
+        rows = torch.empty((like.numel() // width, width), dtype=like.dtype, device=like.device)
+        return from_matrix(rows, like, axes)
 
     return [empty(tensor) for tensor in (h, x) if tensor is not None]
 
 
 def _keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    h, x, parameters, *ctx.seeds = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(h, x, *parameters)  # type: ignore[misc, arg-type]
+    h, x, parameters, *ctx.seeds, dropout_seeds = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(h, x, dropout_seeds, *parameters)  # type: ignore[misc, arg-type]
 
 
 def _gradients(ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor) -> tuple[object, ...]:
-    h, x, *parameters = ctx.saved_tensors  # type: ignore[attr-defined]
+    h, x, dropout_seeds, *parameters = ctx.saved_tensors  # type: ignore[attr-defined]
     if any(ctx.needs_input_grad[2]):  # type: ignore[attr-defined]
         raise RuntimeError("the parameters of fixed seeds are frozen; a gradient at them is not computed")
-    grads = torch.ops.esper_triton.fixed_seeds_backward(grad_out, h, x, parameters, *ctx.seeds)  # type: ignore[attr-defined]
-    return (grads[0], None if x is None else grads[1], [None] * len(parameters), None, None, None, None, None)
+    seeds = ctx.seeds  # type: ignore[attr-defined]
+    grads = torch.ops.esper_triton.fixed_seeds_backward(grad_out, h, x, parameters, *seeds, dropout_seeds)
+    return (grads[0], None if x is None else grads[1], [None] * len(parameters), *[None] * (len(seeds) + 1))
 
 
 def _refuse(ctx: object, *grads: object) -> None:

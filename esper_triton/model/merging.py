@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from esper_triton.contracts.errors import ArtifactRefused
 
 if TYPE_CHECKING:
+    from esper_triton.kasmina.launcher import KernelProgram
     from esper_triton.model.baking import FixedSeed
 
 __all__ = ["merge"]
@@ -30,7 +31,7 @@ def merge(host: nn.Module, seeds: Sequence[FixedSeed], *, unshared: bool) -> boo
 
     Raises ArtifactRefused for a kernel that says it is affine and is not. Nothing is changed then.
     """
-    if not unshared or not all(seed.program.manifest.affine for seed in seeds):
+    if not unshared or not all(_is_row_map(seed.program) for seed in seeds):
         return False
     # Exactly these classes with exactly these parameters: what a subclass or a reparametrization makes of its weight
     # is not known.
@@ -64,6 +65,11 @@ def merge(host: nn.Module, seeds: Sequence[FixedSeed], *, unshared: bool) -> boo
         value = merged_bias.to(host.weight.dtype)
         host.bias = nn.Parameter(value, requires_grad=host.weight.requires_grad)
     return True
+
+
+def _is_row_map(program: KernelProgram) -> bool:
+    """Whether every row of the result is the same affine function of its own row alone, in training mode too."""
+    return program.manifest.affine and program.layout == "rows" and not program.follows_mode
 
 
 def _assign(host: nn.Module, name: str, value: Tensor) -> None:

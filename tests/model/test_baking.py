@@ -262,10 +262,12 @@ def test_the_operator_keeps_torchs_rules_and_says_what_it_does_not_have(adapter_
     h = torch.randn(3, D, requires_grad=True)
     for seeds in (([0.5], [artifact.digest], [0]), ([0.5, 1.0], [artifact.digest] * 2, [0, 0])):
         given = parameters * len(seeds[0])
-        torch.library.opcheck(torch.ops.esper_triton.fixed_seeds.default, (h, None, given, *seeds, D, -1))
+        call = (h, None, given, *seeds, D, -1, False, False, None)
+        torch.library.opcheck(torch.ops.esper_triton.fixed_seeds.default, call)
     image = torch.randn(2, D, 3, 4, requires_grad=True)
     one = ([0.5], [artifact.digest], [0], D)
-    torch.library.opcheck(torch.ops.esper_triton.fixed_seeds.default, (image, None, parameters, *one, -3))
+    call = (image, None, parameters, *one, -3, False, False, None)
+    torch.library.opcheck(torch.ops.esper_triton.fixed_seeds.default, call)
     (grad,) = torch.autograd.grad(fixed_seeds(h, None, parameters, *one).square().sum(), h, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         grad.sum().backward()
