@@ -8,7 +8,6 @@ noted on the seed and its span is the host's (law 1).
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from esper_triton.kasmina.autograd import SeedBlend
+from esper_triton.kasmina.blending import Contribution, make_call, run_seeds
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.operator import blend, name_plan
-from esper_triton.kasmina.plan import ActiveSeed, Call, Contribution, Plan, draw_dropout_seeds
+from esper_triton.kasmina.plan import ActiveSeed, Plan, draw_dropout_seeds
 from esper_triton.kasmina.prepared import Prepared, prepare
 from esper_triton.kasmina.record import LayerRecord
-from esper_triton.kasmina.views import Extents, add_share, empty_output, extents_of, matches, matrix, settle
+from esper_triton.kasmina.views import Extents, empty_output, extents_of, matches, matrix, settle
 
 __all__ = ["Dispatch"]
 
@@ -240,70 +240,3 @@ def _fits(plan: Plan, active: ActiveSeed, x: Any, h: Any, extents: Extents | Non
         and program.x_width is not None
         and matches(x, program.x_width, plan.axes.feature_dim, like=h)
     )
-
-
-def make_call(plan: Plan, h: Tensor, training: bool, extents: Extents | None = None) -> Call:
-    """What a call with this host output has beside its matrices, with dropout seeds drawn for it."""
-    if extents is None and plan.has_positions:
-        extents = extents_of(h.shape, plan.axes)
-    seeds = draw_dropout_seeds(len(plan.seeds), h.device) if training and plan.draws else None
-    return Call(extents, training, seeds)
-
-
-def run_seeds(
-    plan: Plan, fitting: Sequence[ActiveSeed], x: Tensor | None, h: Tensor, out: Tensor, call: Call
-) -> list[Contribution]:
-    """Writes the blend into `out`, [rows, width], and returns what the seeds that ran leave for backward."""
-    if plan.overlapping:
-        out.copy_(h)
-    else:
-        for start, stop in plan.gaps:
-            out[:, start:stop] = h[:, start:stop]
-        for active in plan.seeds:
-            if active not in fitting:
-                out[:, active.start : active.stop] = h[:, active.start : active.stop]
-    contributions = []
-    for active in fitting:
-        h_span = h[:, active.start : active.stop]
-        out_span = out[:, active.start : active.stop]
-        target = torch.empty(h_span.shape, dtype=h.dtype, device=h.device) if plan.overlapping else out_span
-        try:
-            contribution = _run_seed(plan, active, x, h_span, target, call)
-        except Exception as error:
-            active.seed.fault(error)
-            if not plan.overlapping:
-                out_span.copy_(h_span)
-            continue
-        if plan.overlapping:
-            add_share(out_span, target, h_span)
-        contributions.append(contribution)
-    return contributions
-
-
-def _run_seed(plan: Plan, active: ActiveSeed, x: Tensor | None, h: Tensor, target: Tensor, call: Call) -> Contribution:
-    inputs = {"h": h} if x is None else {"h": h, "x": x}
-    dropout_seed = None
-    if active.program.draws and call.dropout_seeds is not None:
-        dropout_seed = call.dropout_seeds[plan.seeds.index(active)].view(1)
-    began = time.perf_counter_ns() if plan.timed else 0
-    saved = active.program.forward(
-        inputs,
-        active.parameters,
-        active.alpha,
-        target,
-        extents=call.extents,
-        training=call.training,
-        dropout_seed=dropout_seed,
-    )
-    if plan.timed:
-        active.seed.latency_ns += time.perf_counter_ns() - began
-        active.seed.timed_calls += 1
-    rejected = None
-    if plan.guard or active.nonfinite is not None:
-        broken = (h.isfinite() & ~target.isfinite()).any()
-        if active.nonfinite is not None:
-            active.nonfinite.logical_or_(broken)
-    if plan.guard:
-        rejected = broken
-        target.copy_(torch.where(rejected, h, target))
-    return Contribution(active, saved, rejected, call.extents, call.training)

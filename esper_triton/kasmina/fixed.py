@@ -8,26 +8,18 @@ host (a dtype or width that a kernel is not for), it raises: a fixed model has n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from esper_triton.contracts.errors import ArtifactRefused
+from esper_triton.kasmina.blending import add_gradients, run_seeds
 from esper_triton.kasmina.launcher import KernelProgram, check_runs_here
-from esper_triton.kasmina.plan import spread
-from esper_triton.kasmina.views import (
-    Axes,
-    Extents,
-    add_share,
-    empty_output,
-    extents_of,
-    from_matrix,
-    matches,
-    matrix,
-    settle,
-)
+from esper_triton.kasmina.plan import ActiveSeed, Call, Plan, spread
+from esper_triton.kasmina.seed import Seed
+from esper_triton.kasmina.views import Axes, empty_output, extents_of, from_matrix, matches, matrix, settle
 from esper_triton.urza import Urza
 
 __all__ = ["fetch_program", "fixed_seeds", "keep_program"]
@@ -104,72 +96,49 @@ def fixed_seeds(
     return result
 
 
-class _Fixed:
-    """One seed of a call."""
+class _Fixed(Seed):
+    """A seed whose failure is the caller's: there is no other path that would be right."""
 
-    def __init__(
-        self,
-        program: KernelProgram,
-        parameters: dict[str, Tensor],
-        alpha: Tensor,
-        start: int,
-        extents: Extents,
-        training: bool,
-        dropout_seed: Tensor | None,
-    ) -> None:
-        self.program, self.parameters, self.alpha, self.start = program, parameters, alpha, start
-        self.stop = start + program.width
-        self.extents, self.training, self.dropout_seed = extents, training, dropout_seed
-
-    def forward(self, h: Tensor, x: Tensor | None, out: Tensor) -> dict[str, Tensor]:
-        return self.program.forward(
-            self._inputs(h, x),
-            self.parameters,
-            self.alpha,
-            out,
-            extents=self.extents,
-            training=self.training,
-            dropout_seed=self.dropout_seed,
-        )
-
-    def backward(self, g: Tensor, h: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Gradients at the span of h, and at x where the kernel reads it. What forward saves is computed again: most
-        calls of a fixed model have no backward, and would hold it for nothing."""
-        saved = self.forward(h, x, torch.empty_like(g, memory_format=torch.contiguous_format))
-        to_inputs, _ = self.program.backward(
-            g, self._inputs(h, x), self.parameters, self.alpha, saved, extents=self.extents, training=self.training
-        )
-        return to_inputs["h"] if "h" in to_inputs else (1 - self.alpha) * g, to_inputs.get("x")
-
-    def _inputs(self, h: Tensor, x: Tensor | None) -> dict[str, Tensor]:
-        if "x" not in self.program.inputs:
-            return {"h": h}
-        if x is None:
-            raise ValueError(f"artifact {self.program.manifest.id} reads the layer's input, and there is none")
-        return {"h": h, "x": x}
+    def fault(self, error: BaseException) -> None:
+        raise error
 
 
-def _seeds(
+def _plan(
     h: Tensor,
+    x: Tensor | None,
     parameters: Sequence[Tensor],
     alphas: Sequence[float],
     digests: Sequence[str],
     starts: Sequence[int],
+    width: int,
     axes: Axes,
-    training: bool,
-    dropout_seeds: Tensor | None,
-) -> Iterator[_Fixed]:
-    given, extents = iter(parameters), extents_of(h.shape, axes)
+) -> Plan:
+    given = iter(parameters)
+    seeds = []
     for place, (alpha, digest, start) in enumerate(zip(alphas, digests, starts, strict=True)):
         program = _programs.get((digest, h.device))
         if program is None:
             raise RuntimeError(
                 f"the kernel of manifest {digest} is not loaded in this process for {h.device}; a baked model loads it"
             )
+        if x is None and "x" in program.inputs:
+            raise ValueError(f"artifact {program.manifest.id} reads the layer's input, and there is none")
+        stop = start + program.width
         own = {name: next(given) for name in sorted(program.manifest.parameters)}
         constant = torch.full((1,), alpha, dtype=torch.float32, device=h.device)
-        dropout_seed = None if dropout_seeds is None else dropout_seeds[place].view(1)
-        yield _Fixed(program, own, constant, start, extents, training, dropout_seed)
+        seeds.append(ActiveSeed(_Fixed(place, (start, stop)), program, start, stop, constant, own))
+    gaps, overlapping = spread([(seed.start, seed.stop) for seed in seeds], width)
+    return Plan(
+        width=width,
+        axes=axes,
+        x_name="",
+        first_of_tuple=False,
+        seeds=tuple(seeds),
+        gaps=gaps,
+        overlapping=overlapping,
+        guard=False,
+        timed=False,
+    )
 
 
 @torch.library.impl(_library, "fixed_seeds", "CompositeExplicitAutograd")
@@ -191,20 +160,10 @@ def _forward(
             f"the host's output is {tuple(h.shape)}, {width} features in dimension {feature_dim} are expected"
         )
     axes = Axes(feature_dim, length_first)
-    seeds = list(_seeds(h, parameters, alphas, digests, starts, axes, training, dropout_seeds))
-    h2, x2 = matrix(h, axes), None if x is None else matrix(x, axes)
+    plan = _plan(h, x, parameters, alphas, digests, starts, width, axes)
+    call = Call(extents_of(h.shape, axes), training, dropout_seeds)
     out, out2 = empty_output(h, axes)
-    gaps, overlapping = spread([(seed.start, seed.stop) for seed in seeds], width)
-    for start, stop in [(0, width)] if overlapping else gaps:
-        out2[:, start:stop] = h2[:, start:stop]
-    for seed in seeds:
-        own, target = h2[:, seed.start : seed.stop], out2[:, seed.start : seed.stop]
-        if not overlapping:
-            seed.forward(own, x2, target)
-            continue
-        blended = torch.empty(own.shape, dtype=h.dtype, device=h.device)
-        seed.forward(own, x2, blended)
-        add_share(target, blended, own)
+    run_seeds(plan, plan.seeds, None if x is None else matrix(x, axes), matrix(h, axes), out2, call)
     settle(out, out2, axes)
     return out
 
@@ -224,23 +183,18 @@ def _backward(
     training: bool,
     dropout_seeds: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients at h and, where it is given, at x."""
+    """Gradients at h and, where it is given, at x. What forward saves is computed again: most calls of a fixed model
+    have no backward, and would hold it for nothing."""
     axes = Axes(feature_dim, length_first)
+    plan = _plan(h, x, parameters, alphas, digests, starts, width, axes)
+    call = Call(extents_of(h.shape, axes), training, dropout_seeds)
     g, h2 = matrix(grad_out, axes), matrix(h, axes)
     x2 = None if x is None else matrix(x, axes)
     grad_h = g.clone(memory_format=torch.contiguous_format)
     grad_x = None if x2 is None else torch.zeros_like(x2, memory_format=torch.contiguous_format)
-    seeds = list(_seeds(h, parameters, alphas, digests, starts, axes, training, dropout_seeds))
-    _, overlapping = spread([(seed.start, seed.stop) for seed in seeds], width)
-    for seed in seeds:
-        span = slice(seed.start, seed.stop)
-        to_h, to_x = seed.backward(g[:, span], h2[:, span], x2)
-        if overlapping:
-            grad_h[:, span] += to_h - g[:, span]
-        else:
-            grad_h[:, span] = to_h
-        if grad_x is not None and to_x is not None:
-            grad_x += to_x
+    again = torch.empty_like(g, memory_format=torch.contiguous_format)
+    for contribution in run_seeds(plan, plan.seeds, x2, h2, again, call):
+        add_gradients(plan, contribution, g, h2, x2, contribution.active.parameters, grad_h, grad_x)
     grads = [from_matrix(grad_h, h, axes)]
     return grads if grad_x is None or x is None else [*grads, from_matrix(grad_x, x, axes)]
 

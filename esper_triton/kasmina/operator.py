@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_triton.kasmina.autograd import add_gradients
-from esper_triton.kasmina.plan import ActiveSeed, Call, Contribution, Plan
+from esper_triton.kasmina.blending import Contribution, add_gradients, run_seeds
+from esper_triton.kasmina.plan import ActiveSeed, Call, Plan
 from esper_triton.kasmina.views import empty_output, extents_of, from_matrix, matrix, settle
 
 __all__ = ["blend", "name_plan"]
@@ -82,8 +82,6 @@ def _forward(
     name: str,
     training: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    from esper_triton.kasmina.dispatch import run_seeds  # which imports this module
-
     plan = _plan(name)
     axes = plan.axes
     h2, x2 = matrix(h, axes), None if x is None else matrix(x, axes)
@@ -144,12 +142,10 @@ def _backward(
     for active in plan.seeds:
         named = {parameter: next(values) for parameter in active.parameters}
         stored = own.get(id(active), {})
-        contribution = Contribution(active, {}, stored.pop("rejected", None), extents, training)
+        contribution = Contribution(active, stored, stored.pop("rejected", None), extents, training)
         to_parameters = None
         if not active.seed.pending_faults:  # one that has failed since the last boundary contributes nothing
-            to_parameters = add_gradients(
-                plan, contribution, g, h2, x2, named, stored, grad_h, None if x2 is None else grad_x
-            )
+            to_parameters = add_gradients(plan, contribution, g, h2, x2, named, grad_h, None if x2 is None else grad_x)
         if to_parameters is None:
             to_parameters = {n: torch.zeros_like(v, memory_format=torch.contiguous_format) for n, v in named.items()}
         grads += [to_parameters[parameter] for parameter in named]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esper_triton.kasmina.kinds import Kind
 from esper_triton.kasmina.launcher import KernelProgram
@@ -17,7 +17,7 @@ from esper_triton.kasmina.record import LayerRecord
 from esper_triton.kasmina.seed import Seed
 from esper_triton.kasmina.views import Axes, Extents
 
-__all__ = ["ActiveSeed", "Call", "Contribution", "Plan", "axes_for", "draw_dropout_seeds", "make_plan", "spread"]
+__all__ = ["ActiveSeed", "Call", "Plan", "axes_for", "draw_dropout_seeds", "make_plan", "spread"]
 
 _MOST = 2**63 - 1
 
@@ -32,7 +32,7 @@ class ActiveSeed(NamedTuple):
     start: int
     stop: int
     alpha: Tensor
-    parameters: dict[str, nn.Parameter]
+    parameters: Mapping[str, Tensor]
     nonfinite: Tensor | None = None
 
 
@@ -74,18 +74,6 @@ class Call(NamedTuple):
     extents: Extents | None
     training: bool
     dropout_seeds: Tensor | None
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """What a seed that ran leaves for backward. `rejected` is a 0-d bool on the device under guard: the call's output
-    was not finite where the host's was, and was selected away."""
-
-    active: ActiveSeed
-    saved: dict[str, Tensor]
-    rejected: Tensor | None
-    extents: Extents | None = None
-    training: bool = False
 
 
 def make_plan(record: LayerRecord, alpha_of: Callable[[int], Tensor], device: torch.device) -> Plan | None:
