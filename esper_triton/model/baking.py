@@ -43,11 +43,11 @@ def bake(model: nn.Module, urza: Urza | None = None) -> nn.Module:
     """A fixed copy of a wrapped model whose seeds are all DORMANT or FOSSILIZED; `model` stays as it is.
 
     Its modules are of the classes that they had before wrapping. A permanent seed is merged into its host's weights
-    where its blueprint is affine, row by row, and the host an nn.Linear or nn.Embedding whose weight no other module
-    uses. In every
+    where its blueprint is affine, row by row, and the host an nn.Linear, an nn.Embedding, or a convolution without
+    groups (with a kernel of one place, where the seed reads its input), whose weight no other module uses. In every
     other layer with permanent seeds, a `BakedLayer` stands in the host's place: the host, and the seeds' kernels with
-    constant alpha and frozen parameters. Results are those of `model`, to the bit where kernels run. A
-    seed with a dropout drops while the copy is in training mode, as in `model`.
+    constant alpha and frozen parameters. Results are those of `model`, to the bit where kernels run. A seed with a
+    dropout drops while the copy is in training mode, as in `model`.
 
     The copy can be copied, pickled and exported. Unpickling a model with kernels fetches them from the store again,
     and verifies them (law 4).
