@@ -92,7 +92,9 @@ class Blueprint(_Value):
     The forward writes `out = h + alpha * (k - h)`, the blend of law 2. The source also defines `reference(...)` in
     plain torch, which returns `k` for inputs and parameters given by keyword; the kernels are proven against it. Inputs
     and k are [rows, width], in a `sequence` [batch, length, width], and in an `image` [batch, image_height,
-    image_width, width]. Of a kernel that behaves otherwise in training, it is what holds in eval mode.
+    image_width, width]. Of a kernel that behaves otherwise in training mode, it is what holds in eval mode; if it has
+    an argument `rand`, it is called for training mode too, with what `tl.rand` gives for the call's dropout seed and
+    int64 offsets.
 
     `affine` says that k is an affine function of the inputs, whatever the parameters: such a seed may be merged into
     its host's weights when it has become permanent. The proof sees to it that the reference is one.

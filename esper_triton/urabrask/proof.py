@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.kasmina.launcher import X_DIM, KernelProgram
 from esper_triton.kasmina.views import Extents
 from esper_triton.tezzeret.source import load_source
+from esper_triton.urabrask.philox import uniform
 from esper_triton.urza import Artifact, Urza
 
 __all__ = ["ProofReport", "prove"]
@@ -96,7 +99,8 @@ def prove(
     - inputs unchanged, and nothing written around the rows of `out`;
     - of a blueprint that calls itself affine, a reference that is: k(u + v) + k(0) = k(u) + k(v) in float64;
     - of kernels that compute something else in training mode, there: finite results, the same bits for the same dropout
-      seed, others for another, and the second and third demand above. That they are right is proven in eval mode alone.
+      seed, others for another, and the second and third demand above; the first one too where the reference takes
+      `rand`, and so knows what has been dropped. Where it does not, results are proven in eval mode alone.
 
     Every tensor that is given lies among NaN, between its rows too: what is read outside of it shows in the results.
     Inputs are drawn and results are compared on the CPU; `device` is where the kernels run. A kernel that leaves a
@@ -235,6 +239,7 @@ def _run(
             right = _same_bits(value, exact[name]) if name in exact else not value.count_nonzero()
             yield f"{name} at alpha 0", 0.0 if right else torch.inf
         return
+    draws_itself = "rand" in inspect.signature(reference).parameters
     if case.training:
         first = {name: value.clone() for name, value in results.items()}
         for name, value in run(seeds[:1]).items():
@@ -243,10 +248,13 @@ def _run(
         if program.draws and rows * manifest.width >= 64:  # a few elements may all be kept twice
             other = run(seeds[1:])["out"]
             yield "out of another dropout seed", torch.inf if _same_bits(other, first["out"]) else 0.0
-        return
+        if not draws_itself:
+            return
+        results = first  # `out` has been written again
 
     def of_inputs(given: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-        k = reference(**{name: case.in_layout(given[name]) for name in program.inputs}, **weights)
+        drawn = {"rand": functools.partial(uniform, _DROPOUT_SEEDS[0])} if case.training else {}
+        k = reference(**{name: case.in_layout(given[name]) for name in program.inputs}, **weights, **drawn)
         return k.reshape(rows, manifest.width)
 
     results, inputs, parameters = _on_cpu(results), _on_cpu(inputs), _on_cpu(parameters)

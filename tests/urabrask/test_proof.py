@@ -108,6 +108,21 @@ def written(folder: Path, name: str, old: str, new: str) -> Path:
         ("depthwise_image", "+ i - 1\n", "+ i - 1 - (i == 0)\n", "grad_weight"),
         ("dropout", "tl.where(training != 0,", "tl.where(training == 0,", "out"),
         ("dropout", "tl.rand(tl.load(dropout_seed_ptr),", "tl.rand(0,", "out of another dropout seed"),
+        ("dropout", "1.0 / (1.0 - P), 0.0)", "1.0, 0.0)", "out"),
+        ("dropout", "P = tl.constexpr(0.25)", "P = tl.constexpr(0.2)", "out"),
+        ("dropout", "drawn >= P", "drawn < P", "out"),
+        (
+            "dropout",
+            "total += h * grad_out * factor(dropout_seed_ptr, training, row, d, D)",
+            "total += h * grad_out * factor(dropout_seed_ptr, training, row + 1, d, D)",
+            "grad_scale",
+        ),
+        (
+            "dropout",
+            "through = own * scale * factor(dropout_seed_ptr, training, row, d, D)",
+            "through = own * scale",
+            "grad_h",
+        ),
         ("dropout", "tl.where(alpha == 0.0, h, blended)", "blended", "out at alpha 0"),
         ("dropout", "1.0 / (1.0 - P), 0.0)", "1.0 / (drawn - drawn), 0.0)", "out in training"),
     ],
@@ -130,6 +145,16 @@ def test_a_kernel_of_every_layout_and_one_that_draws_are_validated(store: esper.
     computed = {key for key in report.worst if key == "out" or (key.startswith("grad_") and " " not in key)}
     assert len(computed) == 3
     assert all(1e-4 < report.worst[key] < 1 for key in computed)
+
+
+def test_where_the_reference_does_not_know_what_is_dropped_training_mode_is_proven_to_repeat_itself(
+    tmp_path: Path, store: esper.Urza
+) -> None:
+    path = written(tmp_path, "dropout", ", rand: Callable[[Tensor], Tensor] | None = None", "")
+    path.with_suffix(".py").write_text(path.with_suffix(".py").read_text().replace("if rand is None:", "if True:"))
+    report = report_of(store, esper.compile(path, dims={"d": 5}, urza=store).id)
+    assert report.verdict == "VALIDATED"
+    assert report.worst["out in training"] == report.worst["out of another dropout seed"] == 0.0
 
 
 def test_a_reference_that_is_not_affine_over_the_items_is_found(tmp_path: Path, store: esper.Urza) -> None:

@@ -4,6 +4,9 @@ N. Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Ove
 are scaled at training, so that nothing is at evaluation.
 """
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,9 +14,12 @@ from torch import Tensor
 P = tl.constexpr(0.25)
 
 
-def reference(h: Tensor, *, scale: Tensor) -> Tensor:
-    """k for h [rows, d], in eval mode."""
-    return h * scale
+def reference(h: Tensor, *, scale: Tensor, rand: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """k for h [rows, d]; with `rand` in training mode."""
+    if rand is None:
+        return h * scale
+    kept = rand(torch.arange(h.numel()).view_as(h)) >= 0.25
+    return h * scale * kept / 0.75
 
 
 @triton.jit
