@@ -47,7 +47,7 @@ def _fresh_cache() -> Iterator[None]:
 
 
 def _raise_after_writing(
-    program: KernelProgram, inputs: object, parameters: object, alpha: object, out: Tensor
+    program: KernelProgram, inputs: object, parameters: object, alpha: object, out: Tensor, **call: object
 ) -> None:
     out.fill_(float("nan"))
     raise RuntimeError("the launch failed half-way")

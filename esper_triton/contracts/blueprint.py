@@ -16,14 +16,14 @@ from esper_triton.contracts.dims import Dim
 from esper_triton.contracts.errors import BlueprintError, nearest
 from esper_triton.contracts.expressions import ExpressionError, symbols
 from esper_triton.contracts.files import read_body, write_toml
-from esper_triton.contracts.graph import RESERVED, Op, check, is_affine
+from esper_triton.contracts.graph import RESERVED, Layout, Op, check, is_affine, layout_of
 from esper_triton.contracts.graph_text import read_graph, write_graph
 from esper_triton.contracts.initial import init_symbols, normalize_init
 
 if TYPE_CHECKING:
     from esper_triton.contracts.building import GraphBuilder
 
-__all__ = ["Blueprint", "DTypeName", "Dim", "LaunchSpec", "Op", "ParameterSpec", "TensorSpec"]
+__all__ = ["Blueprint", "DTypeName", "Dim", "LaunchSpec", "Layout", "Op", "ParameterSpec", "TensorSpec"]
 
 SCHEMA_VERSION = "1.1"
 DTypeName = Literal["float32", "float16", "bfloat16"]
@@ -37,6 +37,12 @@ _PROSE = {"name", "description", "introduced_by", "equivalent_to", "source", "sc
 # Of hand-written sources and of graphs alone.
 _SOURCE_KEYS = ("source", "saved", "scratch", "constexprs", "forward", "backward")
 _FILLED_IN = ("source_text", "path")
+# Sizes of a call that kernels, grids and shapes may name, by layout.
+EXTENTS: dict[Layout, tuple[str, ...]] = {
+    "rows": ("rows",),
+    "sequence": ("rows", "batch", "length"),
+    "image": ("rows", "batch", "length", "image_height", "image_width"),
+}
 
 
 class _Value(BaseModel):
@@ -53,14 +59,16 @@ class ParameterSpec(_Value):
 
 
 class TensorSpec(_Value):
-    """An intermediate tensor. `shape` holds expressions over dims and `rows`; dtype `input` is the layer's."""
+    """An intermediate tensor. `shape` holds expressions over dims and the layout's extents; dtype `input` is the
+    layer's."""
 
     shape: tuple[str, ...]
     dtype: Literal["input", "float32"] = "float32"
 
 
 class LaunchSpec(_Value):
-    """One launch: a `@triton.jit` function of the source and its grid, expressions over dims, constexprs and `rows`."""
+    """One launch: a `@triton.jit` function of the source and its grid, expressions over dims, constexprs and the
+    layout's extents."""
 
     kernel: str
     grid: Grid
@@ -81,8 +89,22 @@ class Blueprint(_Value):
     `input` says, `out`, `alpha` (one float32, read from device memory), the parameters, `saved`; and in backward also
     `grad_out`, `grad_h`, `grad_x`, `grad_<parameter>` and `scratch`. All matrices are row-major with unit stride in the
     last dimension. A blueprint that reads `x` has a dim `d_in`, the width of `x`. The forward writes
-    `out = h + alpha * (k - h)`, the blend of law 2. The source also defines `reference(...)` in plain torch, which
-    returns `k` for inputs and parameters given by keyword; the kernels are proven against it.
+    `out = h + alpha * (k - h)`, the blend of law 2.
+
+    `layout` says what the rows are, and with it which further int32 a kernel may take by name: `rows` are of no order;
+    in a `sequence` they are `batch` items of `length` positions, one item after the other; in an `image` each item's
+    `length` positions are `image_height` lines of `image_width`. A kernel may also take `training`, int32, 1 when the
+    layer is in training mode, and `dropout_seed_ptr`, the address of one int64 that is drawn for each forward in
+    training mode and is the same in its backward (0 in eval mode).
+
+    The source also defines `reference(...)` in plain torch, which returns `k` for inputs and parameters given by
+    keyword; the kernels are proven against it. Inputs and k are [rows, width], in a `sequence` [batch, length, width],
+    and in an `image` [batch, image_height, image_width, width]. Of a kernel that behaves otherwise in training mode, it
+    is what holds in eval mode; if it has an argument `rand`, it is called for training mode too, with what `tl.rand`
+    gives for the call's dropout seed and int64 offsets.
+
+    Of a graph, the layout follows from its ops; `layout = "image"` may be written where they take a sequence or an
+    image (pooling, attention).
 
     `affine` says that k is an affine function of the inputs, whatever the parameters: such a seed may be merged into
     its host's weights when it has become permanent. Of a source it is written, and the proof sees to it that the
@@ -97,6 +119,7 @@ class Blueprint(_Value):
     introduced_by: str = Field(default="", description="who introduced the idea: a paper")
     equivalent_to: str | None = Field(default=None, description="qualified name of the torch module that it equals")
     input: Literal["x", "h", "xh"]
+    layout: Layout = "rows"
     affine: bool = False
     feature_dim: str = Field(
         default="d", description="symbol of the width of the span: the last dimension of h and out"
@@ -154,7 +177,7 @@ class Blueprint(_Value):
             except ExpressionError as error:
                 faults.append(f"{where}: {error}")
 
-        dims = set(self.dims)
+        dims, extents = set(self.dims), set(EXTENTS[self.layout])
         for name, parameter in self.parameters.items():
             for text in parameter.shape:
                 known(f"parameters.{name}.shape", text, dims)
@@ -163,13 +186,14 @@ class Blueprint(_Value):
         for group, tensors in (("saved", self.saved), ("scratch", self.scratch)):
             for name, tensor in tensors.items():
                 for text in tensor.shape:
-                    known(f"{group}.{name}.shape", text, dims | {"rows"})
+                    known(f"{group}.{name}.shape", text, dims | extents)
         for name, text in self.constexprs.items():
             known(f"constexprs.{name}", text, dims)
         for group, launches in (("forward", self.forward), ("backward", self.backward)):
             for index, launch in enumerate(launches):
                 for text in launch.grid:
-                    known(f"{group}[{index}].grid", text, dims | {"rows"} | set(self.constexprs))
+                    known(f"{group}[{index}].grid", text, dims | extents | set(self.constexprs))
+        faults += [f"dim {name!r} is the name of an extent" for name in sorted(dims & set(EXTENTS["image"]))]
         names = [*self.parameters, *self.saved, *self.scratch]
         for name in sorted(set(names) & RESERVED | {n for n in names if names.count(n) > 1 or n.startswith("grad_")}):
             faults.append(f"tensor name {name!r} is taken twice or reserved")
@@ -184,6 +208,14 @@ class Blueprint(_Value):
                     f"affine is {self.affine}, but it follows from the graph, where it is {affine}: leave it out"
                 )
             self.__dict__["affine"] = affine
+            needed = layout_of(self.ops)
+            if "layout" in self.model_fields_set and (needed, self.layout) not in {
+                (needed, needed),
+                ("sequence", "image"),
+            }:
+                faults.append(f"layout is {self.layout!r}, but it follows from the graph: leave it out")
+            elif "layout" not in self.model_fields_set:
+                self.__dict__["layout"] = needed
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -273,6 +305,8 @@ class Blueprint(_Value):
         for name, field in type(self).model_fields.items():
             if name in body and not field.is_required() and body[name] in (field.default, [], {}, None):
                 del body[name]
+        if self.ops and self.layout == layout_of(self.ops):
+            body.pop("layout", None)
         body = {"schema_version": self.schema_version} | body
         body["dims"] = {name: dim.model_dump(exclude_none=True) for name, dim in self.dims.items()}
         return body

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from esper_triton.contracts.blueprint import DTypeName, ParameterSpec, TensorSpec
+from esper_triton.contracts.blueprint import DTypeName, Layout, ParameterSpec, TensorSpec
 from esper_triton.contracts.expressions import evaluate
 from esper_triton.contracts.initial import fill_init
 
@@ -28,7 +28,7 @@ __all__ = [
     "sha256",
 ]
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 # What the loader understands of binaries and launch plans. Raised when an older binary could not be launched rightly.
 LAUNCH_FORMAT = 1
 
@@ -109,7 +109,8 @@ class KernelRecord(_Value):
 
 class LaunchStep(_Value):
     """One launch of a plan. `arguments` bind the kernel's signature in order: `<tensor>` (address),
-    `<tensor>.row_stride` (elements) or `rows`. `grid` holds three expressions over `rows`."""
+    `<tensor>.row_stride` (elements), an extent of the layout (`rows`, `batch`, ...) or `training`. `grid` holds three
+    expressions over the layout's extents."""
 
     kernel: str
     arguments: tuple[str, ...]
@@ -129,6 +130,7 @@ class Manifest(_Value):
     blueprint_id: Digest
     blueprint_name: str
     input: Literal["x", "h", "xh"]
+    layout: Layout = "rows"
     affine: bool = False
     target: TargetSpec
     pipeline: Literal["fast", "standard", "aggressive"]

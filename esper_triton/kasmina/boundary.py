@@ -309,7 +309,7 @@ def install_dispatch(layer: KasminaLayer) -> None:
         if before is not None and not isinstance(before, Dispatch):
             record.prior_forward = before
         # One assignment: a call on another thread finds the old dispatch or this one, never the host alone.
-        layer.__dict__["forward"] = Dispatch(record, forward, plan)
+        layer.__dict__["forward"] = Dispatch(layer, forward, plan)
     if not learning:
         record.observed = None
     set_hook(

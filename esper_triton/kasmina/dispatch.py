@@ -8,7 +8,6 @@ noted on the seed and its span is the host's (law 1).
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from esper_triton.kasmina.autograd import SeedBlend
+from esper_triton.kasmina.blending import Contribution, make_call, run_seeds
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.operator import blend, name_plan
-from esper_triton.kasmina.plan import ActiveSeed, Contribution, Plan
+from esper_triton.kasmina.plan import ActiveSeed, Plan, draw_dropout_seeds
 from esper_triton.kasmina.prepared import Prepared, prepare
 from esper_triton.kasmina.record import LayerRecord
-from esper_triton.kasmina.views import add_share, empty_output, matches, matrix, settle
+from esper_triton.kasmina.views import Extents, empty_output, extents_of, matches, matrix, settle
 
 __all__ = ["Dispatch"]
 
@@ -32,14 +32,16 @@ _log = logging.getLogger("esper_triton.kasmina")
 class Dispatch:
     """The instance `forward` of a layer with an active seed."""
 
-    def __init__(self, record: LayerRecord, host_forward: Callable[..., Any], plan: Plan) -> None:
-        self.record = record
+    def __init__(self, layer: nn.Module, host_forward: Callable[..., Any], plan: Plan) -> None:
+        self.layer = layer
+        self.record: LayerRecord = layer._kasmina  # type: ignore[assignment]  # only adopted layers have a dispatch
         self.host_forward = host_forward
         self.plan = plan
         self._name = name_plan(plan)
         self._is_final = all(active.seed.state is SeedLifecycleState.FOSSILIZED for active in plan.seeds)
         self._dtype = plan.seeds[0].program.dtype
         self._reads_x = any("x" in active.program.inputs for active in plan.seeds)
+        self._follows_mode, self._draws = plan.follows_mode, plan.draws
         self._prepared: Prepared | None = None  # for the shapes of the last call that could be prepared
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,20 +57,21 @@ class Dispatch:
             return self._cast(x, h) if self._is_autocast(h) else self._in_graph(h, x)
         self.record.forward_calls_active += 1
         prepared = self._prepared
+        training = self._follows_mode and self.layer.training
         if prepared is not None and prepared.fits(h, x):
-            return prepared(h, x if self._reads_x else None)
+            return prepared(h, x if self._reads_x else None, training)
         if _is_recorded():
             self._warn_of_recording()
             _count_misses(self.plan.seeds, h)
             return h
         if type(h) is Tensor and h.is_nested:
-            return self._packed(x, h)
+            return self._packed(x, h, training)
         if self._is_autocast(h):
             self.record.forward_calls_active -= 1  # counted again
             return self._cast(x, h)
         if all(_fits(self.plan, active, x, h) for active in self.plan.seeds):
             self._prepared = prepare(self.plan, h, x)
-        return _dispatch(self.plan, x, h)
+        return _dispatch(self.plan, x, h, training)
 
     def _is_autocast(self, h: Any) -> bool:
         """Whether the host has computed in a narrower type, as autocast had it do."""
@@ -94,9 +97,12 @@ class Dispatch:
             return h
         if not _fits_in_graph(self.plan, h, x if self._reads_x else None):
             return h
-        return blend(self.plan, self._name, h, x if self._reads_x else None)
+        training = self._follows_mode and self.layer.training
+        # Drawn as an operation of the graph, which torch runs again, or not, as it does with its own dropout.
+        seeds = draw_dropout_seeds(len(self.plan.seeds), h.device) if training and self._draws else None
+        return blend(self.plan, self._name, h, x if self._reads_x else None, seeds, training)
 
-    def _packed(self, x: Any, h: Tensor) -> Tensor:
+    def _packed(self, x: Any, h: Tensor, training: bool) -> Tensor:
         """A padded batch that nn.TransformerEncoder has packed, as it does in eval mode where nothing of its first
         layer trains. Every sequence of the pack is a matrix of its own. The next attention refuses a pack that is to
         have a gradient, so there is none where the host has none."""
@@ -105,7 +111,7 @@ class Dispatch:
             inputs: Sequence[Tensor | None] = x.unbind() if type(x) is Tensor and x.is_nested else ()
             if len(inputs) != len(parts):
                 inputs = (None,) * len(parts)
-            blended = [_dispatch(self.plan, own, part) for own, part in zip(inputs, parts, strict=True)]
+            blended = [_dispatch(self.plan, own, part, training) for own, part in zip(inputs, parts, strict=True)]
             out = torch.nested.as_nested_tensor(blended)
         if torch.is_grad_enabled() and not h.requires_grad:
             self._warn_of_packing()
@@ -142,9 +148,10 @@ def _count_misses(seeds: Sequence[ActiveSeed], h: Any) -> None:
         active.seed.miss(getattr(h, "dtype", None), getattr(h, "device", None))
 
 
-def _dispatch(plan: Plan, x: Any, h: Any) -> Any:
+def _dispatch(plan: Plan, x: Any, h: Any, training: bool, extents: Extents | None = None) -> Any:
+    """The host's output with every seed's share, the general way. `extents` where they are not those of `h`."""
     try:
-        blend = _blend(plan, x, h)
+        blend = _blend(plan, x, h, training, extents)
     except Exception as error:
         for active in plan.seeds:
             active.seed.fault(error)
@@ -161,19 +168,22 @@ def _dispatch(plan: Plan, x: Any, h: Any) -> Any:
     return out
 
 
-def _blend(plan: Plan, x: Any, h: Any) -> tuple[Tensor, list[Contribution], Tensor | None] | None:
+def _blend(
+    plan: Plan, x: Any, h: Any, training: bool, extents: Extents | None
+) -> tuple[Tensor, list[Contribution], Tensor | None] | None:
     """The blended output, what its seeds leave for backward, and the input where one of them read it; None where no
     seed contributed."""
-    fitting = [active for active in plan.seeds if _fits(plan, active, x, h)]
+    fitting = [active for active in plan.seeds if _fits(plan, active, x, h, extents)]
     _count_misses([active for active in plan.seeds if active not in fitting], h)
     if not fitting:
         return None
     reads_x = any("x" in active.program.inputs for active in fitting)
     with torch.no_grad():
-        h2 = matrix(h, plan.feature_dim)
-        out, out2 = empty_output(h, plan.feature_dim)
-        contributions = run_seeds(plan, fitting, matrix(x, plan.feature_dim) if reads_x else None, h2, out2)
-        settle(out, out2, plan.feature_dim)
+        call = make_call(plan, h, training, extents)
+        h2 = matrix(h, plan.axes)
+        out, out2 = empty_output(h, plan.axes)
+        contributions = run_seeds(plan, fitting, matrix(x, plan.axes) if reads_x else None, h2, out2, call)
+        settle(out, out2, plan.axes)
     return (out, contributions, x if reads_x else None) if contributions else None
 
 
@@ -187,7 +197,9 @@ def _is_plain(value: Any) -> bool:
 
 def _fits_in_graph(plan: Plan, h: Any, x: Any) -> bool:
     """`_fits` of every seed, for tensors that stand for others in a graph."""
-    if not isinstance(h, Tensor) or not matches(h, plan.width, plan.feature_dim):
+    if not isinstance(h, Tensor) or not matches(h, plan.width, plan.axes.feature_dim):
+        return False
+    if any(active.program.layout == "image" for active in plan.seeds) and not _is_image(plan, h):
         return False
     if any(h.dtype != active.program.dtype or h.device != active.program.device for active in plan.seeds):
         return False
@@ -200,13 +212,19 @@ def _fits_in_graph(plan: Plan, h: Any, x: Any) -> bool:
         isinstance(x, Tensor)
         and x.dtype == h.dtype
         and x.device == h.device
-        and all(matches(x, width, plan.feature_dim, like=h) for width in widths)
+        and all(matches(x, width, plan.axes.feature_dim, like=h) for width in widths)
     )
 
 
-def _fits(plan: Plan, active: ActiveSeed, x: Any, h: Any) -> bool:
+def _is_image(plan: Plan, h: Tensor) -> bool:
+    return extents_of(h.shape, plan.axes).image_height > 0
+
+
+def _fits(plan: Plan, active: ActiveSeed, x: Any, h: Any, extents: Extents | None = None) -> bool:
     program = active.program
-    if not _is_plain(h) or h.layout is not torch.strided or not matches(h, plan.width, plan.feature_dim):
+    if not _is_plain(h) or h.layout is not torch.strided or not matches(h, plan.width, plan.axes.feature_dim):
+        return False
+    if program.layout != "rows" and not program.takes(extents or extents_of(h.shape, plan.axes)):
         return False
     # The seed's state has moved with the layer, and its kernel has not.
     if h.dtype != program.dtype or h.device != active.alpha.device or h.device != program.device:
@@ -220,53 +238,5 @@ def _fits(plan: Plan, active: ActiveSeed, x: Any, h: Any) -> bool:
         and x.dtype == program.dtype
         and x.device == h.device
         and program.x_width is not None
-        and matches(x, program.x_width, plan.feature_dim, like=h)
+        and matches(x, program.x_width, plan.axes.feature_dim, like=h)
     )
-
-
-def run_seeds(
-    plan: Plan, fitting: Sequence[ActiveSeed], x: Tensor | None, h: Tensor, out: Tensor
-) -> list[Contribution]:
-    """Writes the blend into `out`, [rows, width], and returns what the seeds that ran leave for backward."""
-    if plan.overlapping:
-        out.copy_(h)
-    else:
-        for start, stop in plan.gaps:
-            out[:, start:stop] = h[:, start:stop]
-        for active in plan.seeds:
-            if active not in fitting:
-                out[:, active.start : active.stop] = h[:, active.start : active.stop]
-    contributions = []
-    for active in fitting:
-        h_span = h[:, active.start : active.stop]
-        out_span = out[:, active.start : active.stop]
-        target = torch.empty(h_span.shape, dtype=h.dtype, device=h.device) if plan.overlapping else out_span
-        try:
-            contribution = _run_seed(plan, active, x, h_span, target)
-        except Exception as error:
-            active.seed.fault(error)
-            if not plan.overlapping:
-                out_span.copy_(h_span)
-            continue
-        if plan.overlapping:
-            add_share(out_span, target, h_span)
-        contributions.append(contribution)
-    return contributions
-
-
-def _run_seed(plan: Plan, active: ActiveSeed, x: Tensor | None, h: Tensor, target: Tensor) -> Contribution:
-    inputs = {"h": h} if x is None else {"h": h, "x": x}
-    began = time.perf_counter_ns() if plan.timed else 0
-    saved = active.program.forward(inputs, active.parameters, active.alpha, target)
-    if plan.timed:
-        active.seed.latency_ns += time.perf_counter_ns() - began
-        active.seed.timed_calls += 1
-    rejected = None
-    if plan.guard or active.nonfinite is not None:
-        broken = (h.isfinite() & ~target.isfinite()).any()
-        if active.nonfinite is not None:
-            active.nonfinite.logical_or_(broken)
-    if plan.guard:
-        rejected = broken
-        target.copy_(torch.where(rejected, h, target))
-    return Contribution(active, saved, rejected)

@@ -8,16 +8,18 @@ host (a dtype or width that a kernel is not for), it raises: a fixed model has n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from esper_triton.contracts.errors import ArtifactRefused
+from esper_triton.kasmina.blending import add_gradients, run_seeds
 from esper_triton.kasmina.launcher import KernelProgram, check_runs_here
-from esper_triton.kasmina.plan import spread
-from esper_triton.kasmina.views import add_share, empty_output, from_matrix, matches, matrix, settle
+from esper_triton.kasmina.plan import ActiveSeed, Call, Plan, spread
+from esper_triton.kasmina.seed import Seed
+from esper_triton.kasmina.views import Axes, empty_output, extents_of, from_matrix, matches, matrix, settle
 from esper_triton.urza import Urza
 
 __all__ = ["fetch_program", "fixed_seeds", "keep_program"]
@@ -49,7 +51,10 @@ def fetch_program(urza: Urza, artifact_id: str, digest: str, device: torch.devic
 
 
 _library = torch.library.Library("esper_triton", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch does not annotate
-_SEEDS = "Tensor[] parameters, float[] alphas, str[] digests, int[] starts, int width, int feature_dim"
+_SEEDS = (
+    "Tensor[] parameters, float[] alphas, str[] digests, int[] starts, int width, int feature_dim, "
+    "bool length_first, bool training, Tensor? dropout_seeds"
+)
 for _schema in (
     f"fixed_seeds(Tensor h, Tensor? x, {_SEEDS}) -> Tensor",
     f"fixed_seeds_backward(Tensor grad_out, Tensor h, Tensor? x, {_SEEDS}) -> Tensor[]",
@@ -66,6 +71,9 @@ def fixed_seeds(
     starts: Sequence[int],
     width: int,
     feature_dim: int = -1,
+    length_first: bool = False,
+    training: bool = False,
+    dropout_seeds: Tensor | None = None,
 ) -> Tensor:
     """`h + sum_i alpha_i * (k_i - h[c_i])` (law 2), a new tensor of the shape, strides and dtype of `h`.
 
@@ -77,50 +85,60 @@ def fixed_seeds(
         parameters: those of every seed, one after the other, by name within a seed; contiguous, in the kernel's dtype.
         digests: of the seeds' manifests; loaded by `keep_program` or `fetch_program`.
         starts: first column of each seed's span.
+        length_first: whether `h` of three dimensions is [length, batch, width].
+        training: whether kernels with a dropout drop. dropout_seeds: int64, one for each seed, where one then does.
 
     Raises RuntimeError for a kernel that is not loaded, ValueError for tensors that a kernel is not for.
     """
-    result: Tensor = torch.ops.esper_triton.fixed_seeds(h, x, parameters, alphas, digests, starts, width, feature_dim)
+    result: Tensor = torch.ops.esper_triton.fixed_seeds(
+        h, x, parameters, alphas, digests, starts, width, feature_dim, length_first, training, dropout_seeds
+    )
     return result
 
 
-class _Fixed:
-    """One seed of a call."""
+class _Fixed(Seed):
+    """A seed whose failure is the caller's: there is no other path that would be right."""
 
-    def __init__(self, program: KernelProgram, parameters: dict[str, Tensor], alpha: Tensor, start: int) -> None:
-        self.program, self.parameters, self.alpha, self.start = program, parameters, alpha, start
-        self.stop = start + program.width
-
-    def forward(self, h: Tensor, x: Tensor | None, out: Tensor) -> dict[str, Tensor]:
-        return self.program.forward(self._inputs(h, x), self.parameters, self.alpha, out)
-
-    def backward(self, g: Tensor, h: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Gradients at the span of h, and at x where the kernel reads it. What forward saves is computed again: most
-        calls of a fixed model have no backward, and would hold it for nothing."""
-        saved = self.forward(h, x, torch.empty_like(g, memory_format=torch.contiguous_format))
-        to_inputs, _ = self.program.backward(g, self._inputs(h, x), self.parameters, self.alpha, saved)
-        return to_inputs["h"] if "h" in to_inputs else (1 - self.alpha) * g, to_inputs.get("x")
-
-    def _inputs(self, h: Tensor, x: Tensor | None) -> dict[str, Tensor]:
-        if "x" not in self.program.inputs:
-            return {"h": h}
-        if x is None:
-            raise ValueError(f"artifact {self.program.manifest.id} reads the layer's input, and there is none")
-        return {"h": h, "x": x}
+    def fault(self, error: BaseException) -> None:
+        raise error
 
 
-def _seeds(
-    h: Tensor, parameters: Sequence[Tensor], alphas: Sequence[float], digests: Sequence[str], starts: Sequence[int]
-) -> Iterator[_Fixed]:
+def _plan(
+    h: Tensor,
+    x: Tensor | None,
+    parameters: Sequence[Tensor],
+    alphas: Sequence[float],
+    digests: Sequence[str],
+    starts: Sequence[int],
+    width: int,
+    axes: Axes,
+) -> Plan:
     given = iter(parameters)
-    for alpha, digest, start in zip(alphas, digests, starts, strict=True):
+    seeds = []
+    for place, (alpha, digest, start) in enumerate(zip(alphas, digests, starts, strict=True)):
         program = _programs.get((digest, h.device))
         if program is None:
             raise RuntimeError(
                 f"the kernel of manifest {digest} is not loaded in this process for {h.device}; a baked model loads it"
             )
+        if x is None and "x" in program.inputs:
+            raise ValueError(f"artifact {program.manifest.id} reads the layer's input, and there is none")
+        stop = start + program.width
         own = {name: next(given) for name in sorted(program.manifest.parameters)}
-        yield _Fixed(program, own, torch.full((1,), alpha, dtype=torch.float32, device=h.device), start)
+        constant = torch.full((1,), alpha, dtype=torch.float32, device=h.device)
+        seeds.append(ActiveSeed(_Fixed(place, (start, stop)), program, start, stop, constant, own))
+    gaps, overlapping = spread([(seed.start, seed.stop) for seed in seeds], width)
+    return Plan(
+        width=width,
+        axes=axes,
+        x_name="",
+        first_of_tuple=False,
+        seeds=tuple(seeds),
+        gaps=gaps,
+        overlapping=overlapping,
+        guard=False,
+        timed=False,
+    )
 
 
 @torch.library.impl(_library, "fixed_seeds", "CompositeExplicitAutograd")
@@ -133,26 +151,20 @@ def _forward(
     starts: Sequence[int],
     width: int,
     feature_dim: int,
+    length_first: bool,
+    training: bool,
+    dropout_seeds: Tensor | None,
 ) -> Tensor:
     if not matches(h, width, feature_dim):
         raise ValueError(
             f"the host's output is {tuple(h.shape)}, {width} features in dimension {feature_dim} are expected"
         )
-    seeds = list(_seeds(h, parameters, alphas, digests, starts))
-    h2, x2 = matrix(h, feature_dim), None if x is None else matrix(x, feature_dim)
-    out, out2 = empty_output(h, feature_dim)
-    gaps, overlapping = spread([(seed.start, seed.stop) for seed in seeds], width)
-    for start, stop in [(0, width)] if overlapping else gaps:
-        out2[:, start:stop] = h2[:, start:stop]
-    for seed in seeds:
-        own, target = h2[:, seed.start : seed.stop], out2[:, seed.start : seed.stop]
-        if not overlapping:
-            seed.forward(own, x2, target)
-            continue
-        blended = torch.empty(own.shape, dtype=h.dtype, device=h.device)
-        seed.forward(own, x2, blended)
-        add_share(target, blended, own)
-    settle(out, out2, feature_dim)
+    axes = Axes(feature_dim, length_first)
+    plan = _plan(h, x, parameters, alphas, digests, starts, width, axes)
+    call = Call(extents_of(h.shape, axes), training, dropout_seeds)
+    out, out2 = empty_output(h, axes)
+    run_seeds(plan, plan.seeds, None if x is None else matrix(x, axes), matrix(h, axes), out2, call)
+    settle(out, out2, axes)
     return out
 
 
@@ -167,25 +179,24 @@ def _backward(
     starts: Sequence[int],
     width: int,
     feature_dim: int,
+    length_first: bool,
+    training: bool,
+    dropout_seeds: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients at h and, where it is given, at x."""
-    g, h2 = matrix(grad_out, feature_dim), matrix(h, feature_dim)
-    x2 = None if x is None else matrix(x, feature_dim)
+    """Gradients at h and, where it is given, at x. What forward saves is computed again: most calls of a fixed model
+    have no backward, and would hold it for nothing."""
+    axes = Axes(feature_dim, length_first)
+    plan = _plan(h, x, parameters, alphas, digests, starts, width, axes)
+    call = Call(extents_of(h.shape, axes), training, dropout_seeds)
+    g, h2 = matrix(grad_out, axes), matrix(h, axes)
+    x2 = None if x is None else matrix(x, axes)
     grad_h = g.clone(memory_format=torch.contiguous_format)
     grad_x = None if x2 is None else torch.zeros_like(x2, memory_format=torch.contiguous_format)
-    seeds = list(_seeds(h, parameters, alphas, digests, starts))
-    _, overlapping = spread([(seed.start, seed.stop) for seed in seeds], width)
-    for seed in seeds:
-        span = slice(seed.start, seed.stop)
-        to_h, to_x = seed.backward(g[:, span], h2[:, span], x2)
-        if overlapping:
-            grad_h[:, span] += to_h - g[:, span]
-        else:
-            grad_h[:, span] = to_h
-        if grad_x is not None and to_x is not None:
-            grad_x += to_x
-    grads = [from_matrix(grad_h, h, feature_dim)]
-    return grads if grad_x is None or x is None else [*grads, from_matrix(grad_x, x, feature_dim)]
+    again = torch.empty_like(g, memory_format=torch.contiguous_format)
+    for contribution in run_seeds(plan, plan.seeds, x2, h2, again, call):
+        add_gradients(plan, contribution, g, h2, x2, contribution.active.parameters, grad_h, grad_x)
+    grads = [from_matrix(grad_h, h, axes)]
+    return grads if grad_x is None or x is None else [*grads, from_matrix(grad_x, x, axes)]
 
 
 def _forward_shape(h: Tensor, x: Tensor | None, *seeds: object) -> Tensor:
@@ -193,26 +204,28 @@ def _forward_shape(h: Tensor, x: Tensor | None, *seeds: object) -> Tensor:
 
 
 def _backward_shapes(grad_out: Tensor, h: Tensor, x: Tensor | None, *seeds: Any) -> list[Tensor]:
-    dim = seeds[-1]
+    axes = Axes(seeds[5], seeds[6])
 
     def empty(like: Tensor) -> Tensor:
-        width = like.shape[dim]
-        return from_matrix(torch.empty((like.numel() // width, width), dtype=like.dtype, device=like.device), like, dim)
+        width = like.shape[axes.feature_dim]
+        rows = torch.empty((like.numel() // width, width), dtype=like.dtype, device=like.device)
+        return from_matrix(rows, like, axes)
 
     return [empty(tensor) for tensor in (h, x) if tensor is not None]
 
 
 def _keep_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: Tensor) -> None:
-    h, x, parameters, *ctx.seeds = inputs  # type: ignore[attr-defined]
-    ctx.save_for_backward(h, x, *parameters)  # type: ignore[misc, arg-type]
+    h, x, parameters, *ctx.seeds, dropout_seeds = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(h, x, dropout_seeds, *parameters)  # type: ignore[misc, arg-type]
 
 
 def _gradients(ctx: torch.autograd.function.FunctionCtx, grad_out: Tensor) -> tuple[object, ...]:
-    h, x, *parameters = ctx.saved_tensors  # type: ignore[attr-defined]
+    h, x, dropout_seeds, *parameters = ctx.saved_tensors  # type: ignore[attr-defined]
     if any(ctx.needs_input_grad[2]):  # type: ignore[attr-defined]
         raise RuntimeError("the parameters of fixed seeds are frozen; a gradient at them is not computed")
-    grads = torch.ops.esper_triton.fixed_seeds_backward(grad_out, h, x, parameters, *ctx.seeds)  # type: ignore[attr-defined]
-    return (grads[0], None if x is None else grads[1], [None] * len(parameters), None, None, None, None, None)
+    seeds = ctx.seeds  # type: ignore[attr-defined]
+    grads = torch.ops.esper_triton.fixed_seeds_backward(grad_out, h, x, parameters, *seeds, dropout_seeds)
+    return (grads[0], None if x is None else grads[1], [None] * len(parameters), *[None] * (len(seeds) + 1))
 
 
 def _refuse(ctx: object, *grads: object) -> None:

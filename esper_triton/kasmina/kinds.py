@@ -31,6 +31,9 @@ class Kind:
     gives a tuple (`first_of_tuple`) has its output in the first place. `x_width` is the width of its input in the same
     dimension where every row of the output comes from a row of the input at the same place, and None elsewhere.
     `x_name` is the name of that argument, which is the first; empty where it has none.
+
+    `positions` counts the dimensions after that of the features, None where only a call shows it. `length_first` says
+    that an output of three dimensions is [length, batch, width].
     """
 
     width: int
@@ -38,6 +41,13 @@ class Kind:
     feature_dim: int = -1
     first_of_tuple: bool = False
     x_name: str = ""
+    positions: int | None = 0
+    length_first: bool = False
+
+    @property
+    def may_be_image(self) -> bool:
+        """Whether its output can have two dimensions of positions."""
+        return self.positions in (2, None)
 
 
 def _convolution(module: _ConvNd, spatial_dims: int) -> Kind:
@@ -45,6 +55,7 @@ def _convolution(module: _ConvNd, spatial_dims: int) -> Kind:
         width=module.out_channels,
         x_width=module.in_channels if _keeps_every_size(module) else None,
         feature_dim=-1 - spatial_dims,  # from the end: an input without a batch dimension is taken too
+        positions=spatial_dims,
     )
 
 
@@ -61,8 +72,8 @@ def _last(width: int) -> Kind:
     return Kind(width=width, x_width=width)
 
 
-def _channels(width: int, feature_dim: int = 1) -> Kind:
-    return Kind(width=width, x_width=width, feature_dim=feature_dim)
+def _channels(width: int, positions: int | None, feature_dim: int = 1) -> Kind:
+    return Kind(width=width, x_width=width, feature_dim=feature_dim, positions=positions)
 
 
 _KINDS: dict[type[nn.Module], Callable[[Any], Kind]] = {
@@ -78,15 +89,17 @@ _KINDS: dict[type[nn.Module], Callable[[Any], Kind]] = {
     nn.EmbeddingBag: lambda m: Kind(width=m.embedding_dim),
     nn.LayerNorm: lambda m: _last(m.normalized_shape[-1]),
     nn.RMSNorm: lambda m: _last(m.normalized_shape[-1]),
-    nn.GroupNorm: lambda m: _channels(m.num_channels),
-    nn.BatchNorm1d: lambda m: _channels(m.num_features),
-    nn.BatchNorm2d: lambda m: _channels(m.num_features),
-    nn.BatchNorm3d: lambda m: _channels(m.num_features),
-    nn.SyncBatchNorm: lambda m: _channels(m.num_features),
-    nn.InstanceNorm1d: lambda m: _channels(m.num_features, -2),
-    nn.InstanceNorm2d: lambda m: _channels(m.num_features, -3),
-    nn.InstanceNorm3d: lambda m: _channels(m.num_features, -4),
-    nn.MultiheadAttention: lambda m: Kind(width=m.embed_dim, x_width=m.embed_dim, first_of_tuple=True),
+    nn.GroupNorm: lambda m: _channels(m.num_channels, None),
+    nn.BatchNorm1d: lambda m: _channels(m.num_features, 1),  # or 0
+    nn.BatchNorm2d: lambda m: _channels(m.num_features, 2),
+    nn.BatchNorm3d: lambda m: _channels(m.num_features, 3),
+    nn.SyncBatchNorm: lambda m: _channels(m.num_features, None),
+    nn.InstanceNorm1d: lambda m: _channels(m.num_features, 1, -2),
+    nn.InstanceNorm2d: lambda m: _channels(m.num_features, 2, -3),
+    nn.InstanceNorm3d: lambda m: _channels(m.num_features, 3, -4),
+    nn.MultiheadAttention: lambda m: Kind(
+        width=m.embed_dim, x_width=m.embed_dim, first_of_tuple=True, length_first=not m.batch_first
+    ),
 }
 
 # Refused even with `features=`: the reason, for the message.
@@ -128,7 +141,13 @@ def kind_of(module: nn.Module, features: int | None = None) -> Kind:
         )
     if features < 1:
         raise ValueError(f"features must be at least 1, found {features}")
-    return Kind(width=features, x_name=x_name)
+    return Kind(width=features, x_name=x_name, length_first=_takes_length_first(module))
+
+
+def _takes_length_first(module: nn.Module) -> bool:
+    """As its attention does, where it has one."""
+    attentions = (m for m in module.modules() if isinstance(m, nn.MultiheadAttention))
+    return any(not attention.batch_first for attention in attentions)
 
 
 def _first_argument(module: nn.Module) -> str:

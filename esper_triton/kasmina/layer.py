@@ -71,7 +71,8 @@ class KasminaLayer(Adopted):
     """A module from a tensor to a tensor that holds seeds. Made by `adopt` or `esper_triton.wrap`.
 
     Features are in the dimension of the host's kind: the last one, or that of the channels of a convolution or a norm.
-    Seeds see one row a place. Attention gives a tuple; seeds work on its first element.
+    Seeds see one row a place, and which rows are of one item where the layout of their blueprint asks for it. Attention
+    gives a tuple; seeds work on its first element.
 
     The module is the same object as before, of a class of its own. While every seed is dormant the host class's
     `forward` runs, with nothing in front of it. While a seed is active, the instance attribute `forward` holds the

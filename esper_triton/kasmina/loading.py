@@ -83,6 +83,11 @@ def _check_fit(request: LoadRequest, manifest: Manifest) -> None:
             f"{manifest.feature_dim}={stop - start}"
         )
     check_dtype(request.who, manifest, request.dtype)
+    if manifest.layout == "image" and not request.kind.may_be_image:
+        raise ArtifactRefused(
+            f"artifact {manifest.id} works on images, [batch, features, height, width], and {request.who} gives none; "
+            f"load it into a two-dimensional convolution or norm, or one of layout 'sequence' here"
+        )
     if "x" in manifest.input:
         if request.kind.x_width is None:
             raise ArtifactRefused(f"artifact {manifest.id} reads the layer's input; that of {request.who} does not fit")

@@ -16,17 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_triton.kasmina.autograd import add_gradients
-from esper_triton.kasmina.plan import ActiveSeed, Contribution, Plan
-from esper_triton.kasmina.views import empty_output, from_matrix, matrix, settle
+from esper_triton.kasmina.blending import Contribution, add_gradients, run_seeds
+from esper_triton.kasmina.plan import ActiveSeed, Call, Plan
+from esper_triton.kasmina.views import empty_output, extents_of, from_matrix, matrix, settle
 
 __all__ = ["blend", "name_plan"]
 
 _library: Any = torch.library.Library("esper_triton", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's own
-_library.define("blend(Tensor h, Tensor? x, Tensor[] alphas, Tensor[] parameters, str plan) -> (Tensor, Tensor[])")
+# Drawn numbers come as an argument: the operators are functions of theirs, and may be run again at any time.
+_library.define(
+    "blend(Tensor h, Tensor? x, Tensor[] alphas, Tensor[] parameters, Tensor? dropout_seeds, str plan, bool training) "
+    "-> (Tensor, Tensor[])"
+)
 _library.define(
     "blend_backward(Tensor grad_out, Tensor h, Tensor? x, Tensor[] alphas, Tensor[] parameters, Tensor[] saved, "
-    "str plan) -> (Tensor, Tensor, Tensor[])"
+    "str plan, bool training) -> (Tensor, Tensor, Tensor[])"
 )
 _plans: weakref.WeakValueDictionary[str, Plan] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
@@ -41,11 +45,12 @@ def name_plan(plan: Plan) -> str:
     return name
 
 
-def blend(plan: Plan, name: str, h: Tensor, x: Tensor | None) -> Tensor:
-    """The blended output of a call that is being compiled, whose tensors fit the plan's seeds."""
+def blend(plan: Plan, name: str, h: Tensor, x: Tensor | None, dropout_seeds: Tensor | None, training: bool) -> Tensor:
+    """The blended output of a call that is being compiled, whose tensors fit the plan's seeds. `dropout_seeds` as in
+    `Call`."""
     alphas = [active.alpha for active in plan.seeds]
     parameters = [parameter for active in plan.seeds for parameter in active.parameters.values()]
-    out: Tensor = torch.ops.esper_triton.blend(h, x, alphas, parameters, name)[0]
+    out: Tensor = torch.ops.esper_triton.blend(h, x, alphas, parameters, dropout_seeds, name, training)[0]
     return out
 
 
@@ -59,46 +64,57 @@ def _plan(name: str) -> Plan:
     return plan
 
 
-def _saved_shapes(plan: Plan, rows: int) -> Iterator[tuple[ActiveSeed, str, tuple[int, ...], torch.dtype]]:
+def _saved_shapes(plan: Plan, h: Tensor) -> Iterator[tuple[ActiveSeed, str, tuple[int, ...], torch.dtype]]:
+    extents = extents_of(h.shape, plan.axes)
     for active in plan.seeds:
-        for name, (shape, dtype) in active.program.saved_shapes(rows).items():
+        for name, (shape, dtype) in active.program.saved_shapes(extents).items():
             yield active, name, shape, dtype
         if plan.guard:
             yield active, "rejected", (), torch.bool
 
 
 def _forward(
-    h: Tensor, x: Tensor | None, alphas: Sequence[Tensor], parameters: Sequence[Tensor], name: str
+    h: Tensor,
+    x: Tensor | None,
+    alphas: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    dropout_seeds: Tensor | None,
+    name: str,
+    training: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    from esper_triton.kasmina.dispatch import run_seeds  # which imports this module
-
     plan = _plan(name)
-    dim = plan.feature_dim
-    h2, x2 = matrix(h, dim), None if x is None else matrix(x, dim)
-    out, out2 = empty_output(h, dim)
-    contributions = {id(c.active): c for c in run_seeds(plan, plan.seeds, x2, h2, out2)}
-    settle(out, out2, dim)
+    axes = plan.axes
+    h2, x2 = matrix(h, axes), None if x is None else matrix(x, axes)
+    out, out2 = empty_output(h, axes)
+    call = Call(extents_of(h.shape, axes), training, dropout_seeds)
+    contributions = {id(c.active): c for c in run_seeds(plan, plan.seeds, x2, h2, out2, call)}
+    settle(out, out2, axes)
     saved = []
-    for active, tensor, shape, dtype in _saved_shapes(plan, h2.shape[0]):
+    for active, tensor, shape, dtype in _saved_shapes(plan, h):
         contribution = contributions.get(id(active))
         if contribution is None:  # it failed, which backward will see too
             saved.append(torch.zeros(shape, dtype=dtype, device=h.device))
         elif tensor == "rejected":
             assert contribution.rejected is not None
             saved.append(contribution.rejected)
+        elif tensor == "dropout_seed":
+            saved.append(contribution.saved[tensor].clone())  # an operator's results are no views of its arguments
         else:
             saved.append(contribution.saved[tensor])
     return out, saved
 
 
 def _forward_fake(
-    h: Tensor, x: Tensor | None, alphas: Sequence[Tensor], parameters: Sequence[Tensor], name: str
+    h: Tensor,
+    x: Tensor | None,
+    alphas: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    dropout_seeds: Tensor | None,
+    name: str,
+    training: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    plan = _plan(name)
-    saved = [
-        torch.empty(shape, dtype=dtype, device=h.device)
-        for _, _, shape, dtype in _saved_shapes(plan, h.numel() // plan.width)
-    ]
+    shapes = _saved_shapes(_plan(name), h)
+    saved = [torch.empty(shape, dtype=dtype, device=h.device) for _, _, shape, dtype in shapes]
     return torch.empty_like(h), saved
 
 
@@ -110,30 +126,30 @@ def _backward(
     parameters: Sequence[Tensor],
     saved: Sequence[Tensor],
     name: str,
+    training: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     plan = _plan(name)
-    dim = plan.feature_dim
-    g, h2, x2 = matrix(grad_out, dim), matrix(h, dim), None if x is None else matrix(x, dim)
+    axes = plan.axes
+    extents = extents_of(h.shape, axes)
+    g, h2, x2 = matrix(grad_out, axes), matrix(h, axes), None if x is None else matrix(x, axes)
     grad_h = g.clone(memory_format=torch.contiguous_format)
     grad_x = h.new_empty(0) if x2 is None else torch.zeros_like(x2, memory_format=torch.contiguous_format)
     grads: list[Tensor] = []
     values, kept = iter(parameters), iter(saved)
     own: dict[int, dict[str, Tensor]] = {}
-    for active, tensor, _, _ in _saved_shapes(plan, h2.shape[0]):
+    for active, tensor, _, _ in _saved_shapes(plan, h):
         own.setdefault(id(active), {})[tensor] = next(kept)
     for active in plan.seeds:
         named = {parameter: next(values) for parameter in active.parameters}
         stored = own.get(id(active), {})
-        contribution = Contribution(active, {}, stored.pop("rejected", None))
+        contribution = Contribution(active, stored, stored.pop("rejected", None), extents, training)
         to_parameters = None
         if not active.seed.pending_faults:  # one that has failed since the last boundary contributes nothing
-            to_parameters = add_gradients(
-                plan, contribution, g, h2, x2, named, stored, grad_h, None if x2 is None else grad_x
-            )
+            to_parameters = add_gradients(plan, contribution, g, h2, x2, named, grad_h, None if x2 is None else grad_x)
         if to_parameters is None:
             to_parameters = {n: torch.zeros_like(v, memory_format=torch.contiguous_format) for n, v in named.items()}
         grads += [to_parameters[parameter] for parameter in named]
-    return from_matrix(grad_h, h, dim), grad_x if x is None else from_matrix(grad_x, x, dim), grads
+    return from_matrix(grad_h, h, axes), grad_x if x is None else from_matrix(grad_x, x, axes), grads
 
 
 def _backward_fake(
@@ -144,20 +160,21 @@ def _backward_fake(
     parameters: Sequence[Tensor],
     saved: Sequence[Tensor],
     name: str,
+    training: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     plan = _plan(name)
 
     def empty(like: Tensor) -> Tensor:
-        width = like.shape[plan.feature_dim]
+        width = like.shape[plan.axes.feature_dim]
         matrix = torch.empty((like.numel() // width, width), dtype=like.dtype, device=like.device)
-        return from_matrix(matrix, like, plan.feature_dim)
+        return from_matrix(matrix, like, plan.axes)
 
     grads = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
     return empty(h), h.new_empty(0) if x is None else empty(x), grads
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    h, x, alphas, parameters, ctx.plan = inputs
+    h, x, alphas, parameters, _, ctx.plan, ctx.training = inputs
     ctx.counts = (len(alphas), len(parameters))
     ctx.save_for_backward(h, x, *alphas, *parameters, *output[1])
 
@@ -166,9 +183,16 @@ def _differentiate(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
     h, x, *rest = ctx.saved_tensors
     alphas, parameters = ctx.counts
     grad_h, grad_x, grads = torch.ops.esper_triton.blend_backward(
-        grad_out, h, x, rest[:alphas], rest[alphas : alphas + parameters], rest[alphas + parameters :], ctx.plan
+        grad_out,
+        h,
+        x,
+        rest[:alphas],
+        rest[alphas : alphas + parameters],
+        rest[alphas + parameters :],
+        ctx.plan,
+        ctx.training,
     )
-    return grad_h, None if x is None else grad_x, [None] * alphas, grads, None
+    return grad_h, None if x is None else grad_x, [None] * alphas, grads, None, None, None
 
 
 _library.impl("blend", _forward, "CompositeExplicitAutograd")

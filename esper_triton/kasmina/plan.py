@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from esper_triton.kasmina.kinds import Kind
 from esper_triton.kasmina.launcher import KernelProgram
 from esper_triton.kasmina.record import LayerRecord
 from esper_triton.kasmina.seed import Seed
+from esper_triton.kasmina.views import Axes, Extents
 
-__all__ = ["ActiveSeed", "Contribution", "Plan", "make_plan", "spread"]
+__all__ = ["ActiveSeed", "Call", "Plan", "axes_for", "draw_dropout_seeds", "make_plan", "spread"]
+
+_MOST = 2**63 - 1
 
 
 class ActiveSeed(NamedTuple):
@@ -27,7 +32,7 @@ class ActiveSeed(NamedTuple):
     start: int
     stop: int
     alpha: Tensor
-    parameters: dict[str, nn.Parameter]
+    parameters: Mapping[str, Tensor]
     nonfinite: Tensor | None = None
 
 
@@ -37,7 +42,7 @@ class Plan:
     blend goes to a temporary and its difference from the host's span is added (law 2's sum)."""
 
     width: int
-    feature_dim: int  # of the host's output and of x, as in `Kind`
+    axes: Axes  # of the host's output and of x
     x_name: str
     first_of_tuple: bool
     seeds: tuple[ActiveSeed, ...]
@@ -46,15 +51,29 @@ class Plan:
     guard: bool
     timed: bool
 
+    @cached_property
+    def has_positions(self) -> bool:
+        """Whether a seed asks how the rows lie."""
+        return any(active.program.layout != "rows" for active in self.seeds)
 
-@dataclass(frozen=True)
-class Contribution:
-    """What a seed that ran leaves for backward. `rejected` is a 0-d bool on the device under guard: the call's output
-    was not finite where the host's was, and was selected away."""
+    @cached_property
+    def draws(self) -> bool:
+        """Whether a seed takes a dropout seed."""
+        return any(active.program.draws for active in self.seeds)
 
-    active: ActiveSeed
-    saved: dict[str, Tensor]
-    rejected: Tensor | None
+    @cached_property
+    def follows_mode(self) -> bool:
+        """Whether a seed computes something else in training mode."""
+        return any(active.program.follows_mode for active in self.seeds)
+
+
+class Call(NamedTuple):
+    """What a call has beside its matrices. `extents` where a seed asks for them; `dropout_seeds`, int64 with one for
+    each seed of the plan, in training mode where a seed draws."""
+
+    extents: Extents | None
+    training: bool
+    dropout_seeds: Tensor | None
 
 
 def make_plan(record: LayerRecord, alpha_of: Callable[[int], Tensor], device: torch.device) -> Plan | None:
@@ -69,7 +88,7 @@ def make_plan(record: LayerRecord, alpha_of: Callable[[int], Tensor], device: to
     gaps, overlapping = spread([(active.start, active.stop) for active in seeds], record.kind.width)
     return Plan(
         width=record.kind.width,
-        feature_dim=record.kind.feature_dim,
+        axes=axes_for(record.kind, (active.program for active in seeds)),
         x_name=record.kind.x_name,
         first_of_tuple=record.kind.first_of_tuple,
         seeds=seeds,
@@ -79,6 +98,17 @@ def make_plan(record: LayerRecord, alpha_of: Callable[[int], Tensor], device: to
         # On another device a launch returns before it has run, and its end cannot be read without a sync.
         timed=record.telemetry_enabled and device.type == "cpu",
     )
+
+
+def axes_for(kind: Kind, programs: Iterable[KernelProgram]) -> Axes:
+    """Where the tensors of such a host have what. The order of rows costs a copy where the length comes first, so it is
+    as the programs need it."""
+    return Axes(kind.feature_dim, kind.length_first and any(program.layout != "rows" for program in programs))
+
+
+def draw_dropout_seeds(count: int, device: torch.device) -> Tensor:
+    """int64 [count], from torch's default generator of the device, as nn.Dropout draws there."""
+    return torch.randint(_MOST, (count,), dtype=torch.int64, device=device)
 
 
 def spread(spans: Sequence[tuple[int, int]], width: int) -> tuple[tuple[tuple[int, int], ...], bool]:

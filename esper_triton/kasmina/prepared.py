@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from esper_triton.kasmina.launcher import Bound
-from esper_triton.kasmina.plan import ActiveSeed, Plan
+from esper_triton.kasmina.plan import ActiveSeed, Plan, draw_dropout_seeds
+from esper_triton.kasmina.views import Extents, extents_of
 
 __all__ = ["Prepared", "prepare"]
 
@@ -28,9 +29,10 @@ _SPARE = 4  # buffers of a seed kept for reuse
 class _PreparedSeed:
     """One seed's launches for inputs of one shape."""
 
-    def __init__(self, active: ActiveSeed, rows: int, width: int, x_width: int) -> None:
+    def __init__(self, active: ActiveSeed, place: int, extents: Extents, width: int, x_width: int) -> None:
         program = active.program
         self.active = active
+        self.place = place  # in the plan
         self.program = program
         self.device = active.alpha.device
         self.parameters = tuple(active.parameters[name] for name in program.manifest.parameters)
@@ -38,15 +40,16 @@ class _PreparedSeed:
         # parameter's own can be no other memory's.
         self.aliases = tuple(parameter.detach() for parameter in self.parameters)
         self.addresses = tuple(alias.data_ptr() for alias in self.aliases)
-        self.rows = rows
+        self.extents = extents
         self.strides = {"h": width, "out": width, "grad_out": width, "x": x_width}
         self.offset = active.start * program.dtype.itemsize
         self.span = slice(active.start, active.stop)
         self.is_whole = active.start == 0 and active.stop == width
-        self.forward = program.bind_forward(rows, self.strides)
+        self.forward = program.bind_forward(extents, self.strides)
         self.static = (active.alpha.data_ptr(), *self.addresses)
         self.saved = tuple(zip(self.forward.shapes.values(), self.forward.dtypes.values(), strict=True))
         self.reads_x = "x" in program.inputs
+        self.draws, self.follows_mode = program.draws, program.follows_mode
         # On another device, a launch on another stream may still write to what this one has got back.
         self.reuses = self.device.type == "cpu"
         self.spare: list[list[Tensor]] = []  # what forward has saved for no backward, to be written over
@@ -65,8 +68,18 @@ class _PreparedSeed:
     def backward(self) -> Bound:
         """Bound when it is first asked for: not every run trains."""
         if self._backward is None:
-            self._backward = self.program.bind_backward(self.rows, self.strides)
+            self._backward = self.program.bind_backward(self.extents, self.strides)
         return self._backward
+
+    def dropout_seed(self, drawn: Tensor | None) -> tuple[Tensor, ...]:
+        """Its one of those that were drawn for a call; nothing where it takes none."""
+        zero = self.program.no_dropout_seed
+        return () if zero is None else (zero if drawn is None else drawn[self.place].view(1),)
+
+
+def _mode(dropout_seed: Sequence[Tensor], training: bool) -> tuple[int, int]:
+    """The last values of a launch that follows the layer's mode."""
+    return dropout_seed[0].data_ptr() if dropout_seed else 0, int(training)
 
 
 class Prepared:
@@ -76,9 +89,12 @@ class Prepared:
         self.plan = plan
         self.shape, self.dtype, self.device = h.shape, h.dtype, h.device
         self.x_shape = None if x is None else x.shape
-        rows = h.numel() // plan.width
+        extents = extents_of(h.shape, plan.axes)
         x_width = 0 if x is None else x.shape[-1]
-        self.seeds = tuple(_PreparedSeed(active, rows, plan.width, x_width) for active in plan.seeds)
+        self.seeds = tuple(
+            _PreparedSeed(active, place, extents, plan.width, x_width) for place, active in enumerate(plan.seeds)
+        )
+        self.draws = plan.draws
         self.parameters = tuple(parameter for seed in self.seeds for parameter in seed.parameters)
         self.addresses = tuple(address for seed in self.seeds for address in seed.addresses)
         self.timed = plan.timed
@@ -102,8 +118,9 @@ class Prepared:
         # A parameter that is elsewhere now may be anything.
         return tuple(map(_data_ptr, self.parameters)) == self.addresses
 
-    def __call__(self, h: Tensor, x: Tensor | None) -> Tensor:
-        """The blended output. A seed whose launch fails is noted, and its span is the host's (law 1)."""
+    def __call__(self, h: Tensor, x: Tensor | None, training: bool) -> Tensor:
+        """The blended output; `training` where a seed follows the layer's mode. A seed whose launch fails is noted, and
+        its span is the host's (law 1)."""
         recording = torch.is_grad_enabled() and self._needs_graph(h, x)
         out = torch.empty_like(h)
         if self.plan.gaps:
@@ -111,11 +128,16 @@ class Prepared:
         h_at, out_at = h.data_ptr(), out.data_ptr()
         inputs = () if x is None else (x.data_ptr(),)
         kept: list[Tensor] = []
+        drawn = draw_dropout_seeds(len(self.seeds), self.device) if training and self.draws else None
         ran: tuple[_PreparedSeed, ...] = self.seeds
         for seed in self.seeds:
             saved = seed.allocate(recording)
             own = (h_at + seed.offset, *(inputs if seed.reads_x else ()), out_at + seed.offset)
             values = (*seed.forward.constants, *own, *seed.static, *map(_data_ptr, saved))
+            dropout_seed: tuple[Tensor, ...] = ()
+            if seed.follows_mode:
+                dropout_seed = seed.dropout_seed(drawn)
+                values = (*values, *_mode(dropout_seed, training))
             began = time.perf_counter_ns() if self.timed else 0
             try:
                 for run, grid, pick in seed.forward.launches:
@@ -131,7 +153,7 @@ class Prepared:
                 record.latency_ns += time.perf_counter_ns() - began
                 record.timed_calls += 1
             if recording:
-                kept += saved
+                kept += (*saved, *dropout_seed)
             elif seed.reuses and len(seed.spare) < _SPARE:
                 seed.spare.append(saved)
         if not ran:
@@ -139,7 +161,7 @@ class Prepared:
         if not recording:
             return out
         apply: Any = _PreparedBlend.apply
-        result: Tensor = apply(self, ran, (out,), kept, h, x, *(p for seed in ran for p in seed.parameters))
+        result: Tensor = apply(self, ran, training, (out,), kept, h, x, *(p for seed in ran for p in seed.parameters))
         return result
 
     def _needs_graph(self, h: Tensor, x: Tensor | None) -> bool:
@@ -163,13 +185,14 @@ class _PreparedBlend(torch.autograd.Function):
         ctx: Any,
         prepared: Prepared,
         seeds: tuple[_PreparedSeed, ...],
+        training: bool,
         out: tuple[Tensor],
         kept: Sequence[Tensor],
         h: Tensor,
         x: Tensor | None,
         *parameters: nn.Parameter,
     ) -> Tensor:
-        ctx.prepared, ctx.seeds = prepared, seeds
+        ctx.prepared, ctx.seeds, ctx.training = prepared, seeds, training
         # Through autograd's own keeping, so that its hooks (offloading, checkpointing) and version checks apply.
         ctx.save_for_backward(h, x, *parameters, *kept)
         return out[0]  # in a tuple, so that autograd sees a result and not an input handed back
@@ -180,7 +203,7 @@ class _PreparedBlend(torch.autograd.Function):
         prepared: Prepared = ctx.prepared
         h, x, *rest = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        needs_h, needs_x, needs_parameters = needs[4], needs[5], needs[6:]
+        needs_h, needs_x, needs_parameters = needs[5], needs[6], needs[7:]
         g = grad_out.contiguous()
         whole = len(ctx.seeds) == 1 and ctx.seeds[0].is_whole
         grad_h = None if whole or not needs_h else g.clone()
@@ -191,8 +214,9 @@ class _PreparedBlend(torch.autograd.Function):
         for seed in ctx.seeds:
             own = [next(parameters) for _ in seed.parameters]
             kept = [next(saved) for _ in seed.saved]
+            mode = _mode([next(saved)] if seed.draws else [], ctx.training) if seed.follows_mode else ()
             try:
-                to_h, to_x, to_parameters = _seed_backward(prepared, seed, g, h, x, own, kept)
+                to_h, to_x, to_parameters = _seed_backward(prepared, seed, g, h, x, own, kept, mode)
             except Exception as error:
                 seed.active.seed.fault(error)
                 grads.extend(None for _ in own)
@@ -214,7 +238,7 @@ class _PreparedBlend(torch.autograd.Function):
         if grad_x is not None:
             grad_x = grad_x.view(x.shape)
         return (
-            *(None, None, None, None),
+            *(None, None, None, None, None),
             grad_h if needs_h else None,
             grad_x,
             *(grad if needed else None for grad, needed in zip(grads, needs_parameters, strict=True)),
@@ -229,6 +253,7 @@ def _seed_backward(
     x: Tensor | None,
     parameters: Sequence[Tensor],
     saved: Sequence[Tensor],
+    mode: Sequence[int],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
     bound = seed.backward
     made = {
@@ -242,6 +267,7 @@ def _seed_backward(
         g.data_ptr() + seed.offset,
         seed.active.alpha.data_ptr(),
         *(tensor.data_ptr() for tensor in (*parameters, *saved, *made.values())),
+        *mode,
     )
     for run, grid, pick in bound.launches:
         run(*grid, *pick(values))
@@ -256,11 +282,13 @@ def _seed_backward(
 
 def prepare(plan: Plan, h: Any, x: Any) -> Prepared | None:
     """The plan for calls like this one, whose `h` and `x` fit its seeds; None where they have to go the general way."""
-    if plan.overlapping or plan.guard or plan.feature_dim != -1:
+    if plan.overlapping or plan.guard or plan.axes.feature_dim != -1:
         return None
     if any(active.nonfinite is not None for active in plan.seeds):  # calls of a step that is looked at
         return None
     if type(h) is not Tensor or h.numel() == 0 or not h.is_contiguous():
+        return None
+    if plan.axes.length_first and h.dim() == 3:  # its memory is not in the order of the rows
         return None
     reads_x = any("x" in active.program.inputs for active in plan.seeds)
     if reads_x and not x.is_contiguous():

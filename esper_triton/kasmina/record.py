@@ -14,6 +14,7 @@ from esper_triton.kasmina.gates import Policy
 from esper_triton.kasmina.kinds import Chunking, Kind
 from esper_triton.kasmina.seed import Seed
 from esper_triton.kasmina.transitions import TransitionQueue
+from esper_triton.kasmina.views import Extents
 from esper_triton.urza import Urza
 
 __all__ = ["LayerRecord", "Observed"]
@@ -21,10 +22,12 @@ __all__ = ["LayerRecord", "Observed"]
 
 @dataclass(frozen=True)
 class Observed:
-    """A training call's input (where a seed reads it) and host output, copied and detached: [rows, width] each."""
+    """A training call's input (where a seed reads it) and host output, copied and detached: [rows, width] each, of a
+    call of these extents."""
 
     x: Tensor | None
     h: Tensor
+    extents: Extents
 
 
 @dataclass(eq=False)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from esper_triton.kasmina.dispatch import Dispatch, _dispatch, _is_plain, _is_recorded
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
-from esper_triton.kasmina.plan import ActiveSeed, Plan
+from esper_triton.kasmina.plan import ActiveSeed, Plan, axes_for
 from esper_triton.kasmina.record import LayerRecord, Observed
 from esper_triton.kasmina.seed import LoadedKernel, Seed
-from esper_triton.kasmina.views import matches, matrix
+from esper_triton.kasmina.views import ROWS, Axes, extents_of, matches, matrix
 
 __all__ = ["HostObserver", "observe_call", "relative_reconstruction_error", "seed_loss"]
 
@@ -65,7 +65,7 @@ def observe_call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         _keep(record, args, kwargs, output)
     h, kind = _tensor_of(record, output), record.kind
     if watches_drift(record) and _is_plain(h) and h.numel() and matches(h, kind.width, kind.feature_dim):
-        record.output_mean_now = matrix(h.detach(), kind.feature_dim).mean(0)
+        record.output_mean_now = matrix(h.detach(), Axes(kind.feature_dim)).mean(0)
 
 
 def _keep(record: LayerRecord, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> None:
@@ -74,13 +74,12 @@ def _keep(record: LayerRecord, args: tuple[Any, ...], kwargs: dict[str, Any], h:
     if not _is_plain(h) or _is_recorded() or h.is_nested or not matches(h, kind.width, kind.feature_dim):
         return
     x = args[0] if args else kwargs.get(kind.x_name)
-    reads_x = any(
-        seed.state is _S.TRAINING and seed.kernel is not None and "x" in seed.kernel.program.inputs
-        for seed in record.seeds
-    )
+    programs = [s.kernel.program for s in record.seeds if s.state is _S.TRAINING and s.kernel is not None]
+    reads_x = any("x" in program.inputs for program in programs)
+    axes = axes_for(kind, programs)
     with torch.no_grad():
-        copied = matrix(x, kind.feature_dim).clone() if reads_x and isinstance(x, Tensor) and _is_plain(x) else None
-        record.observed = Observed(copied, matrix(h, kind.feature_dim).clone())
+        copied = matrix(x, axes).clone() if reads_x and isinstance(x, Tensor) and _is_plain(x) else None
+        record.observed = Observed(copied, matrix(h, axes).clone(), extents_of(h.shape, axes))
 
 
 def _tensor_of(record: LayerRecord, output: Any) -> Any:
@@ -113,7 +112,7 @@ def _loss_of(seed: Seed, kernel: LoadedKernel, observed: Observed) -> Tensor | N
     active = ActiveSeed(seed, kernel.program, 0, stop - start, one, dict(seed.parameters))
     plan = Plan(
         width=stop - start,
-        feature_dim=-1,
+        axes=ROWS,
         x_name="",
         first_of_tuple=False,
         seeds=(active,),
@@ -124,7 +123,7 @@ def _loss_of(seed: Seed, kernel: LoadedKernel, observed: Observed) -> Tensor | N
     )
     before = seed.pending_faults, seed.specialisation_misses
     with torch.enable_grad():
-        k = _dispatch(plan, observed.x, h)
+        k = _dispatch(plan, observed.x, h, training=True, extents=observed.extents)
         if (seed.pending_faults, seed.specialisation_misses) != before:
             return None
         loss = relative_reconstruction_error(k, h) if seed.loss is None else seed.loss(k, h)

@@ -18,6 +18,7 @@ from esper_triton.kasmina.launcher import KernelProgram
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.pending import load_request
+from esper_triton.kasmina.plan import axes_for, draw_dropout_seeds
 from esper_triton.kasmina.seed import LoadTicket, Seed
 from esper_triton.model.merging import merge
 from esper_triton.model.morphable import unwrap
@@ -42,9 +43,11 @@ def bake(model: nn.Module, urza: Urza | None = None) -> nn.Module:
     """A fixed copy of a wrapped model whose seeds are all DORMANT or FOSSILIZED; `model` stays as it is.
 
     Its modules are of the classes that they had before wrapping. A permanent seed is merged into its host's weights
-    where its blueprint is affine and the host an nn.Linear or nn.Embedding whose weight no other module uses. In every
+    where its blueprint is affine, row by row, and the host an nn.Linear, an nn.Embedding, or a convolution without
+    groups (with a kernel of one place, where the seed reads its input), whose weight no other module uses. In every
     other layer with permanent seeds, a `BakedLayer` stands in the host's place: the host, and the seeds' kernels with
-    constant alpha and frozen parameters. Results are those of `model`, to the bit where kernels run.
+    constant alpha and frozen parameters. Results are those of `model`, to the bit where kernels run. A seed with a
+    dropout drops while the copy is in training mode, as in `model`.
 
     The copy can be copied, pickled and exported. Unpickling a model with kernels fetches them from the store again,
     and verifies them (law 4).
@@ -176,7 +179,11 @@ class BakedLayer(nn.Module):
         self.host = host
         self.seeds = nn.ModuleList(seeds)
         self.kind = kind
-        self._reads_x = any("x" in seed.program.inputs for seed in seeds)
+        programs = [seed.program for seed in seeds]
+        self._reads_x = any("x" in program.inputs for program in programs)
+        self._axes = axes_for(kind, programs)
+        self._draws = any(program.draws for program in programs)
+        self._follows_mode = any(program.follows_mode for program in programs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's result with the seeds blended into it. Raises ValueError where a kernel is not for it."""
@@ -193,6 +200,7 @@ class BakedLayer(nn.Module):
             inputs = [None] * len(parts) if x is None else x.unbind()
             return torch.nested.as_nested_tensor([self._blended(*part) for part in zip(parts, inputs, strict=True)])
         seeds: list[FixedSeed] = list(self.seeds)  # type: ignore[arg-type]
+        axes = self._axes
         return fixed_seeds(
             h,
             x,
@@ -201,7 +209,10 @@ class BakedLayer(nn.Module):
             [seed.manifest_digest for seed in seeds],
             [seed.span[0] for seed in seeds],
             self.kind.width,
-            self.kind.feature_dim,
+            axes.feature_dim,
+            axes.length_first,
+            self._follows_mode and self.training,
+            draw_dropout_seeds(len(seeds), h.device) if self._draws and self.training else None,
         )
 
     def __getattr__(self, name: str) -> Any:

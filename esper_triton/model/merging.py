@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from esper_triton.contracts.errors import ArtifactRefused
 
 if TYPE_CHECKING:
+    from esper_triton.kasmina.launcher import KernelProgram
     from esper_triton.model.baking import FixedSeed
 
 __all__ = ["merge"]
@@ -26,16 +28,18 @@ def merge(host: nn.Module, seeds: Sequence[FixedSeed], *, unshared: bool) -> boo
 
         W' = W + sum_i P_i ((M_i - 1) W[c_i] + N_i),    b' = b + sum_i P_i ((M_i - 1) b[c_i] + c_i)
 
-    over spans c_i (law 2), in float64 and rounded once. A row of an nn.Embedding's table is an h.
+    over spans c_i (law 2), in float64 and rounded once. A convolution's h is such a product at every place, of what
+    lies under its kernel; an x is that only where the kernel covers a single place. A row of an nn.Embedding's table is
+    an h.
 
     Raises ArtifactRefused for a kernel that says it is affine and is not. Nothing is changed then.
     """
-    if not unshared or not all(seed.program.manifest.affine for seed in seeds):
+    if not unshared or not all(_is_row_map(seed.program) for seed in seeds):
         return False
     # Exactly these classes with exactly these parameters: what a subclass or a reparametrization makes of its weight
     # is not known.
-    if type(host) is nn.Linear and host._parameters.keys() == {"weight", "bias"}:
-        weight, table = host.weight.detach().double(), None
+    if _is_linear(host, reads_x=any("x" in seed.program.inputs for seed in seeds)):
+        weight, table = host.weight.detach().double().flatten(1), None
         own_bias = host._parameters["bias"]
         bias = weight.new_zeros(weight.shape[0]) if own_bias is None else own_bias.detach().double()
     elif type(host) is nn.Embedding and host._parameters.keys() == {"weight"} and host.max_norm is None:
@@ -57,13 +61,30 @@ def merge(host: nn.Module, seeds: Sequence[FixedSeed], *, unshared: bool) -> boo
         if to_x is not None:
             merged_weight[span] += to_x
         merged_bias[span] += change @ bias[span] + constant
-    _assign(host, "weight", merged_weight)
+    _assign(host, "weight", merged_weight.view(host.weight.shape))
     if own_bias is not None:
         _assign(host, "bias", merged_bias)
     elif merged_bias.any():
         value = merged_bias.to(host.weight.dtype)
         host.bias = nn.Parameter(value, requires_grad=host.weight.requires_grad)
     return True
+
+
+def _is_linear(host: nn.Module, *, reads_x: bool) -> TypeGuard[nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+    """Whether every row of its output is its weight, [width, ...] flattened, times something, and its bias; times the
+    row of x, where a seed reads that."""
+    if host._parameters.keys() != {"weight", "bias"}:
+        return False
+    if isinstance(host, nn.Conv1d | nn.Conv2d | nn.Conv3d) and type(host) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if host.groups != 1:  # a feature that another one is made from may be of another group
+            return False
+        return not reads_x or math.prod(host.kernel_size) == 1  # the load has looked at stride and padding
+    return type(host) is nn.Linear
+
+
+def _is_row_map(program: KernelProgram) -> bool:
+    """Whether every row of the result is the same affine function of its own row alone, in training mode too."""
+    return program.manifest.affine and program.layout == "rows" and not program.follows_mode
 
 
 def _assign(host: nn.Module, name: str, value: Tensor) -> None:

@@ -42,6 +42,7 @@ def forge(plan: Plan) -> Forged:
         blueprint_id=blueprint.id,
         blueprint_name=blueprint.name,
         input=blueprint.input,
+        layout=blueprint.layout,
         affine=blueprint.affine,
         target=plan.target,
         pipeline=plan.pipeline,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import esper_triton
-from esper_triton.contracts.blueprint import Blueprint, DTypeName, LaunchSpec
+from esper_triton.contracts.blueprint import EXTENTS, Blueprint, DTypeName, LaunchSpec
 from esper_triton.contracts.errors import BlueprintError, CompileError, nearest
 from esper_triton.contracts.expressions import ExpressionError, evaluate, symbols
 from esper_triton.contracts.manifest import (
@@ -83,7 +83,10 @@ def plan_build(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, target
     if not callable(getattr(module, "reference", None)):
         faults.append(f"{blueprint.source} defines no function 'reference' to prove the kernels against")
     steps_of = {
-        group: tuple(_step(f"{group}[{i}]", launch, kernels, {**dims, **constexprs}, faults) for i, launch in specs)
+        group: tuple(
+            _step(f"{group}[{i}]", launch, kernels, {**dims, **constexprs}, EXTENTS[blueprint.layout], faults)
+            for i, launch in specs
+        )
         for group, specs in (("forward", enumerate(blueprint.forward)), ("backward", enumerate(blueprint.backward)))
     }
     _raise(blueprint, faults)
@@ -190,17 +193,18 @@ def _sizes(
 def _bindable(blueprint: Blueprint, dtype: str, *, backward: bool) -> dict[str, tuple[str, str]]:
     """What a kernel parameter may be called, with its argument in a LaunchStep and its Triton type."""
     element = {"input": TRITON_TYPE[dtype], "float32": "fp32"}
-    tensors = dict.fromkeys(blueprint.inputs, (element["input"], 2))
+    inputs = dict.fromkeys(("h", *blueprint.inputs))  # what is blended with is there in any case
+    tensors = dict.fromkeys(inputs, (element["input"], 2))
     tensors |= {name: (element["input"], len(p.shape)) for name, p in blueprint.parameters.items()}
     tensors |= {name: (element[t.dtype], len(t.shape)) for name, t in blueprint.saved.items()}
     if backward:
-        tensors |= {f"grad_{name}": tensors[name] for name in (*blueprint.inputs, *blueprint.parameters)}
+        tensors |= {f"grad_{name}": tensors[name] for name in (*inputs, *blueprint.parameters)}
         tensors["grad_out"] = (element["input"], 2)
         tensors |= {name: (element[t.dtype], len(t.shape)) for name, t in blueprint.scratch.items()}
     else:
         tensors["out"] = (element["input"], 2)
-    tensors["alpha"] = ("fp32", 1)
-    bindable = {"rows": ("rows", "i32")}
+    tensors |= {"alpha": ("fp32", 1), "dropout_seed": ("i64", 1)}
+    bindable = {name: (name, "i32") for name in (*EXTENTS[blueprint.layout], "training")}
     for name, (kind, rank) in tensors.items():
         bindable[f"{name}_ptr"] = (name, f"*{kind}")
         if rank == 2:
@@ -270,13 +274,18 @@ def _unwritten(blueprint: Blueprint, forward: set[str], backward: set[str]) -> l
 
 
 def _step(
-    where: str, launch: LaunchSpec, kernels: Mapping[str, KernelPlan], values: Mapping[str, int], faults: list[str]
+    where: str,
+    launch: LaunchSpec,
+    kernels: Mapping[str, KernelPlan],
+    values: Mapping[str, int],
+    extents: tuple[str, ...],
+    faults: list[str],
 ) -> LaunchStep:
     grid = list(launch.grid) + ["1"] * (3 - len(launch.grid))
     try:
         grid = [substitute(text, values) for text in grid]
         for text in grid:
-            evaluate(text, {"rows": 1})
+            evaluate(text, dict.fromkeys(extents, 1))
     except ExpressionError as error:
         faults.append(f"{where}.grid: {error}")
     kernel = kernels.get(launch.kernel)

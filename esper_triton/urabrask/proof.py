@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from esper_triton.contracts.blueprint import Blueprint
+from esper_triton.contracts.blueprint import EXTENTS, Blueprint, Layout
 from esper_triton.contracts.errors import ArtifactRefused
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.kasmina.launcher import X_DIM, KernelProgram
+from esper_triton.kasmina.views import Extents
 from esper_triton.tezzeret.source import load_source
+from esper_triton.urabrask.philox import uniform
 from esper_triton.urza import Artifact, Urza
 
 __all__ = ["ProofReport", "prove"]
 
 _CPU = torch.device("cpu")
 _SEED = 20190615
-_ROWS = (0, 1, 7, 33, 64, 100)
+# Every layout with as many rows: none, one, and numbers that are no multiple of a block. Items of one position and of
+# more, one item and several.
+_EXTENTS: dict[Layout, tuple[Extents, ...]] = {
+    "rows": tuple(map(Extents.of_rows, (0, 1, 7, 33, 64, 100))),
+    "sequence": tuple(Extents(b * t, b, t) for b, t in ((0, 5), (1, 1), (1, 7), (3, 11), (4, 16), (5, 20))),
+    "image": tuple(
+        Extents(b * h * w, b, h * w, h, w)
+        for b, h, w in ((0, 2, 3), (1, 1, 1), (1, 7, 1), (1, 3, 11), (2, 4, 8), (5, 4, 5))
+    ),
+}
+_DROPOUT_SEEDS = (0x243F6A8885A308D3, 0x13198A2E03707344)  # pi's digits; both of more than 32 bits
 _ALPHAS = (0.0, 0.3, 1.0)
 _GAP = 3  # elements between the end of one row and the start of the next
 _FENCE = 64  # elements before and after every tensor: a vector or a row of a block that is read too far ends in them
@@ -47,12 +62,26 @@ class ProofReport(BaseModel):
 class _Case:
     """One call."""
 
-    rows: int
+    layout: Layout
+    extents: Extents
     alpha: float
-    poisoned: bool  # parameters are NaN, as in a seed that has run away; only with alpha 0, which must not care
+    poisoned: bool = False  # parameters are NaN, as in a seed that has run away; only with alpha 0, which must not care
+    training: bool = False
 
     def __str__(self) -> str:
-        return f"rows={self.rows} alpha={self.alpha}" + (" parameters=NaN" if self.poisoned else "")
+        sizes = " ".join(f"{name}={getattr(self.extents, name)}" for name in EXTENTS[self.layout])
+        poisoned, training = " parameters=NaN" if self.poisoned else "", " training" if self.training else ""
+        return f"{sizes} alpha={self.alpha}{poisoned}{training}"
+
+    def in_layout(self, rows: Tensor) -> Tensor:
+        """[rows, width] as the reference takes it."""
+        extents = self.extents
+        lead = {
+            "rows": (extents.rows,),
+            "sequence": (extents.batch, extents.length),
+            "image": (extents.batch, extents.image_height, extents.image_width),
+        }
+        return rows.reshape(*lead[self.layout], rows.shape[-1])
 
 
 def prove(
@@ -60,15 +89,18 @@ def prove(
 ) -> tuple[Artifact, ProofReport]:
     """Runs the stored kernels and gives the artifact its status, VALIDATED or REJECTED, with the report beside it.
 
-    Every case is one forward and, where there is one, one backward, with drawn inputs, over row counts, alphas and row
-    strides wider than the rows. Demanded is:
+    Every case is one forward and, where there is one, one backward, with drawn inputs, over row counts (in a layout
+    with positions: batches, lengths, heights and widths), alphas and row strides wider than the rows. Demanded is:
 
     - results within the tolerance below of the float64 reference: the blueprint source's `reference`, blended by law
       2, and its gradients by torch's autograd;
     - at alpha 0 the host's output and its gradient to the bit and zero gradients for parameters, also where these are
       NaN;
     - inputs unchanged, and nothing written around the rows of `out`;
-    - of a blueprint that calls itself affine, a reference that is: k(u + v) + k(0) = k(u) + k(v) in float64.
+    - of a blueprint that calls itself affine, a reference that is: k(u + v) + k(0) = k(u) + k(v) in float64;
+    - of kernels that compute something else in training mode, there: finite results, the same bits for the same dropout
+      seed, others for another, and the second and third demand above; the first one too where the reference takes
+      `rand`, and so knows what has been dropped. Where it does not, results are proven in eval mode alone.
 
     Every tensor that is given lies among NaN, between its rows too: what is read outside of it shows in the results.
     Inputs are drawn and results are compared on the CPU; `device` is where the kernels run. A kernel that leaves a
@@ -77,7 +109,8 @@ def prove(
 
     Tolerance. A sum of n products in float32 is off by at most n v times the sum of the absolute values of its terms,
     v = 2^-24 (N. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1). The sums here follow
-    each other, so n is the total: every dim once, and the rows in a parameter's gradient. A value is rounded to the
+    each other, so n is the total: every dim once, the length of an item in a layout with positions, and the rows in a
+    parameter's gradient. A value is rounded to the
     layer's dtype (unit roundoff u) when it meets a parameter and when it is stored: p + 1 times with p parameters. So
 
         |error| <= 4 (n v + (p + 1) u) M + s,
@@ -99,7 +132,7 @@ def prove(
     failures: list[str] = []
     cases = 0
     generator = torch.Generator().manual_seed(_SEED)
-    for case in _cases():
+    for case in _cases(program):
         cases += 1
         try:
             for name, ratio in _run(program, reference, case, generator):
@@ -122,11 +155,14 @@ def prove(
     return proven, report
 
 
-def _cases() -> Iterator[_Case]:
-    for rows in _ROWS:
+def _cases(program: KernelProgram) -> Iterator[_Case]:
+    layout = program.layout
+    for extents in _EXTENTS[layout]:
         for alpha in _ALPHAS:
-            yield _Case(rows=rows, alpha=alpha, poisoned=False)
-    yield _Case(rows=_ROWS[-1], alpha=0.0, poisoned=True)
+            yield _Case(layout=layout, extents=extents, alpha=alpha)
+            if program.follows_mode:
+                yield _Case(layout=layout, extents=extents, alpha=alpha, training=True)
+    yield _Case(layout=layout, extents=_EXTENTS[layout][-1], alpha=0.0, poisoned=True)
 
 
 def _is_affine(program: KernelProgram, reference: Callable[..., Tensor], generator: torch.Generator) -> bool:
@@ -138,14 +174,16 @@ def _is_affine(program: KernelProgram, reference: Callable[..., Tensor], generat
 
     parameters = {name: draw(*record.shape) for name, record in manifest.parameters.items()}
     # Far apart and close together: a function that is affine in between, or far out, is not affine.
-    scales = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64).repeat_interleave(64)[:, None]
-    u, v = ({name: scales * draw(len(scales), widths[name]) for name in program.inputs} for _ in range(2))
+    scales = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64).repeat_interleave(64)
+    lead = (len(scales), *{"rows": (), "sequence": (4,), "image": (3, 3)}[program.layout])
+    scales = scales.reshape(-1, *[1] * len(lead))
+    u, v = ({name: scales * draw(*lead, widths[name]) for name in program.inputs} for _ in range(2))
     both = {name: u[name] + v[name] for name in u}
     zero = {name: torch.zeros_like(u[name]) for name in u}
     k_u, k_v, k_both, k_zero = (reference(**inputs, **parameters) for inputs in (u, v, both, zero))
-    terms = sum(manifest.dims.values())
+    terms = sum(manifest.dims.values()) + math.prod(lead[1:])
     # Sums of so many terms in float64, each off by 2^-53 of its size; 1e3 for terms that cancel in a drawn sum.
-    size = (k_u.abs() + k_v.abs() + k_zero.abs()).amax(dim=1, keepdim=True)
+    size = (k_u.abs() + k_v.abs() + k_zero.abs()).amax(dim=tuple(range(1, k_u.dim())), keepdim=True)
     return bool(((k_both + k_zero - k_u - k_v).abs() <= 1e3 * terms * 2.0**-53 * size).all())
 
 
@@ -153,7 +191,7 @@ def _run(
     program: KernelProgram, reference: Callable[..., Tensor], case: _Case, generator: torch.Generator
 ) -> Iterator[tuple[str, float]]:
     """Yields each result's error in units of its tolerance; a broken rule that has no tolerance counts as infinite."""
-    manifest, rows, dtype = program.manifest, case.rows, program.dtype
+    manifest, rows, dtype = program.manifest, case.extents.rows, program.dtype
 
     memory: dict[str, Tensor] = {}
 
@@ -178,14 +216,20 @@ def _run(
     before = {name: buffer.clone() for name, buffer in memory.items()}
     out = place("out", draw(rows, manifest.width) * torch.nan, _GAP)
 
-    saved = program.forward(inputs, parameters, alpha, out)
+    def run(dropout_seed: Tensor | None) -> dict[str, Tensor]:
+        mode: dict[str, Any] = {"extents": case.extents, "training": case.training}
+        saved = program.forward(inputs, parameters, alpha, out, dropout_seed=dropout_seed, **mode)
+        results = {"out": out}
+        if program.has_backward:
+            input_grads, parameter_grads = program.backward(grad_out, inputs, parameters, alpha, saved, **mode)
+            results |= {f"grad_{name}": value for name, value in (input_grads | parameter_grads).items()}
+        return results
+
+    seeds = torch.tensor(_DROPOUT_SEEDS, device=program.device)
+    results = run(seeds[:1])
     around = memory["out"].clone()
     _within(around, out.shape, _GAP).fill_(torch.nan)
     yield "around the rows of out", 0.0 if bool(around.isnan().all()) else torch.inf
-    results = {"out": out}
-    if program.has_backward:
-        input_grads, parameter_grads = program.backward(grad_out, inputs, parameters, alpha, saved)
-        results |= {f"grad_{name}": value for name, value in (input_grads | parameter_grads).items()}
     for name, buffer in before.items():
         yield f"{name} unchanged", 0.0 if _same_bits(memory[name], buffer) else torch.inf
 
@@ -195,13 +239,27 @@ def _run(
             right = _same_bits(value, exact[name]) if name in exact else not value.count_nonzero()
             yield f"{name} at alpha 0", 0.0 if right else torch.inf
         return
+    draws_itself = "rand" in inspect.signature(reference).parameters
+    if case.training:
+        first = {name: value.clone() for name, value in results.items()}
+        for name, value in run(seeds[:1]).items():
+            right = bool(value.isfinite().all()) and _same_bits(value, first[name])
+            yield f"{name} in training", 0.0 if right else torch.inf
+        if program.draws and rows * manifest.width >= 64:  # a few elements may all be kept twice
+            other = run(seeds[1:])["out"]
+            yield "out of another dropout seed", torch.inf if _same_bits(other, first["out"]) else 0.0
+        if not draws_itself:
+            return
+        results = first  # `out` has been written again
 
     def of_inputs(given: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-        return reference(**{name: given[name] for name in program.inputs}, **weights)
+        drawn = {"rand": functools.partial(uniform, _DROPOUT_SEEDS[0])} if case.training else {}
+        k = reference(**{name: case.in_layout(given[name]) for name in program.inputs}, **weights, **drawn)
+        return k.reshape(rows, manifest.width)
 
     results, inputs, parameters = _on_cpu(results), _on_cpu(inputs), _on_cpu(parameters)
     grad_out = grad_out.cpu()
-    terms = sum(manifest.dims.values())
+    terms = sum(manifest.dims.values()) + (0 if case.layout == "rows" else case.extents.length)
     expected = _float64(of_inputs, inputs, parameters, grad_out, float(alpha))
     magnitude = _float64(of_inputs, _absolute(inputs), _absolute(parameters), grad_out.abs(), float(alpha))
     for name, value in results.items():

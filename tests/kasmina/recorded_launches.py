@@ -18,6 +18,7 @@ import triton
 from gpu_recorder import pretend
 
 from esper_triton.kasmina.launcher import KernelProgram
+from esper_triton.kasmina.views import Extents
 from esper_triton.urza import Urza
 
 PARAM_BYTES = {"i32": 4, "i64": 8}
@@ -36,7 +37,7 @@ def main(root: str, artifact_id: str, path: str) -> None:
         patch.setattr(triton.runtime.driver, "_active", driver)
         program = KernelProgram.load(manifest, blobs, torch.device("cuda:0"))
         for bind, steps in ((program.bind_forward, manifest.forward), (program.bind_backward, manifest.backward)):
-            bound = bind(request["rows"], request["strides"])
+            bound = bind(Extents.of_rows(request["rows"]), request["strides"])
             values = (*bound.constants, *(request["addresses"][name] for name in bound.order))
             for (launch, grid, pick), step in zip(bound.launches, steps, strict=True):
                 signature = manifest.kernels[step.kernel].signature

@@ -31,6 +31,7 @@ from esper_triton.cpu.driver import CPUDriver
 from esper_triton.kasmina import KasminaLayer, gpu
 from esper_triton.kasmina.boundary import refresh
 from esper_triton.kasmina.launcher import Bound, KernelProgram, check_runs_here
+from esper_triton.kasmina.views import Extents
 from esper_triton.urza import Urza
 
 D, R = 48, 4
@@ -85,7 +86,7 @@ def test_every_launch_gets_its_grid_and_its_arguments_in_the_order_of_the_signat
         program = loaded(gpu_store, backend)
         manifest = program.manifest
         strides = {"h": D + gap, "out": D + 2 * gap, "grad_out": D + 3 * gap}
-        bound = (program.bind_backward if backward else program.bind_forward)(rows, strides)
+        bound = (program.bind_backward if backward else program.bind_forward)(Extents.of_rows(rows), strides)
         addresses = {name: base + 256 * place for place, name in enumerate(bound.order)}
         run(bound, addresses)
         functions = {load.symbol: load.function for load in driver.loads}
@@ -204,7 +205,7 @@ def test_the_same_kernels_are_loaded_once_for_each_device_of_a_process(
 
 
 def _one_launch(program: KernelProgram) -> Callable[[], None]:
-    bound = program.bind_forward(5, {"h": D, "out": D})
+    bound = program.bind_forward(Extents.of_rows(5), {"h": D, "out": D})
     return lambda: run(bound, dict.fromkeys(bound.order, 4096))
 
 
@@ -378,7 +379,7 @@ def test_a_grid_that_a_launcher_would_silently_launch_nothing_of_is_an_error(
 def test_more_rows_than_32_bits_can_tell_are_an_error(gpu_store: Urza, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "cuda", ["90"])
     with pytest.raises(ValueError, match="2147483648 rows are more than a kernel can be told of"):
-        loaded(gpu_store, "cuda").bind_forward(2**31, {"h": D, "out": D})
+        loaded(gpu_store, "cuda").bind_forward(Extents.of_rows(2**31), {"h": D, "out": D})
 
 
 def test_tensors_elsewhere_are_an_error_before_any_launch(gpu_store: Urza, monkeypatch: pytest.MonkeyPatch) -> None:

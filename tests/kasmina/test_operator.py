@@ -137,7 +137,9 @@ def test_the_operator_keeps_what_torch_asks_of_operators(
     h = torch.randn(3, width, requires_grad=True)
     alphas = [active.alpha for active in dispatch.plan.seeds]
     parameters = [p for active in dispatch.plan.seeds for p in active.parameters.values()]
-    torch.library.opcheck(torch.ops.esper_triton.blend.default, (h, None, alphas, parameters, dispatch._name))
+    torch.library.opcheck(
+        torch.ops.esper_triton.blend.default, (h, None, alphas, parameters, None, dispatch._name, False)
+    )
 
 
 def test_a_dormant_and_a_fossilised_model_are_exported_whole(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_triton.kasmina.views import empty_output, from_matrix, matches, matrix, settle
+from esper_triton.kasmina.views import Axes, empty_output, from_matrix, matches, matrix, settle
 
 shapes = st.lists(st.integers(0, 4), min_size=1, max_size=5).map(tuple)
 
@@ -33,7 +33,7 @@ def test_a_matrix_has_the_features_of_each_place_in_a_row_in_the_order_of_the_pl
     drawn: tuple[torch.Tensor, int],
 ) -> None:
     tensor, feature_dim = drawn
-    found = matrix(tensor, feature_dim)
+    found = matrix(tensor, Axes(feature_dim))
     width = tensor.shape[feature_dim]
     assert found.shape == (tensor.numel() // width, width)
     assert width == 1 or found.stride(1) == 1
@@ -46,22 +46,22 @@ def test_what_is_written_as_a_matrix_comes_out_in_the_shape_and_the_strides_of_t
     drawn: tuple[torch.Tensor, int],
 ) -> None:
     tensor, feature_dim = drawn
-    out, written = empty_output(tensor, feature_dim)
+    out, written = empty_output(tensor, Axes(feature_dim))
     assert written.is_contiguous()
-    written.copy_(matrix(tensor, feature_dim))
-    settle(out, written, feature_dim)
+    written.copy_(matrix(tensor, Axes(feature_dim)))
+    settle(out, written, Axes(feature_dim))
     assert torch.equal(out, tensor)
     assert not out._is_view()
     assert out.stride() == torch.empty_like(tensor).stride()
-    assert torch.equal(from_matrix(matrix(tensor, feature_dim).contiguous(), tensor, feature_dim), tensor)
+    assert torch.equal(from_matrix(matrix(tensor, Axes(feature_dim)).contiguous(), tensor, Axes(feature_dim)), tensor)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_an_image_in_channels_last_needs_no_copy(memory_format: torch.memory_format) -> None:
     image = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format)
-    out, written = empty_output(image, -3)
+    out, written = empty_output(image, Axes(-3))
     shares = memory_format is torch.channels_last
-    assert (matrix(image, 1).data_ptr() == image.data_ptr()) is shares
+    assert (matrix(image, Axes(1)).data_ptr() == image.data_ptr()) is shares
     assert (written.data_ptr() == out.data_ptr()) is shares
     assert out.stride() == image.stride()
 

@@ -262,10 +262,12 @@ def test_the_operator_keeps_torchs_rules_and_says_what_it_does_not_have(adapter_
     h = torch.randn(3, D, requires_grad=True)
     for seeds in (([0.5], [artifact.digest], [0]), ([0.5, 1.0], [artifact.digest] * 2, [0, 0])):
         given = parameters * len(seeds[0])
-        torch.library.opcheck(torch.ops.esper_triton.fixed_seeds.default, (h, None, given, *seeds, D, -1))
+        call = (h, None, given, *seeds, D, -1, False, False, None)
+        torch.library.opcheck(torch.ops.esper_triton.fixed_seeds.default, call)
     image = torch.randn(2, D, 3, 4, requires_grad=True)
     one = ([0.5], [artifact.digest], [0], D)
-    torch.library.opcheck(torch.ops.esper_triton.fixed_seeds.default, (image, None, parameters, *one, -3))
+    call = (image, None, parameters, *one, -3, False, False, None)
+    torch.library.opcheck(torch.ops.esper_triton.fixed_seeds.default, call)
     (grad,) = torch.autograd.grad(fixed_seeds(h, None, parameters, *one).square().sum(), h, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         grad.sum().backward()
@@ -402,7 +404,53 @@ def test_affine_seeds_are_merged_into_an_embeddings_table(adapter_store: Urza, a
     torch.testing.assert_close(baked(index).double(), expected, rtol=1e-6, atol=1e-6)  # a few roundings of float32
 
 
-@pytest.mark.parametrize("why", ["tied", "reparametrized", "norm", "mixed", "max_norm"])
+PLACES = {
+    "Conv1d of places": (lambda **o: nn.Conv1d(IN, 2 * D, 1, **o), (2, IN, 5), 1),
+    "Conv2d of places": (lambda **o: nn.Conv2d(IN, 2 * D, 1, **o), (2, IN, 3, 4), 1),
+    "Conv2d of places, unbatched": (lambda **o: nn.Conv2d(IN, 2 * D, 1, **o), (IN, 3, 4), 0),
+}
+NEIGHBOURS = {
+    "Conv1d": (lambda **o: nn.Conv1d(IN, 2 * D, 3, padding=1, **o), (2, IN, 5), 1),
+    "Conv2d": (lambda **o: nn.Conv2d(IN, 2 * D, 3, stride=2, padding=1, padding_mode="reflect", **o), (2, IN, 6, 5), 1),
+    "Conv3d": (lambda **o: nn.Conv3d(IN, 2 * D, (1, 2, 1), dilation=2, **o), (1, IN, 2, 4, 3), 1),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [*((name, "channel_scale") for name in PLACES | NEIGHBOURS), *((name, "low_rank") for name in PLACES)],
+)
+def test_affine_seeds_are_merged_into_a_convolution(
+    adapter_store: Urza, affine_for: Compiled, name: str, kernel: str, bias: bool
+) -> None:
+    make, shape, feature_dim = (PLACES | NEIGHBOURS)[name]
+    torch.manual_seed(0)
+    host = make(bias=bias)
+    h_of = copy.deepcopy(host).double()
+    model = esper.wrap(nn.Sequential(host), ["0"], seeds_per_layer=2, urza=adapter_store)
+    layer = model.kasmina_layers["0"]
+    dims = {"d": D} if kernel == "channel_scale" else {"d": D, "d_in": IN, "r": 3}
+    for seed, alpha in enumerate((0.5, 1.0)):
+        fossilise(layer, seed, affine_for(kernel, **dims), alpha)
+    baked = esper.bake(model)
+    assert type(baked[0]) is type(h_of)
+    x = torch.randn(shape)
+    h, rows = h_of(x.double()).movedim(feature_dim, -1), x.double().movedim(feature_dim, -1)
+    expected = h.clone()
+    for seed, alpha in enumerate((0.5, 1.0)):
+        span = slice(*layer.seed_span(seed))
+        own = {n: p.double() for n, p in own_parameters(layer, seed).items()}
+        k = (of_scale if kernel == "channel_scale" else of_low_rank)(h[..., span], rows, own)
+        expected[..., span] += alpha * (k - h[..., span])
+    # A few roundings of float32 in sums of some twenty products, as of the linear layer above.
+    torch.testing.assert_close(baked(x).movedim(feature_dim, -1).double(), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(h, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "why", ["tied", "reparametrized", "norm", "mixed", "max_norm", "groups", "transposed", "neighbours"]
+)
 def test_what_cannot_be_merged_runs_by_its_kernel(
     adapter_store: Urza, affine_for: Compiled, small: str, why: str
 ) -> None:
@@ -413,6 +461,12 @@ def test_what_cannot_be_merged_runs_by_its_kernel(
         host[1].weight = host[0].weight
     if why == "norm":
         host[0] = nn.LayerNorm(D)
+    if why == "groups":
+        host[0], x = nn.Conv1d(D, D, 1, groups=2), torch.randn(2, D, D)
+    if why == "transposed":
+        host[0], x = nn.ConvTranspose1d(D, D, 1), torch.randn(2, D, D)
+    if why == "neighbours":
+        host[0], x = nn.Conv1d(D, D, 3, padding=1), torch.randn(2, D, D)
     if why == "max_norm":
         host[0], x = nn.Embedding(7, D, max_norm=1.0), torch.arange(7)
     if why == "reparametrized":
@@ -422,6 +476,8 @@ def test_what_cannot_be_merged_runs_by_its_kernel(
     fossilise(layer, 0, affine_for("channel_scale", d=D), 0.5)
     if why == "mixed":
         fossilise(layer, 1, small, 0.5)
+    if why == "neighbours":  # of which its x is the middle one
+        fossilise(layer, 1, affine_for("low_rank", d=D, d_in=D, r=2), 0.5)
     with torch.no_grad():
         model(x)  # torch copies no module whose pruned weight has a graph
     baked = esper.bake(model)

@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import graphs
-import torch
 from emitting import agreement, load, source_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

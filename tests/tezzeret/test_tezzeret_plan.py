@@ -8,18 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from seeding import grow, own_parameters
+from torch import nn
 
+import esper_triton as esper
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.errors import BlueprintError, CompileError
 from esper_triton.contracts.expressions import evaluate, symbols
 from esper_triton.contracts.manifest import TargetSpec
+from esper_triton.kasmina import KasminaLayer
 from esper_triton.tezzeret.plan import Plan, plan_build, substitute
 from esper_triton.tezzeret.source import load_source
+from esper_triton.urza import Urza
 
 H100 = TargetSpec(backend="cuda", arch="90")
 DIMS = {"d": 64, "r": 16}
+OF_KASMINA = Path(__file__).resolve().parent.parent / "kasmina" / "blueprints"
 
 
 def plan(path: Path | Blueprint, dims: dict[str, int] | None = None, **changes: object) -> Plan:
@@ -38,6 +45,16 @@ def plan(path: Path | Blueprint, dims: dict[str, int] | None = None, **changes: 
         ({'grid = ["cdiv(rows, BLOCK_ROWS)"]': 'grid = ["cdiv(rows, __import__)"]'}, "unknown symbol '__import__'"),
         ({"[dims]": "[dims"}, "not valid TOML"),
         ({'source = "bottleneck_adapter.py"': 'source = "../adapter.py"'}, "must be a file beside the blueprint"),
+        ({'grid = ["cdiv(rows, BLOCK_ROWS)"]': 'grid = ["batch"]'}, r"forward\[0\].grid: unknown symbol 'batch'"),
+        (
+            {'feature_dim = "d"': 'feature_dim = "d"\nlayout = "images"'},
+            "layout: Input should be 'rows'",
+        ),
+        ({"[dims]": "[dims]\nlength = { max = 9 }"}, "dim 'length' is the name of an extent"),
+        (
+            {"[scratch]": '[scratch]\ntraining = { shape = ["rows"] }'},
+            "tensor name 'training' is .*reserved",
+        ),
     ],
 )
 def test_a_faulty_blueprint_is_refused_with_the_nearest_valid_name(
@@ -124,6 +141,47 @@ def test_arguments_are_bound_by_name_and_grids_are_left_in_rows_alone(adapter_pa
     assert forward.grid == ("cdiv(rows, 32)", "1", "1")
     assert made.backward[1].grid == ("4", "1", "1")
     assert made.parameters["up_weight"].shape == (200, 16)
+
+
+def test_what_a_layout_has_and_the_mode_of_the_layer_are_bound_by_name() -> None:
+    blueprints = {name: Blueprint.load(OF_KASMINA / f"{name}.toml") for name in ("depthwise_image", "dropout")}
+    image = plan(blueprints["depthwise_image"], {"d": 6})
+    assert image.forward[0].grid == ("image_width", "image_height", "batch")
+    assert {"length", "image_height", "image_width"} < set(image.forward[0].arguments)
+    kernel = plan(blueprints["dropout"], {"d": 6}).kernels["dropout_forward"]
+    bound = dict(zip(kernel.arguments, kernel.signature.values(), strict=True))
+    assert (bound["dropout_seed"], bound["training"]) == ("*i64", "i32")
+
+
+def test_rows_of_no_order_have_no_length(tmp_path: Path) -> None:
+    for suffix in ("toml", "py"):
+        text = (
+            (OF_KASMINA / f"dropout.{suffix}")
+            .read_text()
+            .replace("    training,\n    D:", "    training,\n    length,\n    D:")
+        )
+        (tmp_path / f"dropout.{suffix}").write_text(text)
+    with pytest.raises(BlueprintError, match="kernel 'dropout_forward': parameter 'length' is bound to nothing"):
+        plan(tmp_path / "dropout.toml", {"d": 6})
+
+
+def test_a_blueprint_over_the_input_alone_is_given_what_it_is_blended_with(tmp_path: Path, store: Urza) -> None:
+    for suffix in ("toml", "py"):
+        text = (OF_KASMINA / f"linear_branch.{suffix}").read_text()
+        text = text.replace('input = "xh"', 'input = "x"').replace("x: Tensor, h: Tensor,", "x: Tensor,")
+        (tmp_path / f"linear_branch.{suffix}").write_text(text)
+    artifact_id = esper.compile(tmp_path / "linear_branch.toml", dims={"d": 16, "d_in": 6}, urza=store).id
+    manifest = store.get(artifact_id).manifest
+    assert manifest.input == "x"
+    assert {"x", "h", "h.row_stride"} < set(manifest.forward[0].arguments)
+    layer = KasminaLayer.adopt(nn.Linear(6, 16), num_seeds=1, urza=store)
+    grow(layer, 0, artifact_id, alpha=0.25)
+    x = torch.randn(3, 6, requires_grad=True)
+    out, h = layer(x), layer.default_transform(x)
+    wanted = h + 0.25 * (x @ own_parameters(layer, 0)["weight"].T - h)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
+    (grad,), (expected,) = (torch.autograd.grad(y.square().sum(), x) for y in (out, wanted))
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_id_changes_with_whatever_changes_the_code(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.urabrask.proof import ProofReport, prove
 
 DIMS = {"d": 24, "r": 4}
+OF_KASMINA = Path(__file__).resolve().parent.parent / "kasmina" / "blueprints"
 
 
 def report_of(store: esper.Urza, artifact_id: str) -> ProofReport:
@@ -84,3 +86,78 @@ def test_an_artifact_is_not_proven_against_another_blueprint(
     other = esper.Blueprint.load(adapter_variant(toml={'BLOCK_ROWS = "32"': 'BLOCK_ROWS = "64"'}))
     with pytest.raises(ArtifactRefused, match="was not made from blueprint 'bottleneck_adapter'"):
         prove(other, adapter_for(24, 4), adapter_store)
+
+
+def written(folder: Path, name: str, old: str, new: str) -> Path:
+    """A blueprint of the tests with one text of its source replaced."""
+    text = (OF_KASMINA / f"{name}.py").read_text()
+    assert old in text
+    (folder / f"{name}.py").write_text(text.replace(old, new))
+    shutil.copy(OF_KASMINA / f"{name}.toml", folder)
+    return folder / f"{name}.toml"
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "found"),
+    [
+        ("depthwise_sequence", "row - 1, t > 0, d, D)\n    k +=", "row - 1, row > 0, d, D)\n    k +=", "out"),
+        ("depthwise_sequence", "(at >= 0) & (at < length)", "(at >= 0) & (at <= length)", "grad_weight"),
+        ("depthwise_sequence", "tl.program_id(1) * length + t", "t * tl.num_programs(1) + tl.program_id(1)", "out"),
+        ("depthwise_image", "(x + dx >= 0)", "(x >= 0)", "grad_h"),
+        ("depthwise_image", "row + dy * width + dx", "row + dy * height + dx", "out"),
+        ("depthwise_image", "+ i - 1\n", "+ i - 1 - (i == 0)\n", "grad_weight"),
+        ("dropout", "tl.where(training != 0,", "tl.where(training == 0,", "out"),
+        ("dropout", "tl.rand(tl.load(dropout_seed_ptr),", "tl.rand(0,", "out of another dropout seed"),
+        ("dropout", "1.0 / (1.0 - P), 0.0)", "1.0, 0.0)", "out"),
+        ("dropout", "P = tl.constexpr(0.25)", "P = tl.constexpr(0.2)", "out"),
+        ("dropout", "drawn >= P", "drawn < P", "out"),
+        (
+            "dropout",
+            "total += h * grad_out * factor(dropout_seed_ptr, training, row, d, D)",
+            "total += h * grad_out * factor(dropout_seed_ptr, training, row + 1, d, D)",
+            "grad_scale",
+        ),
+        (
+            "dropout",
+            "through = own * scale * factor(dropout_seed_ptr, training, row, d, D)",
+            "through = own * scale",
+            "grad_h",
+        ),
+        ("dropout", "tl.where(alpha == 0.0, h, blended)", "blended", "out at alpha 0"),
+        ("dropout", "1.0 / (1.0 - P), 0.0)", "1.0 / (drawn - drawn), 0.0)", "out in training"),
+    ],
+)
+def test_a_kernel_that_takes_another_place_for_its_neighbour_or_does_not_draw_is_rejected(
+    tmp_path: Path, store: esper.Urza, name: str, old: str, new: str, found: str
+) -> None:
+    with pytest.raises(ProofFailed):
+        esper.compile(written(tmp_path, name, old, new), dims={"d": 8}, urza=store)
+    (artifact_id,) = store.ids()
+    assert report_of(store, artifact_id).worst[found] > 1
+
+
+@pytest.mark.parametrize("name", ["depthwise_sequence", "depthwise_image", "dropout"])
+def test_a_kernel_of_every_layout_and_one_that_draws_are_validated(store: esper.Urza, name: str) -> None:
+    artifact_id = esper.compile(OF_KASMINA / f"{name}.toml", dims={"d": 5}, urza=store).id
+    report = report_of(store, artifact_id)
+    assert (report.verdict, report.failures) == ("VALIDATED", ())
+    assert report.cases == (37 if name == "dropout" else 19)
+    computed = {key for key in report.worst if key == "out" or (key.startswith("grad_") and " " not in key)}
+    assert len(computed) == 3
+    assert all(1e-4 < report.worst[key] < 1 for key in computed)
+
+
+def test_where_the_reference_does_not_know_what_is_dropped_training_mode_is_proven_to_repeat_itself(
+    tmp_path: Path, store: esper.Urza
+) -> None:
+    path = written(tmp_path, "dropout", ", rand: Callable[[Tensor], Tensor] | None = None", "")
+    path.with_suffix(".py").write_text(path.with_suffix(".py").read_text().replace("if rand is None:", "if True:"))
+    report = report_of(store, esper.compile(path, dims={"d": 5}, urza=store).id)
+    assert report.verdict == "VALIDATED"
+    assert report.worst["out in training"] == report.worst["out of another dropout seed"] == 0.0
+
+
+def test_a_reference_that_is_not_affine_over_the_items_is_found(tmp_path: Path, store: esper.Urza) -> None:
+    path = written(tmp_path, "depthwise_image", ".movedim(1, -1)\n", ".movedim(1, -1).square()\n")
+    with pytest.raises(ProofFailed, match="says that k is affine in its inputs, and its reference is not"):
+        esper.compile(path, dims={"d": 3}, urza=store)
