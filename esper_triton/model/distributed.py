@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from esper_triton.contracts.errors import ReplicaFailed
-from esper_triton.kasmina.boundary import end_late_loads, finish_step, is_silent, tell
+from esper_triton.kasmina.boundary import end_lost_loads, finish_step, is_silent, tell
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.measuring import Measured, measure_step, take_in
@@ -130,7 +130,7 @@ class Replicas:
         if is_silent(record) and not self._loads[index]:
             return [], None
         measured = measure_step(record)
-        end_late_loads(record)
+        end_lost_loads(record)
         requests: list[Request | _Artifact] = []
         sent: list[Waiting] = []
         for waiting in record.queue.take():

@@ -90,6 +90,9 @@ def main(rank: int, rendezvous: str, store: str, artifact_id: str) -> None:
         replicas.all_reduce_gradients()
         optimizer.step()
         model.step_boundary()
+    loading_still = esper.SeedLifecycleState.LOADING
+    while any(layer.seed_state(s) is loading_still for layer in model.kasmina_layers.values() for s in range(2)):
+        model.step_boundary()
     model.epoch_boundary(1)
     weights = hashlib.sha256()
     for tensor in [*model.parameters(), *esper.seed_parameters(model)]:
