@@ -98,6 +98,14 @@ class Replicas:
         for record, moves in made:
             tell(record, moves)
 
+    def close(self) -> None:
+        """Ends what `replicate` began, on this rank: requests take effect as in a model without replicas, and nothing
+        here refers to the group any more."""
+        for layer in self.layers:
+            record = layer._kasmina
+            record.deferred, record.follows, record.replicas = False, False, None
+        self.group = None
+
     def all_reduce_gradients(self) -> None:
         """Averages the gradients of the seeds' parameters over the ranks: a collective, between backward and the
         optimizer's step. `DistributedDataParallel` does it for the host's and does not know the seeds'. A parameter
@@ -156,8 +164,8 @@ class Replicas:
                 return _Artifact(seed, artifact_id, False)
             case Loaded(seed=seed, ticket=ticket) | LoadFailed(seed=seed, ticket=ticket):
                 known = loads.get(seed)
-                if known is None or known.ticket is not ticket:
-                    return None
+                if known is None or known.ticket is not ticket or known.result is not None:
+                    return None  # of the deadline and the load's own end the first counts
                 loads[seed] = replace(known, result=request)
                 return _Artifact(seed, known.artifact_id, True)
             case _:
@@ -269,6 +277,16 @@ def replicate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Repli
     From now on every request waits for `model.step_boundary()`, which is a collective. The first rank's requests count;
     those of other ranks are ignored, except that a load that they make beforehand is at hand when the first rank's is
     agreed on. Call `all_reduce_gradients()` of what is returned between backward and the optimizer's step.
+
+    A process that ends while a gloo group lives may abort ("terminate called without an active exception", with or
+    without Esper): the group's threads let go of the last collective's tensors when there is no interpreter any more.
+    They end with the last reference to the group, and `destroy_process_group` alone leaves that of DDP. So end with
+
+        dist.barrier()
+        replicas.close()
+        del ddp, replicas
+        gc.collect()
+        dist.destroy_process_group()
     """
     from esper_triton.model.morphable import MorphableModel  # that module imports this one's neighbours
 
