@@ -164,7 +164,9 @@ class Replicas:
                 return _Artifact(seed, artifact_id, False)
             case Loaded(seed=seed, ticket=ticket) | LoadFailed(seed=seed, ticket=ticket):
                 known = loads.get(seed)
-                if known is None or known.ticket is not ticket or known.result is not None:
+                if known is None or known.ticket is not ticket:
+                    return None
+                if known.result is not None and known.result is not request:
                     return None  # of the deadline and the load's own end the first counts
                 loads[seed] = replace(known, result=request)
                 return _Artifact(seed, known.artifact_id, True)
