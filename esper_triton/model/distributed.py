@@ -1,7 +1,7 @@
 """Replicas of one model: the same transitions at the same step on every one of them (law 7).
 
-The first rank decides. At every step boundary the ranks exchange, in one collective, what the first one was asked for
-and what each has measured (failed calls, loads that have ended); then each does the same with it. A load begins on
+The first rank decides. At every step boundary the ranks exchange what the first one was asked for and what each has
+measured (failed calls, loads that have ended), where there is any; then each does the same with it. A load begins on
 every rank at the boundary that assigns it, and takes effect at the first one at which every rank has the kernel; where
 one rank fails, the seed is culled on all. A call that fails on one rank takes the seed out on all.
 
@@ -87,8 +87,11 @@ class Replicas:
                 sent.append(waiting)
                 if report is not None:
                     mine[index] = report
-            reports: list[dict[int, _Report]] = [{} for _ in range(self.size)]
-            dist.all_gather_object(reports, mine, group=self.group)
+            reports = self._exchanged(mine)
+            if not any(reports):
+                for layer in self.layers:
+                    layer._kasmina.step += 1
+                return
             made: list[tuple[LayerRecord, list[Made]]] = []
             for index, layer in enumerate(self.layers):
                 record = layer._kasmina
@@ -129,6 +132,17 @@ class Replicas:
             parts.append(flat[offset : offset + parameter.numel()].view(parameter.shape).clone())
             offset += parameter.numel()
         return parts
+
+    def _exchanged(self, mine: dict[int, _Report]) -> list[dict[int, _Report]]:
+        """What every rank says, by layer. One number travels where none has anything to say, as at most steps: an
+        exchange of objects takes ten times as long."""
+        device = self.layers[0].state.storage.device if self.layers else None
+        said = torch.tensor([len(mine)], device=device)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.group)
+        reports: list[dict[int, _Report]] = [{} for _ in range(self.size)]
+        if said.item():
+            dist.all_gather_object(reports, mine, group=self.group)
+        return reports
 
     # ---- what this rank says
 
