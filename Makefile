@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo 'make demo    grow a compiled kernel inside a model while it trains (DEMO_ARGS="--quick" for fewer steps)'
 	@echo 'make test    lint, types and tests (PYTEST_ARGS="-k name" for some of them)'
-	@echo 'make test-gpu  the tests that need a GPU, which make test skips without one; see docs/gpu.md'
+	@echo 'make test-gpu  tests and benchmarks that need a GPU, which make test skips without one; see docs/gpu.md'
 	@echo 'make test-matrix  the tests of the CPU backend on $(MATRIX) as well; results go to docs/cpu-matrix.md'
 	@echo 'make lint    ruff: rules and format'
 	@echo 'make types   mypy, strict on the package'
@@ -38,11 +38,12 @@ demo: $(STAMP)
 test: lint types $(PACKAGES)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-# Without a GPU every one of these tests would be skipped, and that is not a success.
+# The laws, and the benches as a table. Without a GPU every one of the tests would be skipped, and that is not a success.
 test-gpu: $(STAMP)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(\
 	  f"error: torch {torch.__version__} finds no GPU; these tests need one, and a build of torch for it")'
 	@$(BIN)/python -m pytest -q tests/gpu $(PYTEST_ARGS)
+	@$(BIN)/python bench/kasmina.py --device cuda
 
 test-matrix: $(STAMP) $(MATRIX_VENVS:%=%/.installed)
 	@$(BIN)/python tests/matrix.py $(VENV) $(MATRIX_VENVS) $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))

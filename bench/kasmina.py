@@ -1,9 +1,11 @@
 """What Kasmina costs: dormant layers, active seeds, the kernel cache, state, and loading in the background.
 
-    OMP_WAIT_POLICY=PASSIVE .venv/bin/python bench/kasmina.py [--only dormant,active] [--samples 31] [--output docs]
+    OMP_WAIT_POLICY=PASSIVE .venv/bin/python bench/kasmina.py [--only dormant,active] [--device cuda] [--samples 31]
+        [--output docs]
 
 Everything is a ratio or a difference of things measured in turn in this one process: medians over samples, each of as
 many calls as take about a millisecond. The machine's other work shows in the spread, the middle half of the samples.
+On a GPU a sample ends when the device has done its work.
 In the table of dormant layers stand, where `make test` has installed them, PEFT (a LoRA adapter on the same layers,
 which is disabled) and Hugging Face's kernels (the same layers, of a class whose forward `kernelize` may exchange).
 """
@@ -18,6 +20,7 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -28,7 +31,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kasmina_instructions
+import kasmina_replicas
 import torch
+from kasmina_hosts import HOSTS, Transformer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -41,21 +47,30 @@ from esper_triton.kasmina.prepared import Prepared
 
 BLUEPRINT = Path(__file__).resolve().parent.parent / "kernels" / "bottleneck_adapter.toml"
 SAMPLE_S = 1e-3
-PARTS = ("dormant", "active", "adapter", "cache", "state", "pause")
+PARTS = ("dormant", "instructions", "active", "adapter", "cache", "state", "pause")
 console = Console(width=130)
+
+
+def synchronize() -> None:
+    """Waits until a GPU, where this process uses one, has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def timer(function: Callable[[], Any]) -> Callable[[], float]:
     """A function that gives the microseconds of one call, over as many as take `SAMPLE_S`."""
     function()
+    synchronize()
     began = time.perf_counter()
     function()
+    synchronize()
     calls = max(1, min(5000, int(SAMPLE_S / max(time.perf_counter() - began, 1e-7))))
 
     def sample() -> float:
         began = time.perf_counter_ns()
         for _ in range(calls):
             function()
+        synchronize()
         return (time.perf_counter_ns() - began) / calls / 1000
 
     return sample
@@ -78,6 +93,17 @@ def in_turn(samples: int, **functions: Callable[[], Any]) -> dict[str, list[floa
     return times
 
 
+def compiled(options: argparse.Namespace, urza: esper.Urza, **dims: int) -> str:
+    """Id of the shipped adapter for the device that is measured, float32."""
+    if options.device == "cpu":
+        target = "cpu"
+    elif torch.version.hip is not None:
+        target = "hip:" + torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
+    else:
+        target = "cuda:{}{}".format(*torch.cuda.get_device_capability())
+    return esper.compile(BLUEPRINT, dims=dims, targets=target, urza=urza).id
+
+
 def compared(times: dict[str, list[float]], name: str, base: str) -> dict[str, float]:
     """`name` over `base`: the ratio of the medians, and the middle half of the ratios of neighbours."""
     ratios = statistics.quantiles([a / b for a, b in zip(times[name], times[base], strict=True)], n=4)
@@ -90,46 +116,7 @@ def compared(times: dict[str, list[float]], name: str, base: str) -> dict[str, f
     }
 
 
-class Transformer(nn.Module):
-    """Twelve pre-norm blocks of width 256, written out so that every projection is a Linear that is called."""
-
-    def __init__(self, blocks: int = 12, d: int = 256, heads: int = 4) -> None:
-        super().__init__()
-        self.heads = heads
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm1": nn.LayerNorm(d),
-                    "qkv": nn.Linear(d, 3 * d),
-                    "out": nn.Linear(d, d),
-                    "norm2": nn.LayerNorm(d),
-                    "up": nn.Linear(d, 4 * d),
-                    "down": nn.Linear(4 * d, d),
-                }
-            )
-            for _ in range(blocks)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, d = x.shape
-        for block in self.blocks:
-            q, k, v = block["qkv"](block["norm1"](x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, d)
-            x = x + block["out"](mixed)
-            x = x + block["down"](F.gelu(block["up"](block["norm2"](x))))
-        return x
-
-
-HOSTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "transformer, 12 blocks, d=256": (Transformer, (2, 32, 256)),
-    "MLP, 3 layers, d=64, batch 8": (
-        lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)),
-        (8, 64),
-    ),
-}
-
-
-def peft_disabled(model: nn.Module) -> nn.Module:
+def peft_disabled(model: nn.Module, device: str) -> nn.Module:
     """The model with a LoRA adapter on every Linear that is switched off."""
     from peft import LoraConfig, get_peft_model
 
@@ -138,10 +125,10 @@ def peft_disabled(model: nn.Module) -> nn.Module:
     adapted.base_model.disable_adapter_layers()
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("lora_" not in name)  # as in the bare model, all of which trains
-    return adapted.base_model.model
+    return adapted.base_model.model.to(device)
 
 
-def kernelized(model: nn.Module) -> nn.Module:
+def kernelized(model: nn.Module, device: str) -> nn.Module:
     """The model after `kernels.kernelize`, which has no kernel for its layers."""
     from kernels import Mode, kernelize, use_kernel_forward_from_hub
 
@@ -155,7 +142,7 @@ def kernelized(model: nn.Module) -> nn.Module:
         if type(module) is nn.Linear:
             module.__class__ = Linear
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # a line for each layer
-        return kernelize(model, mode=Mode.INFERENCE | Mode.TORCH_COMPILE, device="cpu")
+        return kernelize(model, mode=Mode.INFERENCE | Mode.TORCH_COMPILE, device=device)
 
 
 def python_calls(model: nn.Module, x: torch.Tensor) -> int:
@@ -178,7 +165,7 @@ def dormant(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for host, (make, shape) in HOSTS.items():
         torch.manual_seed(0)
-        bare = make()
+        bare = make().to(options.device)
         models = {"bare": bare, "again": copy.deepcopy(bare)}
         with tempfile.TemporaryDirectory() as folder:
             models["wrapped"] = esper.wrap(
@@ -187,11 +174,11 @@ def dormant(options: argparse.Namespace) -> list[dict[str, Any]]:
         sys.path.append(str(Path(sys.prefix) / "company"))
         for name, change in (("PEFT, disabled", peft_disabled), ("kernels, kernelize", kernelized)):
             try:
-                models[name] = change(copy.deepcopy(bare))
+                models[name] = change(copy.deepcopy(bare), options.device)
             except ImportError as error:
                 console.print(f"[dim]without {name}: {error}[/]")
         sys.path.pop()
-        x = torch.randn(shape)
+        x = torch.randn(shape, device=options.device)
         for what in ("forward", "forward+backward"):
 
             def call(model: nn.Module, what: str = what, x: torch.Tensor = x) -> None:
@@ -211,11 +198,23 @@ def dormant(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def grown(urza: esper.Urza, d: int, r: int, **options: Any) -> nn.Module:
+def instructions(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if options.device != "cpu":
+        console.print("[yellow]instructions: skipped, a GPU's cannot be counted[/]")
+        return []
+    if shutil.which("valgrind") is None:
+        console.print("[yellow]instructions: skipped, there is no valgrind here, which counts them[/]")
+        return []
+    rows = kasmina_instructions.count()
+    table("dormant layers: instructions of one forward pass, by valgrind", rows)
+    return rows
+
+
+def grown(options: argparse.Namespace, urza: esper.Urza, d: int, r: int) -> nn.Module:
     """Linear(d, d) with one grafted adapter at alpha 1/2."""
-    artifact = esper.compile(BLUEPRINT, dims={"d": d, "r": r}, urza=urza)
-    model = esper.wrap(nn.Sequential(nn.Linear(d, d)), ["0"], seeds_per_layer=1, urza=urza, **options)
-    assert model.load_kernel_sync("0", 0, artifact.id), model[0].last_error(0)
+    artifact = compiled(options, urza, d=d, r=r)
+    model = esper.wrap(nn.Sequential(nn.Linear(d, d)).to(options.device), ["0"], seeds_per_layer=1, urza=urza)
+    assert model.load_kernel_sync("0", 0, artifact), model[0].last_error(0)
     model.graft("0", 0)
     model.set_alpha("0", 0, 0.5)
     return model
@@ -225,15 +224,18 @@ def active(options: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        layer = grown(esper.Urza(folder), 64, 16)[0]
-        host = nn.Linear(64, 64)
-        x = torch.randn(8, 64)
+        layer = grown(options, esper.Urza(folder), 64, 16)[0]
+        host = nn.Linear(64, 64, device=options.device)
+        x = torch.randn(8, 64, device=options.device)
         layer(x)
         prepared = vars(layer)["forward"]._prepared
         assert isinstance(prepared, Prepared)
         (seed,) = prepared.seeds
         h = host(x).detach()
-        out, saved = torch.empty_like(h), [torch.empty(shape, dtype=dtype) for shape, dtype in seed.saved]
+        out, saved = (
+            torch.empty_like(h),
+            [torch.empty(shape, dtype=dtype, device=h.device) for shape, dtype in seed.saved],
+        )
         values = (*seed.forward.constants, h.data_ptr(), out.data_ptr(), *seed.static, *(t.data_ptr() for t in saved))
         ((run, grid, pick),) = seed.forward.launches
         arguments = pick(values)
@@ -263,7 +265,7 @@ class EagerAdapter(nn.Module):
 
     def __init__(self, host: nn.Linear, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
-        self.host, self.alpha = host, torch.tensor(0.5)
+        self.host, self.alpha = host, torch.tensor(0.5, device=host.weight.device)
         self.down_weight, self.down_bias, self.up_weight, self.up_bias = (
             nn.Parameter(parameters[f"0.{name}"].detach().clone())
             for name in ("down_weight", "down_bias", "up_weight", "up_bias")
@@ -282,11 +284,11 @@ def adapter(options: argparse.Namespace) -> list[dict[str, Any]]:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             for batch, d, r in ((64, 64, 16), (512, 512, 64), (4096, 768, 64)):
-                layer = grown(urza, d, r)[0]
-                host = nn.Linear(d, d)
+                layer = grown(options, urza, d, r)[0]
+                host = nn.Linear(d, d, device=options.device)
                 host.load_state_dict(layer.state_dict())
                 eager = EagerAdapter(host, dict(layer.seed_parameters()))
-                x = torch.randn(batch, d)
+                x = torch.randn(batch, d, device=options.device)
                 with torch.no_grad():
                     torch.testing.assert_close(layer(x), eager(x), rtol=1e-4, atol=1e-4)
 
@@ -312,8 +314,8 @@ def cache(options: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         urza = esper.Urza(folder)
-        ids = [esper.compile(BLUEPRINT, dims={"d": 32, "r": r}, urza=urza).id for r in range(1, 65)]
-        layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(32))
+        ids = [compiled(options, urza, d=32, r=r) for r in range(1, 65)]
+        layers = nn.ModuleList(nn.Linear(32, 32, device=options.device) for _ in range(32))
         model = esper.wrap(layers, [nn.Linear], seeds_per_layer=1, urza=urza)
         first = model.kasmina_layers["0"]
         kernels = KernelCache.process()
@@ -371,15 +373,15 @@ def state(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         urza = esper.Urza(folder)
         each = seeds // layers
-        artifact = esper.compile(BLUEPRINT, dims={"d": 1, "r": 1}, urza=urza)
-        bare = nn.Sequential(*(nn.Linear(each, each) for _ in range(layers)))
+        artifact = compiled(options, urza, d=1, r=1)
+        bare = nn.Sequential(*(nn.Linear(each, each, device=options.device) for _ in range(layers)))
         model = esper.wrap(copy.deepcopy(bare), [nn.Linear], seeds_per_layer=each, urza=urza)
-        x = torch.randn(8, each)
+        x = torch.randn(8, each, device=options.device)
         with torch.no_grad():
             times = in_turn(options.samples, bare=lambda: bare(x), wrapped=lambda: model(x))
         for name in model.kasmina_layers:
             for seed in range(each):
-                assert model.load_kernel_sync(name, seed, artifact.id)
+                assert model.load_kernel_sync(name, seed, artifact)
         transitions, boundaries = [], []
         for target in ("GRAFTING", "STABILIZATION", "EVALUATING", "FOSSILIZED"):
             state = esper.SeedLifecycleState[target]
@@ -400,6 +402,7 @@ def state(options: argparse.Namespace) -> list[dict[str, Any]]:
         },
         {"what": "asking for them one by one, ms", "value": statistics.median(transitions)},
         {"what": "dormant forward of 10,000 seeds, times the bare model's", "value": dormant_ratio["ratio"]},
+        *kasmina_replicas.measure(boundaries=10 * options.samples),
     ]
     table("state", rows)
     return rows
@@ -409,10 +412,12 @@ def pause(options: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         urza = esper.Urza(folder)
-        ids = [esper.compile(BLUEPRINT, dims={"d": 256, "r": r}, urza=urza).id for r in range(1, 11)]
-        model = esper.wrap(Transformer(4), ["*.out"], seeds_per_layer=25, chunking="whole", urza=urza)
+        ids = [compiled(options, urza, d=256, r=r) for r in range(1, 11)]
+        model = esper.wrap(
+            Transformer(4).to(options.device), ["*.out"], seeds_per_layer=25, chunking="whole", urza=urza
+        )
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        x = torch.randn(4, 64, 256)
+        x = torch.randn(4, 64, 256, device=options.device)
         places = [(name, seed) for name in model.kasmina_layers for seed in range(25)]
         model.defer_transitions()  # what is loaded waits for a boundary: only the loads themselves are looked at
 
@@ -421,6 +426,7 @@ def pause(options: argparse.Namespace) -> list[dict[str, Any]]:
             model(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+            synchronize()
             return (time.perf_counter() - began) * 1000
 
         async def load() -> None:
@@ -462,8 +468,10 @@ def table(title: str, rows: list[dict[str, Any]]) -> None:
     console.print(shown)
 
 
-def markdown(parts: dict[str, list[dict[str, Any]]]) -> str:
+def markdown(parts: dict[str, list[dict[str, Any]]], device: str) -> str:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    if device == "cuda":
+        machine += f", {torch.cuda.get_device_name()}"
     lines = [
         "# What Kasmina costs",
         "",
@@ -488,6 +496,7 @@ def markdown(parts: dict[str, list[dict[str, Any]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas, of {','.join(PARTS)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models are")
     parser.add_argument(
         "--samples",
         type=int,
@@ -501,10 +510,12 @@ def main() -> None:
     chosen = options.only.split(",")
     if unknown := sorted(set(chosen) - set(PARTS)):
         parser.error(f"no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
-    parts = {name: globals()[name](options) for name in PARTS if name in chosen}
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
+    parts = {name: rows for name in PARTS if name in chosen if (rows := globals()[name](options))}
     if options.output:
         (options.output / "kasmina.json").write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
-        (options.output / "kasmina-speed.md").write_text(markdown(parts), encoding="utf-8")
+        (options.output / "kasmina-speed.md").write_text(markdown(parts, options.device), encoding="utf-8")
 
 
 if __name__ == "__main__":

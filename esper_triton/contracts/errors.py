@@ -20,6 +20,7 @@ __all__ = [
     "InvalidCommit",
     "InvalidTransition",
     "LoadDeadlineExceeded",
+    "LoadLost",
     "NonFiniteOutput",
     "ProofFailed",
     "ReplicaFailed",
@@ -116,6 +117,10 @@ class SlotEmbargoed(EsperError, RuntimeError):
 
 class LoadDeadlineExceeded(EsperError, TimeoutError):
     """A background load took longer than its deadline; the seed was culled and the load's result is void."""
+
+
+class LoadLost(EsperError, RuntimeError):
+    """A background load that this process does not finish: it was forked meanwhile, or is ending."""
 
 
 class NonFiniteOutput(EsperError, ArithmeticError):

@@ -8,7 +8,6 @@ which `forward` never waits. Observers are told when all of it is done.
 from __future__ import annotations
 
 import threading
-import time
 import types
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from esper_triton.contracts.errors import LoadDeadlineExceeded
+from esper_triton.contracts.errors import LoadLost
 from esper_triton.kasmina import loading
 from esper_triton.kasmina.adoption import host_class
 from esper_triton.kasmina.dispatch import Dispatch
@@ -42,7 +41,7 @@ __all__ = [
     "commits_at_once",
     "damaged_arrays",
     "drop_dispatch",
-    "end_late_loads",
+    "end_lost_loads",
     "end_step",
     "finish_step",
     "host_dtype",
@@ -101,7 +100,7 @@ def commit(layer: KasminaLayer) -> None:
 
 
 def end_step(layer: KasminaLayer, *, auto_advance: bool) -> None:
-    """The boundary after a training step: as `commit`, and ramps advance, late loads end, stages are found to be
+    """The boundary after a training step: as `commit`, and ramps advance, stages are found to be
     done."""
     record = layer._kasmina
     if is_silent(record):
@@ -110,7 +109,7 @@ def end_step(layer: KasminaLayer, *, auto_advance: bool) -> None:
         return
     with record.queue.lock:
         measured = measure_step(record)
-        end_late_loads(record)
+        end_lost_loads(record)
         made = finish_step(layer, measured, auto_advance=auto_advance)
     tell(record, made)
     tell_misses(record)
@@ -182,13 +181,12 @@ def _order_next_moves(record: LayerRecord) -> bool:
     return ramp_given
 
 
-def end_late_loads(record: LayerRecord) -> None:
-    """Queues the failure of every load that has taken longer than its deadline."""
-    now = time.monotonic()
+def end_lost_loads(record: LayerRecord) -> None:
+    """Queues the failure of every load that stayed with the process that this one was forked from."""
     for seed in record.seeds:
         ticket = seed.ticket
-        if ticket is not None and ticket.deadline is not None and now > ticket.deadline:
-            error = LoadDeadlineExceeded(f"{who(record, seed)}: the load took longer than its deadline")
+        if ticket is not None and ticket.lost:
+            error = LoadLost(f"{who(record, seed)}: the process was forked during the load; load the kernel again")
             record.queue.order(LoadFailed(seed=seed.index, ticket=ticket, error=error))
 
 

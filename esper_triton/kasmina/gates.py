@@ -101,7 +101,7 @@ class Policy:
         schedule: the ramp that `auto_advance` grafts with.
         stabilization_steps, fine_tuning_steps: steps that those stages take.
         embargo_epochs: epochs for which the slot of a culled seed takes no other.
-        load_deadline_s: seconds that a background load may take.
+        load_deadline_s: seconds that a background load may take once it has begun.
         sample_every: steps from one check of seeds' outputs for non-finite values to the next; 0 for never. In
             EVALUATING every call is checked.
     """

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from esper_triton.contracts.errors import ArtifactRefused, LoadDeadlineExceeded
+from esper_triton.contracts.errors import ArtifactRefused
 from esper_triton.kasmina.adoption import Adopted, adopt_class, host_class, release_class
 from esper_triton.kasmina.boundary import (
     commit,
@@ -188,7 +188,7 @@ class KasminaLayer(Adopted):
 
         Args:
             force: load a kernel that has failed while it ran in this process all the same.
-            deadline_s: seconds that the load may take; the policy's by default.
+            deadline_s: seconds that the load may take once it has begun; the policy's by default.
 
         Raises IndexError for the seed, InvalidTransition for one that is in use, SlotEmbargoed, ValueError without an
         Urza.
@@ -199,13 +199,11 @@ class KasminaLayer(Adopted):
         # By the class from here on: the layer may be unwrapped meanwhile, and be no KasminaLayer any more.
         future = load.start()
         try:
-            await asyncio.wait([asyncio.wrap_future(future)], timeout=load.seconds)
+            await asyncio.wait([asyncio.wrap_future(future)])
         except BaseException as error:  # the task was cancelled: the seed must not stay in LOADING
             load.fail(error)
             KasminaLayer._settle(self)
             raise
-        if not future.done():
-            load.fail(LoadDeadlineExceeded(f"{load.request.who}: no kernel after {load.seconds:g} s; it was culled"))
         KasminaLayer._settle(self)
         return load.succeeded
 
@@ -281,7 +279,7 @@ class KasminaLayer(Adopted):
 
     def step_boundary(self, *, auto_advance: bool = False) -> None:
         """Call it between training steps, for a layer without a model (`model.step_boundary()` does it for all). As
-        `commit`, and a step has passed: ramps advance, late loads are culled, stages are found to be done. With
+        `commit`, and a step has passed: ramps advance, stages are found to be done. With
         `auto_advance` seeds that are ready make their next move."""
         end_step(self, auto_advance=auto_advance)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,9 +40,11 @@ def load_request(
 
 @dataclass(frozen=True)
 class PendingLoad:
-    """A load of `request` for a layer's record. Its result goes into the layer's queue and takes effect at a boundary;
-    the first of `fail` and the load's own end counts, and neither does for a seed that waits for another load by
-    now."""
+    """A load of `request` for a layer's record, which may run for `seconds` beside the training thread.
+
+    Its result goes into the layer's queue and takes effect at a boundary; the first of `fail` and the load's own end
+    counts, and neither does for a seed that waits for another load by now.
+    """
 
     record: LayerRecord
     request: loading.LoadRequest
@@ -61,20 +62,21 @@ class PendingLoad:
         return cls(record, request, record.urza, ticket, limit)
 
     def start(self) -> Future[None]:
-        """Runs beside the training thread. The future is done when the result is in the queue; it holds no error."""
-        self.ticket.deadline = time.monotonic() + self.seconds
-        future, self.ticket.give_up = background.start(self._attempt)
+        """Runs beside the training thread, when those asked for before it have ended. The future is done when the
+        result is in the queue or the load was given up; it holds no error."""
+        future, self.ticket.give_up = background.start(self)
         return future
 
     def run(self) -> None:
         """Runs on this thread. What is no Exception (an interrupt) passes through, once the failure is queued."""
         try:
-            self._attempt()
+            self.attempt()
         except BaseException as error:
             self.fail(error)
             raise
 
-    def _attempt(self) -> None:
+    def attempt(self) -> None:
+        """Fetches, checks and loads, and queues what came of it."""
         try:
             kernel, parameters = loading.fetch(self.request, self.urza)
         except Exception as error:
@@ -88,6 +90,15 @@ class PendingLoad:
     def fail(self, error: BaseException) -> None:
         """The load is over, without a result."""
         put(self.record, LoadFailed(seed=self.request.seed, ticket=self.ticket, error=error))
+
+    def lose(self) -> None:
+        """The load stayed with the process that this one was forked from; the next boundary ends it here."""
+        self.ticket.lost = True
+
+    @property
+    def who(self) -> str:
+        """For messages."""
+        return self.request.who
 
     @property
     def succeeded(self) -> bool:

@@ -45,11 +45,11 @@ class LoadedKernel:
 class LoadTicket:
     """Identity of one load under way. While it lives it pins what that load brought into the cache.
 
-    `deadline` is in seconds of the monotonic clock. `arrived` tells that a kernel is in the queue; `took_effect` is
-    None until a boundary has taken the result. `give_up` is called when nobody waits for the result any more.
+    `arrived` tells that a kernel is in the queue; `took_effect` is None until a boundary has taken the result. `lost`:
+    it runs in another process, whose fork this one is. `give_up` is called when nobody waits for the result any more.
     """
 
-    deadline: float | None = None
+    lost: bool = False
     arrived: bool = False
     took_effect: bool | None = None
     give_up: Callable[[], None] | None = None

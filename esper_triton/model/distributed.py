@@ -1,7 +1,7 @@
 """Replicas of one model: the same transitions at the same step on every one of them (law 7).
 
-The first rank decides. At every step boundary the ranks exchange, in one collective, what the first one was asked for
-and what each has measured (failed calls, loads that have ended); then each does the same with it. A load begins on
+The first rank decides. At every step boundary the ranks exchange what the first one was asked for and what each has
+measured (failed calls, loads that have ended), where there is any; then each does the same with it. A load begins on
 every rank at the boundary that assigns it, and takes effect at the first one at which every rank has the kernel; where
 one rank fails, the seed is culled on all. A call that fails on one rank takes the seed out on all.
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from esper_triton.contracts.errors import ReplicaFailed
-from esper_triton.kasmina.boundary import end_late_loads, finish_step, is_silent, tell
+from esper_triton.kasmina.boundary import end_lost_loads, finish_step, is_silent, tell
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.measuring import Measured, measure_step, take_in
@@ -87,8 +87,11 @@ class Replicas:
                 sent.append(waiting)
                 if report is not None:
                     mine[index] = report
-            reports: list[dict[int, _Report]] = [{} for _ in range(self.size)]
-            dist.all_gather_object(reports, mine, group=self.group)
+            reports = self._exchanged(mine)
+            if not any(reports):
+                for layer in self.layers:
+                    layer._kasmina.step += 1
+                return
             made: list[tuple[LayerRecord, list[Made]]] = []
             for index, layer in enumerate(self.layers):
                 record = layer._kasmina
@@ -97,6 +100,14 @@ class Replicas:
                 made.append((record, self._finish(index, layer, said, sent[index], auto)))
         for record, moves in made:
             tell(record, moves)
+
+    def close(self) -> None:
+        """Ends what `replicate` began, on this rank: requests take effect as in a model without replicas, and nothing
+        here refers to the group any more."""
+        for layer in self.layers:
+            record = layer._kasmina
+            record.deferred, record.follows, record.replicas = False, False, None
+        self.group = None
 
     def all_reduce_gradients(self) -> None:
         """Averages the gradients of the seeds' parameters over the ranks: a collective, between backward and the
@@ -122,6 +133,17 @@ class Replicas:
             offset += parameter.numel()
         return parts
 
+    def _exchanged(self, mine: dict[int, _Report]) -> list[dict[int, _Report]]:
+        """What every rank says, by layer. One number travels where none has anything to say, as at most steps: an
+        exchange of objects takes ten times as long."""
+        device = self.layers[0].state.storage.device if self.layers else None
+        said = torch.tensor([len(mine)], device=device)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.group)
+        reports: list[dict[int, _Report]] = [{} for _ in range(self.size)]
+        if said.item():
+            dist.all_gather_object(reports, mine, group=self.group)
+        return reports
+
     # ---- what this rank says
 
     def _report(self, index: int, layer: KasminaLayer) -> tuple[list[Waiting], _Report | None]:
@@ -130,7 +152,7 @@ class Replicas:
         if is_silent(record) and not self._loads[index]:
             return [], None
         measured = measure_step(record)
-        end_late_loads(record)
+        end_lost_loads(record)
         requests: list[Request | _Artifact] = []
         sent: list[Waiting] = []
         for waiting in record.queue.take():
@@ -158,6 +180,8 @@ class Replicas:
                 known = loads.get(seed)
                 if known is None or known.ticket is not ticket:
                     return None
+                if known.result is not None and known.result is not request:
+                    return None  # of the deadline and the load's own end the first counts
                 loads[seed] = replace(known, result=request)
                 return _Artifact(seed, known.artifact_id, True)
             case _:
@@ -269,6 +293,16 @@ def replicate(model: nn.Module, group: dist.ProcessGroup | None = None) -> Repli
     From now on every request waits for `model.step_boundary()`, which is a collective. The first rank's requests count;
     those of other ranks are ignored, except that a load that they make beforehand is at hand when the first rank's is
     agreed on. Call `all_reduce_gradients()` of what is returned between backward and the optimizer's step.
+
+    A process that ends while a gloo group lives may abort ("terminate called without an active exception", with or
+    without Esper): the group's threads let go of the last collective's tensors when there is no interpreter any more.
+    They end with the last reference to the group, and `destroy_process_group` alone leaves that of DDP. So end with
+
+        dist.barrier()
+        replicas.close()
+        del ddp, replicas
+        gc.collect()
+        dist.destroy_process_group()
     """
     from esper_triton.model.morphable import MorphableModel  # that module imports this one's neighbours
 

@@ -135,7 +135,7 @@ class MorphableModel(Adopted):
 
     def step_boundary(self, *, auto_advance: bool | None = None) -> None:
         """Call it between training steps: what was asked for and what failed in the last step takes effect now, in all
-        layers; ramps advance, late loads are culled, stages are found to be done.
+        layers; ramps advance, stages are found to be done.
 
         With `auto_advance` seeds that are ready make their next move, through the gates of their layer's policy; by
         default as `wrap` was told.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import json
 import sys
@@ -33,6 +34,16 @@ def refuse_one_layer(name: str) -> None:
         return load(request, urza)
 
     loading.load = refusing  # type: ignore[assignment]
+
+
+def end_loads(model: esper.MorphableModel) -> None:
+    """Boundaries until no seed is LOADING, as many on both ranks, however slow a load is here."""
+    while any(
+        layer.seed_state(seed) is esper.SeedLifecycleState.LOADING
+        for layer in model.kasmina_layers.values()
+        for seed in range(2)
+    ):
+        model.step_boundary()
 
 
 def main(rank: int, rendezvous: str, store: str, artifact_id: str) -> None:
@@ -90,14 +101,23 @@ def main(rank: int, rendezvous: str, store: str, artifact_id: str) -> None:
         replicas.all_reduce_gradients()
         optimizer.step()
         model.step_boundary()
+        if step in (20, STEPS - 1):
+            end_loads(model)
     model.epoch_boundary(1)
     weights = hashlib.sha256()
     for tensor in [*model.parameters(), *esper.seed_parameters(model)]:
         weights.update(tensor.detach().numpy().tobytes())
     alphas = {name: layer.state.alpha_blend.tolist() for name, layer in model.kasmina_layers.items()}
     states = {name: [layer.seed_state(s).name for s in range(2)] for name, layer in model.kasmina_layers.items()}
-    json.dump({"moves": moves, "weights": weights.hexdigest(), "alphas": alphas, "states": states}, sys.stdout)
+    said = json.dumps({"moves": moves, "weights": weights.hexdigest(), "alphas": alphas, "states": states})
+    replicas.close()
+    assert [layer._kasmina.replicas for layer in model.kasmina_layers.values()] == [None] * 3
+    # As `replicate` asks: gloo's threads end with the last reference to their group, and DDP holds one.
+    dist.barrier()
+    del ddp, replicas
+    gc.collect()
     dist.destroy_process_group()
+    sys.stdout.write(said)
 
 
 if __name__ == "__main__":
