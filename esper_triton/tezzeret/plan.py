@@ -20,9 +20,11 @@ from esper_triton.contracts.manifest import (
     Toolchain,
     build_digest,
     parameter_records,
+    sha256,
 )
 from esper_triton.tezzeret.source import load_source
 from esper_triton.tezzeret.targets import triton_target
+from esper_triton.tezzeret.writing import tiles_for, write
 
 __all__ = ["KernelPlan", "Plan", "plan_build", "substitute"]
 
@@ -47,6 +49,7 @@ class Plan:
     """A checked request. Two equal requests have one `artifact_id`, in every process with the same toolchain."""
 
     blueprint: Blueprint
+    written: Blueprint  # the blueprint itself, or what its graph was written as
     dims: dict[str, int]
     dtype: DTypeName
     target: TargetSpec
@@ -61,7 +64,8 @@ class Plan:
 
 
 def plan_build(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, target: TargetSpec, pipeline: str) -> Plan:
-    """Checks a request and works out what would be built; runs the blueprint's source, compiles nothing.
+    """Checks a request and works out what would be built: writes the kernels of a graph, runs the source, compiles
+    nothing.
 
     Args:
         dims: an integer for every dim of the blueprint. dtype: a name of `DTypeName`.
@@ -72,6 +76,9 @@ def plan_build(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, target
 
     faults = [*_pipeline_faults(pipeline), *_dim_faults(blueprint, dims), *_dtype_faults(dtype)]
     _raise(blueprint, faults)  # what follows needs the numbers
+    request = blueprint
+    if request.ops:
+        blueprint = write(request, dims, dtype, tiles_for(target, dims))
     constexprs, parameters = _sizes(blueprint, dims, faults)
     if triton.knobs.runtime.interpret:
         raise CompileError("TRITON_INTERPRET is set, so kernels would be interpreted and not compiled; unset it")
@@ -80,7 +87,7 @@ def plan_build(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, target
     forward = _bind(blueprint, module.__dict__, blueprint.forward, dtype, constexprs, kernels, faults, backward=False)
     backward = _bind(blueprint, module.__dict__, blueprint.backward, dtype, constexprs, kernels, faults, backward=True)
     faults += _unwritten(blueprint, forward, backward)
-    if not callable(getattr(module, "reference", None)):
+    if not request.ops and not callable(getattr(module, "reference", None)):
         faults.append(f"{blueprint.source} defines no function 'reference' to prove the kernels against")
     steps_of = {
         group: tuple(
@@ -94,7 +101,8 @@ def plan_build(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, target
     toolchain = _toolchain(target)
     build = build_digest(
         {
-            "blueprint": blueprint.id,
+            "blueprint": request.id,
+            "source": sha256(blueprint.source_text.encode()),
             "dims": dict(dims),
             "dtype": dtype,
             "constexprs": constexprs,
@@ -107,7 +115,8 @@ def plan_build(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, target
         }
     )
     return Plan(
-        blueprint=blueprint,
+        blueprint=request,
+        written=blueprint,
         dims=dict(dims),
         dtype=cast(DTypeName, dtype),  # _dtype_faults and _pipeline_faults have looked at these two
         target=target,
@@ -118,7 +127,7 @@ def plan_build(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, target
         forward=steps_of["forward"],
         backward=steps_of["backward"],
         options=options,
-        artifact_id=f"{blueprint.id[:12]}-{target.label}-{pipeline}-{build[:12]}",
+        artifact_id=f"{request.id[:12]}-{target.label}-{pipeline}-{build[:12]}",
     )
 
 

@@ -1,0 +1,67 @@
+"""A graph blueprint as the blueprint of a written source: what is planned and compiled as if by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from esper_triton.contracts.blueprint import Blueprint, LaunchSpec, TensorSpec
+from esper_triton.contracts.errors import BlueprintError
+from esper_triton.contracts.manifest import TargetSpec
+from esper_triton.tezzeret.design import design_of
+from esper_triton.tezzeret.emission import Intermediate, Launch, emit
+from esper_triton.tezzeret.rows import Tiles
+
+__all__ = ["tiles_for", "write"]
+
+
+def tiles_for(target: TargetSpec, dims: Mapping[str, int]) -> Tiles:
+    """Blocks for a target, without a measurement.
+
+    On a CPU a block of 64 rows amortises the packing of a weight's tile over 64 rows while its operands of 128 columns
+    stay in the second-level cache; rows without products are taken one at a time. On a GPU the tiles of two pipeline
+    stages have to fit a program's shared memory and its accumulators the registers of four warps.
+    """
+    if target.backend == "cpu":
+        return Tiles(rows=64, cols=128, depth=128, sums_rows=1, full=8192, sum_depth=32)
+    return Tiles(rows=32, cols=64, depth=32, sums_rows=4, full=4096, sum_depth=32)
+
+
+def write(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, tiles: Tiles) -> Blueprint:
+    """The same name, dims and parameters with kernels in place of the graph; it lives no longer than its build.
+
+    Raises BlueprintError with every fault of the graph at these dims, and where it has no derivative.
+    """
+    try:
+        emitted = emit(design_of(blueprint, dims, dtype), tiles)
+    except ValueError as error:
+        raise BlueprintError(f"blueprint {blueprint.name!r} cannot be written as kernels: {error}") from error
+    return Blueprint(
+        name=blueprint.name,
+        input=blueprint.input,
+        layout=blueprint.layout,
+        affine=blueprint.affine,
+        feature_dim=blueprint.feature_dim,
+        dims=blueprint.dims,
+        parameters=blueprint.parameters,
+        source=f"{blueprint.id[:12]}.py",
+        source_text=emitted.source,
+        saved=_tensors(emitted.saved),
+        scratch=_tensors(emitted.scratch),
+        constexprs={name: str(value) for name, value in emitted.constexprs.items()},
+        forward=_launches(emitted.forward),
+        backward=_launches(emitted.backward),
+    )
+
+
+def _tensors(intermediates: Iterable[Intermediate]) -> dict[str, TensorSpec]:
+    return {
+        one.name: TensorSpec(
+            shape=(one.level,) if one.size == 1 else (one.level, str(one.size)),
+            dtype="input" if one.is_input_dtype else "float32",
+        )
+        for one in intermediates
+    }
+
+
+def _launches(launches: Iterable[Launch]) -> tuple[LaunchSpec, ...]:
+    return tuple(LaunchSpec(kernel=launch.kernel, grid=launch.grid) for launch in launches)
