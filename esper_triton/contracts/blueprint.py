@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from esper_triton.contracts.canonical import canonical_ops
+from esper_triton.contracts.canonical import canonical_extent, canonical_ops
 from esper_triton.contracts.dims import Dim
 from esper_triton.contracts.errors import BlueprintError, nearest
 from esper_triton.contracts.expressions import ExpressionError, symbols
@@ -211,6 +211,8 @@ class Blueprint(_Value):
         if self.ops:
             ops, output = canonical_ops(self.ops, self.output, self.parameters)
             body |= {"ops": [op.model_dump(mode="json") for op in ops], "output": output}
+            for parameter in body["parameters"].values():
+                parameter["shape"] = [canonical_extent(text) for text in parameter["shape"]]
         else:  # as ids were before there were graphs
             del body["ops"], body["output"]
         return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -18,11 +18,12 @@ Handler = Callable[[Growing, "Arguments"], Result]
 
 class Arguments:
     """An ATen call's arguments by their names in its schema, defaults filled in. `shape` and `shapes` are those of its
-    result, or of each of them."""
+    result, or of each of them; `same_dtype` whether they have that of the first argument."""
 
-    def __init__(self, values: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> None:
+    def __init__(self, values: Mapping[str, Any], shapes: Sequence[Sequence[int]], *, same_dtype: bool) -> None:
         self.values = values
         self.shapes = shapes
+        self.same_dtype = same_dtype
 
     @property
     def shape(self) -> Sequence[int]:
@@ -119,7 +120,13 @@ def _same(graph: Growing, arguments: Arguments) -> Tracked:
 
 
 def _cast(graph: Growing, arguments: Arguments) -> Tracked:
-    raise Refused("it changes the dtype or the device; a kernel computes in the layer's own")
+    if not arguments.same_dtype:
+        raise Refused("it changes the dtype; a kernel computes in the layer's own")
+    return _first(arguments)
+
+
+def _detach(graph: Growing, arguments: Arguments) -> Tracked:
+    raise Refused("it stops gradients, which no operation of a graph does")
 
 
 def _view(graph: Growing, arguments: Arguments) -> Tracked:
@@ -224,13 +231,13 @@ def _linear(graph: Growing, arguments: Arguments) -> Tracked:
 
 def _product(graph: Growing, value: Tracked, weight: Tracked, bias: Any = None, axis: int = -1) -> Tracked:
     """Along one axis of features, with weight [n, k]."""
-    if weight.level is not None:
-        raise Refused("its weight depends on the input")
+    if weight.level is not None or len(weight.axes) != 2:
+        raise Refused("its weight is not a matrix of parameters alone")
     axis = value.axis(axis)
     last = graph.last(value, axis)
     names = [last.name]
     attrs: dict[str, bool] = {}
-    if len(weight.axes) == 2 and _swapped(weight):
+    if _swapped(weight):
         names.append(graph.arranged(weight, weight.axes[::-1]))
         attrs["transposed"] = True
     else:
@@ -455,7 +462,8 @@ HANDLERS: dict[str, Handler] = {
     "rsub": _rsub,
     "where": _where,
     **dict.fromkeys(("contiguous", "clone", "alias", "positive", "lift_fresh_copy"), _same),
-    **dict.fromkeys(("to", "_to_copy", "type_as", "detach"), _cast),
+    **dict.fromkeys(("to", "_to_copy", "type_as"), _cast),
+    "detach": _detach,
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten"), _view),
     "expand": _expand,
     "permute": _permute,

@@ -217,7 +217,13 @@ def _exported(
 
 
 def _calls(program: torch.export.ExportedProgram) -> list[fx.Node]:
-    return [node for node in program.graph.nodes if node.op == "call_function" and _schema(node) is not None]
+    return [node for node in program.graph.nodes if node.op == "call_function" and _gives(node)]
+
+
+def _gives(node: fx.Node) -> bool:
+    """Whether it is an operation with a result: what has none asserts something of shapes and dtypes."""
+    schema = _schema(node)
+    return schema is not None and bool(schema.returns)
 
 
 def _schema(node: fx.Node) -> Any:
@@ -227,6 +233,11 @@ def _schema(node: fx.Node) -> Any:
 def _handler(node: fx.Node) -> Any:
     name = _schema(node).name.removeprefix("aten::")
     return HANDLERS.get(f"{name}.{_schema(node).overload_name}") or HANDLERS.get(name)
+
+
+def _keeps_dtype(node: fx.Node, results: Sequence[Tensor]) -> bool:
+    first = node.all_input_nodes[0].meta.get("val") if node.all_input_nodes else None
+    return isinstance(first, Tensor) and all(result.dtype == first.dtype for result in results)
 
 
 def _line(node: fx.Node) -> str:
@@ -298,7 +309,7 @@ class _Taking:
         """Raises BlueprintError."""
         values = self._placeholders()
         for node in self.program.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and (_gives(node) or _schema(node) is None):
                 values[node] = self._taken(node, values)
         output = self._output(values)
         ops = _alive(self.graph.ops, output)
@@ -433,7 +444,8 @@ class _Taking:
             ordered = {a.name: value(item) for a, item in zip(schema.arguments, node.args, strict=False)}
             ordered |= {name: value(item) for name, item in node.kwargs.items()}
             arguments = ordered | {name: default for name, default in given.items() if name not in ordered}
-            return _handler(node)(self.graph, Arguments(arguments, [list(r.shape) for r in results]))
+            shapes = [list(result.shape) for result in results]
+            return _handler(node)(self.graph, Arguments(arguments, shapes, same_dtype=_keeps_dtype(node, results)))
         except Refused as error:
             raise BlueprintError(f"{self.who}: {node.target} is refused: {error}; at {_line(node)}") from error
 

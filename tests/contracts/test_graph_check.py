@@ -159,6 +159,17 @@ def test_dims_over_their_limits_are_refused_all_at_once():
         infer(blueprint, {"d": 4})
 
 
+def test_a_dim_that_is_not_given_has_its_default():
+    blueprint = graph(BOTTLENECK, REST.replace("r = { max = 256 }", "r = { max = 256, default = 3 }"))
+    assert infer(blueprint, {"d": 8})["z"] == ValueType("rows", (3,))
+    assert infer(blueprint, {"d": 8, "r": 5})["z"] == ValueType("rows", (5,))
+
+
+def test_limits_of_any_size_are_stood_in_for_at_once():
+    dims = {"d": Dim(min=10**30, max=10**40), "r": Dim(min=10**18, max=10**18)}
+    assert all(value["r"] == 10**18 and value["d"] >= 10**30 for value in assignments_within(dims, []))
+
+
 def test_what_only_some_dims_fulfil_is_checked_with_them():
     sliced = graph("k = concat(slice(h, stop=r), slice(h, start=r, stop=d)) + linear(linear(h, w, b), u)\n")
     assert check(sliced, {"d": 8, "r": 3}) == []

@@ -289,6 +289,23 @@ def test_extents_that_fit_no_general_dims_are_fixed():
     assert {name: (dim.min, dim.max) for name, dim in blueprint.dims.items()}["d"] == (7, 7)
 
 
+class LlamaNorm(nn.Module):
+    """RMS norm as it is written out."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.to(x.dtype)
+        return (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x) * self.weight
+
+
+def test_a_cast_to_the_dtype_that_there_is_is_nothing():
+    blueprint = agree(LlamaNorm(6), torch.ones(2, 3, 6), input="h")
+    assert ops_of(blueprint) == ["square", "mean", "add", "rsqrt", "mul", "mul"]
+
+
 class Foreign(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -308,6 +325,8 @@ class Foreign(nn.Module):
             return h - h.mean()  # the line
         if self.kind == "detach":
             return h + h.detach()  # the line
+        if self.kind == "dtype":
+            return h.double().float()  # the line
         if self.kind == "control":
             return h if h.sum() > 0 else -h
         if self.kind == "several":
@@ -328,7 +347,8 @@ class Foreign(nn.Module):
         ("scores", r"it multiplies over positions; use F\.scaled_dot_product_attention .*; at .*# the line"),
         ("buffer", r"buffer 'table' is no single number.* at .*# the line"),
         ("batch", r"it reduces the batch, or positions together with features; at .*# the line"),
-        ("detach", r"refused: it changes the dtype or the device|no operation of a graph says aten\.detach"),
+        ("detach", r"it stops gradients.*; at .*# the line"),
+        ("dtype", r"it changes the dtype.*; at .*# the line"),
         ("control", "torch.export cannot trace it"),
         ("several", "returns 2 tensors, expected one"),
         ("pooled", "does not lie as its input does|gives 0 features"),
