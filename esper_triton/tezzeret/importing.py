@@ -24,6 +24,7 @@ __all__ = ["from_module", "module_parameters"]
 
 Input = Literal["x", "h", "xh"]
 _DEFAULT_MAX = 65536
+_LARGEST_KERNEL = 12  # of a parameter that is used as a kernel though it is no convolution's
 _ROUNDS = 8  # of decompositions; each takes apart what the one before has left
 
 
@@ -380,6 +381,8 @@ class _Taking:
         owner, _ = _owner(self.module, own)
         if isinstance(owner, nn.Conv1d | nn.Conv2d) and tensor.dim() > 1 and shape != list(tensor.shape[:2]):
             shape = shape[: len(shape) - len(owner.kernel_size)]
+        elif tensor.dim() > 2 and all(extent % 2 and extent < _LARGEST_KERNEL for extent in shape[2:]):
+            shape = shape[:2]
         base = re.sub(r"_(weight|bias)$", "", self.names[self._first_name(own, tensor)])
         return [(extent, f"d_{base}") for extent in shape]
 

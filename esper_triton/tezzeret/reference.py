@@ -188,7 +188,7 @@ def _reshape(frame: _Frame, op: Op, operands: list[_Value]) -> Tensor:
     a = operands[0]
     shape = [frame.extent(item) for item in cast(tuple[str, ...], attributes(op)["shape"])]
     own = a.tensor.dim() - len(a.kind.shape)
-    return a.tensor.reshape(*a.tensor.shape[:own], *shape)
+    return a.tensor.reshape((*a.tensor.shape[:own], *shape))
 
 
 def _attention(frame: _Frame, op: Op, operands: list[_Value]) -> Tensor:
