@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import keyword
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -175,6 +176,8 @@ class Blueprint(_Value):
             faults.append(f"tensor name {name!r} is taken twice or reserved")
         if self.ops:
             faults += [f"dim name {name!r} is reserved" for name in sorted(dims & RESERVED)]
+            taken = filter(keyword.iskeyword, self.parameters)
+            faults += [f"parameter name {name!r} is a keyword of Python, in which graphs are written" for name in taken]
             if self.feature_dim in self.dims:
                 faults += check(self)
         if not faults and self.ops:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -136,8 +137,8 @@ class Inference:
         faults: list[str] = []
         if op.name in RESERVED or op.name.startswith("grad_"):
             faults.append("the name is reserved")
-        elif not op.name.isidentifier() or keyword.iskeyword(op.name) or len(op.name) > 63 or op.name.startswith("_"):
-            faults.append("a value's name has at most 63 letters, digits and _, begins with a letter and is no keyword")
+        elif not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,62}", op.name) or keyword.iskeyword(op.name):
+            faults.append("a value's name is a letter and up to 62 letters, digits and _, and no keyword of Python")
         if op.name in self.types and op.name not in RESERVED:
             faults.append("the name is taken by a value or parameter before it")
         kind = self._type(op, names, faults)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,9 +112,9 @@ def _parameter_names(module: nn.Module) -> dict[str, str]:
     """The name in the blueprint of each parameter."""
     names: dict[str, str] = {}
     for own, _ in module.named_parameters():
-        name = _snake(own.replace(".", "_"))
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,58}", name) or name in RESERVED or name.startswith("grad_"):
-            name = f"p_{name}"[:60]
+        name = re.sub(r"[^a-z0-9_]", "_", _snake(own.replace(".", "_")))[:58]
+        if not name[:1].isalpha() or name in RESERVED or keyword.iskeyword(name) or name.startswith("grad_"):
+            name = f"p_{name}"
         base, count = name, 1
         while name in names.values():
             count += 1

@@ -200,6 +200,23 @@ def test_names_of_a_sequential_have_a_letter_in_front():
     assert set(blueprint.dims) == {"d", "d_p_0", "d_p_2"}
 
 
+def test_names_that_are_reserved_or_too_long_or_the_same_get_others():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alpha = nn.Parameter(torch.randn(6))
+            self.Norm_weight = nn.Parameter(torch.randn(6))
+            self.norm_weight = nn.Parameter(torch.randn(6))
+            self.Not = nn.Parameter(torch.randn(6))
+            self.register_parameter("w" * 80, nn.Parameter(torch.randn(6)))
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h * self.alpha + self.Norm_weight * self.norm_weight + self.Not * getattr(self, "w" * 80)
+
+    names = agree(Named(), torch.ones(2, 6), input="h").parameters
+    assert list(names) == ["p_alpha", "norm_weight", "norm_weight_2", "p_not", "w" * 58]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_swiglu(packed: bool):
     module = SwiGLU(6, 5, packed=packed)
