@@ -217,7 +217,7 @@ def _backward(design: Design, h: Node, step: Node | None) -> tuple[dict[str, Nod
             total = g.add(past, terms[0]) if terms else past
             grads[name] = g.pointwise("where", is_off, grad_out, total)
         else:
-            zero = g.expand(g.const(0.0), node)
+            zero = g.expand(g.const(0.0), node.level, node.shape)
             grads[name] = g.pointwise("where", is_off, g.const(0.0), terms[0] if terms else zero)
     gradients = [Gradient(view, tuple(terms)) for view, terms in leaves.items() if view.op == "param"]
     return grads, gradients

@@ -197,10 +197,10 @@ class _Rows:
         unit = "row" if lines == 1 else "line"
         writer.line(f"{unit} = (tl.program_id(0).to(tl.int64) * {block} + tl.arange(0, {block}))[:, None]")
         writer.line(f"{unit}_ok = {unit} < {writer.rows_of(level, lines)}")
-        self.line = self.row = Index(unit, rows=True, ok=f"{unit}_ok", name=unit)
+        self.line = self.row = Index(unit, rows=True, ok=f"{unit}_ok", name=unit, block=block)
         if lines > 1:
             writer.line(f"row = line // {lines}")
-            self.row = Index("row", rows=True, ok="line_ok", name="row")
+            self.row = Index("row", rows=True, ok="line_ok", name="row", block=block)
         self.whole: dict[int, Index] = {}
         resident = [n for n in self.kernel.computed if n.op != "linear" or self.is_full(n.width)]
         self._phases(resident)
