@@ -20,7 +20,7 @@ class Tiles:
 
     rows, cols, depth: of a kernel with products: rows of a block, columns of the result, and columns of the operands
     that are multiplied at a time. sums_rows: rows of a block of a kernel without products. full: columns that such a
-    kernel holds at once. sum_depth: rows that are added up at a time.
+    kernel holds at once. sum_depth: rows that are added up at a time. separate: nothing is fused.
     """
 
     rows: int = 32
@@ -29,6 +29,7 @@ class Tiles:
     sums_rows: int = 1
     full: int = 8192
     sum_depth: int = 32
+    separate: bool = False
 
 
 class Constants:
