@@ -343,13 +343,15 @@ class KernelProgram:
         strides = {**contiguous, **strides}
         if self.follows_mode:
             order = (*order, "dropout_seed", "training")
-        constants: list[int] = [*extents]
+        every = [argument for launch in launches for argument in launch.arguments]
+        asked_for = list(dict.fromkeys(argument.name for argument in every if argument.kind == "extent"))
+        constants: list[int] = [getattr(extents, name) for name in asked_for]
         picks = []
         for launch in launches:
             pick: list[int] = []
             for argument in launch.arguments:
                 if argument.kind == "extent":
-                    pick.append(Extents._fields.index(argument.name))
+                    pick.append(asked_for.index(argument.name))
                 elif argument.kind in ("pointer", "training"):
                     pick.append(-len(order) + order.index(argument.name))
                 else:
