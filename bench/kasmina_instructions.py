@@ -19,6 +19,8 @@ import torch
 from kasmina_hosts import HOSTS
 from torch import nn
 
+import esper_triton as esper
+
 __all__ = ["count"]
 
 # Few, by which everything that is done once has been done, and many.
@@ -30,12 +32,12 @@ def model_of(variant: str, host: str) -> nn.Module:
     make, _ = HOSTS[host]
     torch.manual_seed(0)
     model = make()
-    # Imported and, where nothing is wrapped, wrapped on the side: the three differ in the model that is called alone.
-    import esper_triton as esper
-
+    # The three are made alike in every process, all of them copies: a copy's dictionaries take other paths in Python
+    # than those of what it was made from.
+    models = {name: copy.deepcopy(model) for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
-        wrapped = esper.wrap(copy.deepcopy(model), [nn.Linear], seeds_per_layer=4, urza=esper.Urza(folder))
-    return {"bare": model, "again": copy.deepcopy(model), "wrapped": wrapped}[variant]
+        esper.wrap(models["wrapped"], [nn.Linear], seeds_per_layer=4, urza=esper.Urza(folder))
+    return models[variant]
 
 
 def instructions(variant: str, host: str, calls: int) -> int:

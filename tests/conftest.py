@@ -1,4 +1,4 @@
-"""Fixtures shared by the rooms: stores, and the shipped adapter compiled for this machine."""
+"""Fixtures shared by the rooms: stores, and an adapter that is written by hand, compiled for this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 import esper_triton as esper
 
-KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+ADAPTER = Path(__file__).resolve().parent / "data" / "bottleneck_adapter.toml"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,8 +29,8 @@ def store(tmp_path: Path) -> esper.Urza:
 
 @pytest.fixture(scope="session")
 def adapter_path() -> Path:
-    """The shipped blueprint."""
-    return KERNELS / "bottleneck_adapter.toml"
+    """A blueprint with a Triton source of its own: the shipped bottleneck_adapter, written by hand."""
+    return ADAPTER
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def adapter_store(tmp_path_factory: pytest.TempPathFactory) -> esper.Urza:
 
 @pytest.fixture(scope="session")
 def adapter_for(adapter_store: esper.Urza, adapter_path: Path) -> Callable[..., str]:
-    """`adapter_for(d, r, dtype="float32")`: id of the shipped adapter for this CPU, VALIDATED, in `adapter_store`."""
+    """`adapter_for(d, r, dtype="float32")`: id of the adapter for this CPU, VALIDATED, in `adapter_store`."""
 
     def compiled(d: int, r: int, dtype: object = "float32") -> str:
         artifacts = esper.compile(adapter_path, dims={"d": d, "r": r}, dtype=dtype, targets=["cpu"], urza=adapter_store)

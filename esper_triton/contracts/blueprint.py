@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import keyword
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from esper_triton.contracts.canonical import canonical_ops
+from esper_triton.contracts.canonical import canonical_extent, canonical_ops
 from esper_triton.contracts.dims import Dim
 from esper_triton.contracts.errors import BlueprintError, nearest
 from esper_triton.contracts.expressions import ExpressionError, symbols
@@ -199,6 +200,8 @@ class Blueprint(_Value):
             faults.append(f"tensor name {name!r} is taken twice or reserved")
         if self.ops:
             faults += [f"dim name {name!r} is reserved" for name in sorted(dims & RESERVED)]
+            taken = filter(keyword.iskeyword, self.parameters)
+            faults += [f"parameter name {name!r} is a keyword of Python, in which graphs are written" for name in taken]
             if self.feature_dim in self.dims:
                 faults += check(self)
         if not faults and self.ops:
@@ -243,6 +246,8 @@ class Blueprint(_Value):
         if self.ops:
             ops, output = canonical_ops(self.ops, self.output, self.parameters)
             body |= {"ops": [op.model_dump(mode="json") for op in ops], "output": output}
+            for parameter in body["parameters"].values():
+                parameter["shape"] = [canonical_extent(text) for text in parameter["shape"]]
         else:  # as ids were before there were graphs
             del body["ops"], body["output"]
         return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,21 +1,25 @@
 """The one form that all spellings of a graph come to, from which a blueprint's id is made.
 
-Sugar is written out, `identity` is removed, equal subexpressions become one, values are named by their place, and ops
-stand in the order in which the output asks for them. Two things say nothing: the order of a commutative operation's
-arguments, and the names of values. The names of parameters do count, since they are keys of the seed's state.
+Sugar is written out, `identity` is removed, equal subexpressions become one, expressions over dims are multiplied
+out, values are named by their place, and ops stand in the order in which the output asks for them. Two things say
+nothing: the order of a commutative operation's arguments, and the names of values. The names of parameters do count,
+since they are keys of the seed's state.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from esper_triton.contracts.graph import Op
 from esper_triton.contracts.operations import OPERATIONS
 from esper_triton.contracts.values import AttributeValue
 
-__all__ = ["canonical_ops"]
+__all__ = ["canonical_extent", "canonical_ops"]
 
 _SUGAR = {"bias": "add", "scale": "mul", "pointwise_conv": "linear"}
 # Every use of these is a draw of its own, so two that look alike are not one value.
@@ -64,7 +68,7 @@ def canonical_ops(ops: Sequence[Op], output: str, reserved: Collection[str] = ()
         inputs = [
             refs.get(item, ("name", item)) if isinstance(item, str) else ("number", repr(item)) for item in op.inputs
         ]
-        refs[op.name] = nodes.add(op.op, OPERATIONS[op.op].resolve(op.attrs), inputs)
+        refs[op.name] = nodes.add(op.op, _canonical_attributes(op), inputs)
     root = refs[output]
     if root[0] != "node":
         value: str | float = root[1] if root[0] == "name" else float(root[1])
@@ -73,6 +77,60 @@ def canonical_ops(ops: Sequence[Op], output: str, reserved: Collection[str] = ()
     graph = nodes.nodes
     digests = _digests(graph, _draw_labels(graph, int(root[1])))
     return _in_order(graph, int(root[1]), digests, _names(reserved))
+
+
+def _canonical_attributes(op: Op) -> dict[str, AttributeValue]:
+    found = OPERATIONS[op.op].resolve(op.attrs)
+    for name, spec in OPERATIONS[op.op].attributes.items():
+        value = found[name]
+        if spec.kind == "extent":
+            found[name] = canonical_extent(str(value))
+        elif isinstance(value, tuple):
+            found[name] = tuple(canonical_extent(str(item)) for item in value)
+    return found
+
+
+def canonical_extent(text: str) -> str:
+    """An expression over dims with its sums and products multiplied out and sorted: `d * 2` and `d + d` are `2 * d`.
+
+    Divisions, remainders and calls are not looked into beyond their own arguments.
+    """
+    terms = sorted(_terms(ast.parse(text.strip(), mode="eval").body).items())
+    positive = [_shown_term(count, factors) for factors, count in terms if count > 0]
+    negative = [_shown_term(-count, factors) for factors, count in terms if count < 0]
+    return " - ".join([" + ".join(positive) or "0", *negative])
+
+
+def _shown_term(count: int, factors: tuple[str, ...]) -> str:
+    return " * ".join(factors if factors and count == 1 else (str(count), *factors))
+
+
+def _terms(node: ast.expr) -> Counter[tuple[str, ...]]:
+    """By product of factors, how many of it there are."""
+    match node:
+        case ast.Constant(value=int() as number):
+            return Counter({(): number})
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as op, right=right):
+            found = Counter(_terms(left))
+            for factors, count in _terms(right).items():
+                found[factors] += count if isinstance(op, ast.Add) else -count
+            return found
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            product: Counter[tuple[str, ...]] = Counter()
+            for (one, m), (other, n) in itertools.product(_terms(left).items(), _terms(right).items()):
+                product[tuple(sorted(one + other))] += m * n
+            return product
+        case ast.BinOp(left=left, op=op, right=right):
+            sign = "//" if isinstance(op, ast.FloorDiv) else "%"
+            return Counter({(f"({_canonical(left)} {sign} {_canonical(right)})",): 1})
+        case ast.Call(func=ast.Name(id=name), args=args):
+            return Counter({(f"{name}({', '.join(map(_canonical, args))})",): 1})
+    return Counter({(ast.unparse(node),): 1})
+
+
+def _canonical(node: ast.expr) -> str:
+    text = canonical_extent(ast.unparse(node))
+    return text if text.isalnum() else f"({text})"
 
 
 def _names(reserved: Collection[str]) -> Callable[[int], str]:

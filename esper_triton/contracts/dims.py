@@ -12,11 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from esper_triton.contracts.errors import nearest
 from esper_triton.contracts.expressions import Expression, ExpressionError, evaluate, symbols
 
-__all__ = ["Dim", "assignments_within", "dim_faults"]
+__all__ = ["Dim", "assignments_within", "dim_faults", "filled_dims"]
 
 # Where the search for primes starts, once for each assignment. From small to large, so that of two dims each is once
 # the smaller one; odd, as the kernels of convolutions are.
 _STARTS = (3, 101, 1009)
+# Beyond this any odd number serves as a prime: limits may be of any size, and the search is not to hang on them.
+_LARGE = 1_000_000
 
 
 class Dim(BaseModel):
@@ -48,6 +50,11 @@ def dim_faults(limits: Mapping[str, Dim], dims: Mapping[str, int]) -> list[str]:
         elif not dim.min <= dims[name] <= dim.max:
             faults.append(f"dim {name!r} is {dims[name]}, expected {dim.min} to {dim.max}")
     return faults
+
+
+def filled_dims(limits: Mapping[str, Dim], dims: Mapping[str, int]) -> dict[str, int]:
+    """The numbers given, and the defaults of dims that none is given for."""
+    return {name: dim.default for name, dim in limits.items() if dim.default is not None} | dict(dims)
 
 
 def assignments_within(limits: Mapping[str, Dim], expressions: Iterable[Expression]) -> list[dict[str, int]]:
@@ -119,4 +126,6 @@ def _number(dim: Dim, factor: int, start: int, taken: set[int]) -> int:
 
 
 def _is_odd_prime(number: int) -> bool:
+    if number > _LARGE:
+        return number % 2 == 1
     return number > 2 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))

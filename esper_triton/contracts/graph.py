@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import keyword
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from esper_triton.contracts.dims import assignments_within, dim_faults
+from esper_triton.contracts.dims import assignments_within, dim_faults, filled_dims
 from esper_triton.contracts.errors import BlueprintError, nearest
 from esper_triton.contracts.expressions import Expression, ExpressionError, symbols
 from esper_triton.contracts.operations import OPERATIONS
@@ -131,28 +132,28 @@ class Inference:
             return None
         return kind
 
-    def step(self, op: Op, later: Iterable[str] = ()) -> None:
-        """Takes the next op: notes its faults and the type of its value. `later`: names that come after it."""
+    def step(self, op: Op, names: Set[str] = frozenset()) -> None:
+        """Takes the next op: notes its faults and the type of its value. `names`: those of all ops, later ones too."""
         faults: list[str] = []
         if op.name in RESERVED or op.name.startswith("grad_"):
             faults.append("the name is reserved")
-        elif not op.name.isidentifier() or keyword.iskeyword(op.name) or len(op.name) > 63 or op.name.startswith("_"):
-            faults.append("a value's name has at most 63 letters, digits and _, begins with a letter and is no keyword")
+        elif not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,62}", op.name) or keyword.iskeyword(op.name):
+            faults.append("a value's name is a letter and up to 62 letters, digits and _, and no keyword of Python")
         if op.name in self.types and op.name not in RESERVED:
             faults.append("the name is taken by a value or parameter before it")
-        kind = self._type(op, set(later), faults)
+        kind = self._type(op, names, faults)
         self.faults += [f"{op}: {fault}" for fault in faults]
         self.types.setdefault(op.name, kind)
 
-    def _type(self, op: Op, later: set[str], faults: list[str]) -> SymbolicType | None:
+    def _type(self, op: Op, names: Set[str], faults: list[str]) -> SymbolicType | None:
         operation = OPERATIONS.get(op.op)
         if operation is None:
             faults.append(f"unknown operation {op.op!r}{nearest(op.op, OPERATIONS)}")
-            self._operands(op, later, faults)
+            self._operands(op, names, faults)
             return None
         wrong = operation.faults(len(op.inputs), op.attrs)
         faults += wrong
-        operands = self._operands(op, later, faults)
+        operands = self._operands(op, names, faults)
         known = {symbol for dims in self.assignments for symbol in dims}
         for name, value in op.attrs.items():
             spec = operation.attributes.get(name)
@@ -177,7 +178,7 @@ class Inference:
         faults += call.faults
         return None if call.faults else result
 
-    def _operands(self, op: Op, later: set[str], faults: list[str]) -> list[tuple[str, SymbolicType]] | None:
+    def _operands(self, op: Op, names: Set[str], faults: list[str]) -> list[tuple[str, SymbolicType]] | None:
         operands: list[tuple[str, SymbolicType]] = []
         complete = True
         for item in op.inputs:
@@ -187,10 +188,10 @@ class Inference:
             kind = self.types.get(item)
             if item == op.name and item not in self.types:
                 faults.append(f"{item!r} is used in its own definition")
-            elif item not in self.types and item in later:
+            elif item not in self.types and item in names:
                 faults.append(f"{item!r} comes only later, so it is a forward reference or part of a cycle")
             elif item not in self.types:
-                faults.append(f"unknown value {item!r}{nearest(item, [*self.types, *later])}")
+                faults.append(f"unknown value {item!r}{nearest(item, {*self.types, *names})}")
             if kind is None:
                 complete = False
             else:
@@ -208,7 +209,7 @@ def check(blueprint: Blueprint, dims: Mapping[str, int] | None = None) -> list[s
     Without `dims` the graph has to be right whatever the dims are: shapes are compared at a few fixed assignments of
     distinct primes within the dims' limits, so that two expressions count as equal where they are one in effect. What
     only some dims fulfil (a slice within its value, a width that is a multiple of the heads) is left to the check with
-    `dims`, which also looks at their limits.
+    `dims`, which also looks at their limits; a dim that has no number there has its default.
     """
     return _analyse(blueprint, dims)[0]
 
@@ -239,14 +240,16 @@ def _analyse(
         faults = []
         assignments = assignments_within(blueprint.dims, expressions_of(blueprint.parameters, blueprint.ops))
     else:
+        dims = filled_dims(blueprint.dims, dims)
         faults = dim_faults(blueprint.dims, dims)
         if faults:
             return faults, {}
         assignments = [dims]
     shapes = {name: spec.shape for name, spec in blueprint.parameters.items()}
     inference = Inference(input_dims(blueprint), shapes, assignments, exact=dims is not None)
-    for index, op in enumerate(ops):
-        inference.step(op, later=[other.name for other in ops[index + 1 :]])
+    names = {op.name for op in ops}
+    for op in ops:
+        inference.step(op, names)
     faults += inference.faults
     faults += _layout_faults(ops)
     faults += _unused(blueprint)

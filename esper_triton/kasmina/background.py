@@ -105,7 +105,9 @@ class _Loader:
                 load = pending.load
                 load.fail(LoadDeadlineExceeded(f"{load.who}: no kernel after {load.seconds:g} s; it was culled"))
                 pending.future.set_result(None)
-            self._rest(pending.spent_s, before_s)
+            spent_s = pending.spent_s
+            del pending  # with what it pins in the cache
+            self._rest(spent_s, before_s)
 
     def _next(self) -> _Pending | None:
         """The load that is to begin; None where none is left, and this thread ends."""

@@ -260,7 +260,9 @@ def tell_misses(record: LayerRecord) -> None:
 
 def state_storage(layer: KasminaLayer) -> Tensor:
     """The layer's state block."""
-    return layer.state.storage
+    storage = layer._buffers["_kasmina_state"]
+    assert storage is not None
+    return storage
 
 
 def write_state(layer: KasminaLayer) -> None:
@@ -292,11 +294,10 @@ def refresh(layer: KasminaLayer) -> None:
 
 def install_dispatch(layer: KasminaLayer) -> None:
     """Puts the dispatch in place that belongs to the seeds and to the state block as they are."""
-    record, state = layer._kasmina, layer.state
-    device = state.storage.device
+    record, device = layer._kasmina, state_storage(layer).device
     _place_flags(record, device)
     learning = trains(record)
-    plan = make_plan(record, state.alpha_blend.unbind().__getitem__, device)
+    plan = make_plan(record, _alphas(layer), device)
     if plan is None:
         drop_dispatch(layer)
     else:
@@ -313,6 +314,15 @@ def install_dispatch(layer: KasminaLayer) -> None:
     set_hook(
         layer, observe_call if learning or watches_drift(record) else None if plan is None else _keep_fast_path_closed
     )
+
+
+def _alphas(layer: KasminaLayer) -> tuple[Tensor, ...]:
+    """Views of the alpha of each seed in the state block. Kept as long as the block is: making them takes more time
+    than the rest of a small layer's plan."""
+    record, storage = layer._kasmina, state_storage(layer)
+    if record.alphas is None or record.alphas[0] is not storage:
+        record.alphas = storage, layer.state.alpha_blend.unbind()
+    return record.alphas[1]
 
 
 def _place_flags(record: LayerRecord, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from esper_triton.contracts.manifest import LAUNCH_FORMAT, KernelStatus, LaunchS
 from esper_triton.kasmina.gpu import GPUKernel, check_gpu
 from esper_triton.kasmina.views import Extents
 
-__all__ = ["X_DIM", "Bound", "BoundLaunch", "KernelProgram", "check_machine", "check_runs_here"]
+__all__ = ["X_DIM", "Bound", "BoundLaunch", "KernelProgram", "check_machine", "check_runs_here", "x_width_of"]
 
 X_DIM = "d_in"
 """Symbol of the width of `x`, in blueprints that read it."""
@@ -176,7 +176,7 @@ class KernelProgram:
         # `h` is blended with even where the kernel computes from `x` alone.
         self.tensors_read = ("h", "x") if "x" in self.inputs else ("h",)
         self._widths = {"h": manifest.width, "out": manifest.width, "grad_out": manifest.width}
-        self.x_width = _x_width(manifest) if "x" in self.inputs else None
+        self.x_width = x_width_of(manifest) if "x" in self.inputs else None
         if self.x_width is not None:
             self._widths["x"] = self.x_width
         self._dtypes = _tensor_dtypes(manifest)
@@ -343,13 +343,15 @@ class KernelProgram:
         strides = {**contiguous, **strides}
         if self.follows_mode:
             order = (*order, "dropout_seed", "training")
-        constants: list[int] = [*extents]
+        every = [argument for launch in launches for argument in launch.arguments]
+        asked_for = list(dict.fromkeys(argument.name for argument in every if argument.kind == "extent"))
+        constants: list[int] = [getattr(extents, name) for name in asked_for]
         picks = []
         for launch in launches:
             pick: list[int] = []
             for argument in launch.arguments:
                 if argument.kind == "extent":
-                    pick.append(Extents._fields.index(argument.name))
+                    pick.append(asked_for.index(argument.name))
                 elif argument.kind in ("pointer", "training"):
                     pick.append(-len(order) + order.index(argument.name))
                 else:
@@ -542,12 +544,9 @@ def _picking(indices: Sequence[int]) -> Callable[[Sequence[int]], tuple[int, ...
     return lambda values: tuple(values[index] for index in indices)
 
 
-def _x_width(manifest: Manifest) -> int:
-    if X_DIM not in manifest.dims:
-        raise ArtifactRefused(
-            f"artifact {manifest.id} reads x and has no dim {X_DIM!r} for its width; dims: {', '.join(manifest.dims)}"
-        )
-    return manifest.dims[X_DIM]
+def x_width_of(manifest: Manifest) -> int:
+    """Width of the input that it reads: the dim `d_in`, or as wide as the output where it has none."""
+    return manifest.dims.get(X_DIM, manifest.width)
 
 
 def _tensor_dtypes(manifest: Manifest) -> dict[str, torch.dtype]:

@@ -13,7 +13,7 @@ from esper_triton.contracts.initial import Init
 from esper_triton.contracts.manifest import Manifest
 from esper_triton.kasmina.cache import CacheKey, KernelCache
 from esper_triton.kasmina.kinds import Kind
-from esper_triton.kasmina.launcher import TORCH_DTYPE, X_DIM, KernelProgram, check_runs_here
+from esper_triton.kasmina.launcher import TORCH_DTYPE, X_DIM, KernelProgram, check_runs_here, x_width_of
 from esper_triton.kasmina.seed import LoadedKernel
 from esper_triton.urza import Urza
 
@@ -91,11 +91,12 @@ def _check_fit(request: LoadRequest, manifest: Manifest) -> None:
     if "x" in manifest.input:
         if request.kind.x_width is None:
             raise ArtifactRefused(f"artifact {manifest.id} reads the layer's input; that of {request.who} does not fit")
-        if manifest.dims.get(X_DIM) != request.kind.x_width:
+        if x_width_of(manifest) != request.kind.x_width:
+            symbol = X_DIM if X_DIM in manifest.dims else manifest.feature_dim
             raise ArtifactRefused(
-                f"artifact {manifest.id} reads inputs of width {manifest.dims.get(X_DIM)} ({X_DIM}), {request.who} has "
+                f"artifact {manifest.id} reads inputs of width {x_width_of(manifest)} ({symbol}), {request.who} has "
                 f"{request.kind.x_width}; compile blueprint {manifest.blueprint_name!r} with "
-                f"{X_DIM}={request.kind.x_width}"
+                f"{symbol}={request.kind.x_width}"
             )
     if not manifest.backward:
         raise ArtifactRefused(f"artifact {manifest.id} has no backward, so gradients would stop at {request.who}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -76,10 +76,10 @@ class Call(NamedTuple):
     dropout_seeds: Tensor | None
 
 
-def make_plan(record: LayerRecord, alpha_of: Callable[[int], Tensor], device: torch.device) -> Plan | None:
+def make_plan(record: LayerRecord, alphas: Sequence[Tensor], device: torch.device) -> Plan | None:
     """The plan of a layer's active seeds, or None where every one is silent."""
     seeds = tuple(
-        ActiveSeed(seed, seed.kernel.program, *seed.span, alpha_of(seed.index), seed.parameters, seed.nonfinite_flag)
+        ActiveSeed(seed, seed.kernel.program, *seed.span, alphas[seed.index], seed.parameters, seed.nonfinite_flag)
         for seed in record.seeds
         if seed.state.is_active and seed.kernel is not None
     )

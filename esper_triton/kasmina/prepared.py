@@ -153,7 +153,9 @@ class Prepared:
                 record.latency_ns += time.perf_counter_ns() - began
                 record.timed_calls += 1
             if recording:
-                kept += (*saved, *dropout_seed)
+                kept += saved
+                if dropout_seed:
+                    kept += dropout_seed
             elif seed.reuses and len(seed.spare) < _SPARE:
                 seed.spare.append(saved)
         if not ran:
@@ -161,7 +163,7 @@ class Prepared:
         if not recording:
             return out
         apply: Any = _PreparedBlend.apply
-        result: Tensor = apply(self, ran, training, (out,), kept, h, x, *(p for seed in ran for p in seed.parameters))
+        result: Tensor = apply(self, (ran, training), (out,), kept, h, x, *(p for seed in ran for p in seed.parameters))
         return result
 
     def _needs_graph(self, h: Tensor, x: Tensor | None) -> bool:
@@ -184,15 +186,14 @@ class _PreparedBlend(torch.autograd.Function):
     def forward(
         ctx: Any,
         prepared: Prepared,
-        seeds: tuple[_PreparedSeed, ...],
-        training: bool,
+        ran: tuple[tuple[_PreparedSeed, ...], bool],  # the seeds, and in which mode
         out: tuple[Tensor],
         kept: Sequence[Tensor],
         h: Tensor,
         x: Tensor | None,
         *parameters: nn.Parameter,
     ) -> Tensor:
-        ctx.prepared, ctx.seeds, ctx.training = prepared, seeds, training
+        ctx.prepared, (ctx.seeds, ctx.training) = prepared, ran
         # Through autograd's own keeping, so that its hooks (offloading, checkpointing) and version checks apply.
         ctx.save_for_backward(h, x, *parameters, *kept)
         return out[0]  # in a tuple, so that autograd sees a result and not an input handed back
@@ -203,7 +204,7 @@ class _PreparedBlend(torch.autograd.Function):
         prepared: Prepared = ctx.prepared
         h, x, *rest = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        needs_h, needs_x, needs_parameters = needs[5], needs[6], needs[7:]
+        needs_h, needs_x, needs_parameters = needs[4], needs[5], needs[6:]
         g = grad_out.contiguous()
         whole = len(ctx.seeds) == 1 and ctx.seeds[0].is_whole
         grad_h = None if whole or not needs_h else g.clone()
@@ -238,7 +239,7 @@ class _PreparedBlend(torch.autograd.Function):
         if grad_x is not None:
             grad_x = grad_x.view(x.shape)
         return (
-            *(None, None, None, None, None),
+            *(None, None, None, None),
             grad_h if needs_h else None,
             grad_x,
             *(grad if needed else None for grad, needed in zip(grads, needs_parameters, strict=True)),

@@ -65,6 +65,7 @@ class LayerRecord:
     observed: Observed | None = None
     nonfinite: Tensor | None = None  # [num_seeds] bool on the device, while a seed's calls are checked
     output_mean_now: Tensor | None = None
+    alphas: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a state block, and its views of each seed's alpha
     prior_forward: Any = None  # an instance `forward` that the host had before a seed became active
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerRecord:
@@ -91,6 +92,7 @@ _OF_THIS_OBJECT = frozenset(
         "observed",
         "nonfinite",
         "output_mean_now",
+        "alphas",
         "prior_forward",
     }
 )

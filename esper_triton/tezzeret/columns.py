@@ -116,10 +116,10 @@ class _Columns:
             unit = "row" if lines == 1 else "line"
             writer.line(f"{unit} = (start + tl.arange(0, {block})).to(tl.int64)[:, None]".replace("start", start))
             writer.line(f"{unit}_ok = {unit} < {rows}")
-            line = row = Index(unit, rows=True, ok=f"{unit}_ok", name=unit)
+            line = row = Index(unit, rows=True, ok=f"{unit}_ok", name=unit, block=block)
             if lines > 1:
                 writer.line(f"row = line // {lines}")
-                row = Index("row", rows=True, ok="line_ok", name="row")
+                row = Index("row", rows=True, ok="line_ok", name="row", block=block)
 
             def at(node: Node, last: Index) -> At:
                 return writer.place(node, line, row, last)

@@ -180,7 +180,7 @@ _RULES: dict[str, Rule] = {
     "unpool": lambda g, node, grad: (g.pool_sum(grad),),
     "shift": lambda g, node, grad: (g.shift(grad, -node["dy"], -node["dx"]),),
     "gather": _gather,
-    "rsum": lambda g, node, grad: (g.expand(grad, node.args[0]),),
+    "rsum": lambda g, node, grad: (g.expand(grad, node.args[0].level, node.args[0].shape),),
     "rmax": _rmax,
     "linear": _linear,
     "pool_sum": lambda g, node, grad: (g.unpool(grad),),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from esper_triton.tezzeret.graph import Graph, Node
+from esper_triton.tezzeret.graph import Graph, Node, broadcast_shapes
 
 __all__ = ["EXPANSIONS", "expand"]
 
@@ -159,9 +159,12 @@ def _linear(g: Graph, args: Sequence[Node], attrs: Mapping[str, Any]) -> Node:
 @_expansion("matmul")
 def _matmul(g: Graph, args: Sequence[Node], attrs: Mapping[str, Any]) -> Node:
     a, b = args
-    if b.level == "none":
+    if b.level == "none" and len(b.shape) == 2:
         return g.linear(a, b, transposed=True)
-    return g.bmm(a, b)
+    if "none" in (a.level, b.level):
+        raise ValueError("a product of an activation and a parameter takes the parameter second, as a matrix")
+    leading = broadcast_shapes([a.shape[:-2], b.shape[:-2]])
+    return g.bmm(g.expand(a, a.level, (*leading, *a.shape[-2:])), g.expand(b, b.level, (*leading, *b.shape[-2:])))
 
 
 def pool_mean(g: Graph, a: Node) -> Node:
@@ -239,6 +242,8 @@ def _conv3x3(g: Graph, args: Sequence[Node], attrs: Mapping[str, Any]) -> Node:
 def _attention(g: Graph, args: Sequence[Node], attrs: Mapping[str, Any]) -> Node:
     """softmax(q k^T / sqrt(d)) v of every head, over the positions of an item (A. Vaswani et al. 2017). Its derivative
     needs the logarithm of the softmax's sum, so that the scores need not be kept (T. Dao et al. 2022)."""
+    if any(a.level != "rows" for a in args):
+        raise ValueError("attention is over the positions of an item, and an operand has one value for the whole item")
     q, k, v = args
     common = {"heads": attrs["heads"], "causal": bool(attrs["causal"])}
     out = g.node("attention", (q, k, v), q.level, v.shape, **common)

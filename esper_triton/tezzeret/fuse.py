@@ -140,11 +140,14 @@ class _Partition:
             self.cut.add(node)
 
 
-def fuse(targets: Sequence[Node], gradients: Sequence[Gradient], memory: Iterable[Node]) -> list[Kernel]:
+def fuse(
+    targets: Sequence[Node], gradients: Sequence[Gradient], memory: Iterable[Node], *, separate: bool = False
+) -> list[Kernel]:
     """The kernels that write `targets` and `gradients`, in an order in which each finds what it reads.
 
     Args:
-        memory: values that are there already, besides the inputs.
+        memory: values that are there already, besides the inputs. separate: every operation for itself, through memory:
+            what fusing is compared with.
     """
     part = _Partition([*memory])
     terms = [term for gradient in gradients for term in gradient.terms]
@@ -154,6 +157,8 @@ def fuse(targets: Sequence[Node], gradients: Sequence[Gradient], memory: Iterabl
         for node in reached([*targets, *terms], stop=part.memory):
             if node not in part.memory:
                 _cut_for(part, node)
+                if separate and node.level != "none" and (node.op in POINTWISE or node.op in ACCUMULATORS):
+                    part.cut_at(node)
         _cut_shared_products(part, targets)
     wanted = [*dict.fromkeys([*targets, *sorted(part.stored, key=lambda node: node.index)])]
     return _kernels(part, [t for t in wanted if t not in part.memory], gradients)

@@ -22,7 +22,7 @@ Operations:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ __all__ = [
     "Node",
     "Vjp",
     "broadcast",
+    "broadcast_shapes",
     "reached",
 ]
 
@@ -159,13 +160,16 @@ class Graph:
     def pointwise(self, op: str, *args: Node, **attrs: Any) -> Node:
         """Broadcast from the right, as numpy does. Simplifies products and sums with the constants 0 and 1."""
         level, shape = broadcast(args)
-        if level == "rows":
-            args = tuple(self.unpool(a) if a.level == "batch" else a for a in args)
+        args = self._at_level(args, level)
         if op in ("mul", "add", "sub", "div") and len(args) == 2:
             simple = self._simplified(op, args[0], args[1], level, shape)
             if simple is not None:
                 return simple
         return self.node(op, args, level, shape, **attrs)
+
+    def _at_level(self, args: Iterable[Node], level: Level) -> tuple[Node, ...]:
+        """A value of the batch item counts for each of its rows."""
+        return tuple(self.unpool(a) if (a.level, level) == ("batch", "rows") else a for a in args)
 
     def _simplified(self, op: str, a: Node, b: Node, level: Level, shape: tuple[int, ...]) -> Node | None:
         if a.op == b.op == "const":
@@ -205,11 +209,13 @@ class Graph:
 
     def concat(self, *args: Node) -> Node:
         level, leading = broadcast([self.slice(a, 0, 1) for a in args])
+        args = self._at_level(args, level)
         return self.node("concat", args, level, (*leading[:-1], sum(a.width for a in args)))
 
-    def expand(self, a: Node, like: Node) -> Node:
-        """Broadcast to another value's level and shape."""
-        return a if a.shape == like.shape else self.node("expand", (a,), like.level, like.shape)
+    def expand(self, a: Node, level: Level, shape: tuple[int, ...]) -> Node:
+        """Broadcast to this level and inner shape."""
+        (a,) = self._at_level((a,), level)
+        return a if a.shape == shape else self.node("expand", (a,), level, shape)
 
     def reshape(self, a: Node, shape: tuple[int, ...]) -> Node:
         return a if shape == a.shape else self.node("reshape", (a,), a.level, shape)
@@ -270,7 +276,8 @@ class Graph:
         return self.node("sum_rows", (g,), "none", (g.width,))
 
     def bmm(self, a: Node, b: Node) -> Node:
-        return self.node("bmm", (a, b), a.level, (*a.shape[:-1], b.shape[-1]))
+        level = max(a.level, b.level, key=_RANK.__getitem__)
+        return self.node("bmm", self._at_level((a, b), level), level, (*a.shape[:-1], b.shape[-1]))
 
 
 def _is(node: Node, value: float) -> bool:
@@ -284,14 +291,18 @@ def broadcast(args: Iterable[Node]) -> tuple[Level, tuple[int, ...]]:
     """Level and inner shape of a pointwise operation on `args`. Raises ValueError where shapes do not fit."""
     args = list(args)
     level: Level = max((a.level for a in args), key=lambda name: _RANK[name])
-    rank = max(len(a.shape) for a in args)
-    shape = []
-    for position in range(-rank, 0):
-        extents = {a.shape[position] for a in args if len(a.shape) >= -position} - {1}
+    return level, broadcast_shapes([a.shape for a in args])
+
+
+def broadcast_shapes(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Aligned from the right; an extent of 1 goes with any. Raises ValueError where shapes do not fit."""
+    found = []
+    for position in range(-max(map(len, shapes)), 0):
+        extents = {shape[position] for shape in shapes if len(shape) >= -position} - {1}
         if len(extents) > 1:
-            raise ValueError(f"inner shapes {', '.join(str(list(a.shape)) for a in args)} do not broadcast")
-        shape.append(extents.pop() if extents else 1)
-    return level, tuple(shape)
+            raise ValueError(f"inner shapes {', '.join(str(list(shape)) for shape in shapes)} do not broadcast")
+        found.append(extents.pop() if extents else 1)
+    return tuple(found)
 
 
 def reached(targets: Iterable[Node], *, stop: Iterable[Node] = ()) -> Iterator[Node]:

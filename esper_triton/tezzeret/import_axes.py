@@ -10,12 +10,14 @@ elements otherwise.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from esper_triton.contracts.values import Level
 
-__all__ = ["Atom", "Group", "Refused", "Sizes", "Tracked", "inner_of", "size_of", "viewed"]
+__all__ = ["Atom", "Group", "Refused", "Sizes", "Tracked", "inner_of", "scaled", "size_of", "viewed"]
 
 
 class Refused(Exception):
@@ -129,6 +131,8 @@ def viewed(value: Tracked, shape: Sequence[int], sizes: Sizes) -> Tracked:
         group: list[Atom] = []
         wanted = size
         while wanted > 1:
+            if not left:
+                raise Refused(f"shape {list(shape)} has more elements than what it is made of")
             atom = left.pop(0)
             if wanted % atom.size == 0:
                 group.append(atom)
@@ -151,10 +155,30 @@ def _cut(atom: Atom, first: int, sizes: Sizes) -> Group:
     the number of heads, and then the width of a head follows from it."""
     second = atom.size // first
     outer, inner = sizes.known(first), sizes.known(second)
-    whole = atom.text if atom.text.isidentifier() else f"({atom.text})"
-    if atom.text.isdigit():
-        return Atom(first, outer or str(first)), Atom(second, inner or str(second))
     if inner is not None and outer is None:
-        outer = str(first) if atom.text == f"{first} * {inner}" else f"{whole} // {inner}"
+        outer = _divided(atom.text, inner, first)
     outer = outer or str(first)
-    return Atom(first, outer), Atom(second, inner or f"{whole} // {outer}")
+    return Atom(first, outer), Atom(second, inner or _divided(atom.text, outer, second))
+
+
+def _divided(text: str, divisor: str, size: int) -> str:
+    """The quotient of two extents, which comes to `size`: `3 * d` by 6 is `d // 2`."""
+    if text.isdigit():
+        return str(size)
+    if divisor.isdigit():
+        return scaled(text, Fraction(1, int(divisor))) or f"({text}) // {divisor}"
+    one = scaled(divisor, Fraction(size))
+    return str(size) if one == text else f"({text}) // {divisor}"
+
+
+def scaled(text: str, times: Fraction) -> str | None:
+    """The multiple of `3 * d` or `d // 2` and the like, in the same form; None for another expression. A part of `d` is
+    taken as one without a rest, as it has to be."""
+    match = re.fullmatch(r"(?:(\d+) \* )?\(?([a-z]\w*)(?: // (\d+))?\)?", text)
+    if match is None:
+        return None
+    times *= Fraction(int(match[1] or 1), int(match[3] or 1))
+    part = match[2] if times.denominator == 1 else f"{match[2]} // {times.denominator}"
+    if times.numerator == 1:
+        return part
+    return f"{times.numerator} * {part}" if times.denominator == 1 else f"{times.numerator} * ({part})"

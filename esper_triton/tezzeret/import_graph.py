@@ -5,10 +5,11 @@ from __future__ import annotations
 import keyword
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 from esper_triton.contracts.graph import RESERVED, Op
 from esper_triton.contracts.values import AttributeValue, Level
-from esper_triton.tezzeret.import_axes import Atom, Group, Refused, Sizes, Tracked, inner_of, size_of
+from esper_triton.tezzeret.import_axes import Atom, Group, Refused, Sizes, Tracked, inner_of, scaled, size_of
 
 __all__ = ["Growing"]
 
@@ -44,23 +45,27 @@ class Growing:
             name, count = f"{base}_{count}", count + 1
         return name
 
-    def arranged(self, value: Tracked, wanted: Sequence[Group]) -> str | float:
+    def arranged(self, value: Tracked, wanted: Sequence[Group], *, exact: bool = False) -> str | float:
         """The value with these inner dims, by a reshape, or by one exchange of its last two dims between two of them.
 
-        Dims of extent 1 in front need not be there, since values broadcast right-aligned.
+        Dims of extent 1 in front need not be there, since values broadcast right-aligned; they are if it is to be
+        `exact`.
         """
         if isinstance(value.name, float):
             return value.name
-        have, want = _trimmed(value.inner), _trimmed(tuple(wanted))
-        if _same(have, want):
+        exact = exact and not wanted[0]
+        have, want = (value.inner, tuple(wanted)) if exact else (_trimmed(value.inner), _trimmed(tuple(wanted)))
+        if _same(have, want) and len(value.inner) <= max(len(wanted), 1):
             return value.name
         atoms = [atom for group in want for atom in group]
         name = value.name
         if not all(a is b for a, b in zip(value.atoms, atoms, strict=True)):
             name = self._exchanged(name, value.inner, atoms)
-            have = ((),)  # whatever it is now
-        if not _same(have, want):
-            name = self._reshaped(name, want)
+            have = ((), ())  # whatever it is now
+        elif _same(have, want):
+            have = ((), ())  # with dims of extent 1 in front that are too many
+        if not _same(have, want or ((),)):
+            name = self._reshaped(name, want or ((),))
         return name
 
     def _reshaped(self, name: str, groups: Sequence[Group]) -> str:
@@ -80,11 +85,20 @@ class Growing:
 
     def text(self, group: Group) -> str:
         """The extent of an axis as an expression."""
-        if len(group) == 1:
-            return group[0].text
-        if not group:
-            return "1"
-        return _product(group) or self.sizes.of(size_of(group))
+        numbers = [atom for atom in group if atom.text.isdigit()]
+        symbols = [atom.text for atom in group if not atom.text.isdigit()]
+        if not symbols:
+            return str(size_of(group))
+        if len(symbols) == 2:  # heads and `d // heads`
+            for divisor, (base, slashes, by) in zip(
+                symbols[::-1], (text.partition(" // ") for text in symbols), strict=True
+            ):
+                if slashes and by == divisor:
+                    symbols = [base.strip("()")]
+                    break
+        whole = symbols[0] if len(symbols) == 1 else " * ".join(f"({text})" for text in symbols)
+        number = size_of(tuple(numbers))
+        return whole if number == 1 else scaled(whole, Fraction(number)) or f"{number} * ({whole})"
 
     def unary(self, value: Tracked, op: str, **attrs: AttributeValue) -> Tracked:
         """An element-wise operation, which every arrangement suits."""
@@ -159,20 +173,8 @@ class Growing:
         if count == 1:
             return self.text(after)
         known = self.sizes.known(count * size_of(after))
-        return known or f"{self.sizes.of(count) if self.sizes.known(count) else count} * ({self.text(after)})"
-
-
-def _product(group: Group) -> str:
-    """Of the atoms' own expressions, where a part and its divisor cancel: `4 * (d // 4)` is `d`."""
-    if len(group) == 2:
-        outer, inner = group
-        base, slashes, divisor = inner.text.partition(" // ")
-        if slashes and divisor == outer.text:
-            return base.strip("()")
-        base, slashes, divisor = outer.text.partition(" // ")
-        if slashes and divisor == inner.text:
-            return base.strip("()")
-    return ""
+        number = self.sizes.of(count) if self.sizes.known(count) else str(count)
+        return known or self.text((*after, Atom(count, number)))
 
 
 def _trimmed(groups: tuple[Group, ...]) -> tuple[Group, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from esper_triton.contracts.values import normalize_extent
 from esper_triton.tezzeret.import_axes import Group, Refused, Tracked, inner_of, size_of, viewed
 from esper_triton.tezzeret.import_graph import Growing
 
@@ -18,11 +19,12 @@ Handler = Callable[[Growing, "Arguments"], Result]
 
 class Arguments:
     """An ATen call's arguments by their names in its schema, defaults filled in. `shape` and `shapes` are those of its
-    result, or of each of them."""
+    result, or of each of them; `same_dtype` whether they have that of the first argument."""
 
-    def __init__(self, values: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> None:
+    def __init__(self, values: Mapping[str, Any], shapes: Sequence[Sequence[int]], *, same_dtype: bool) -> None:
         self.values = values
         self.shapes = shapes
+        self.same_dtype = same_dtype
 
     @property
     def shape(self) -> Sequence[int]:
@@ -114,12 +116,43 @@ def _mish(graph: Growing, arguments: Arguments) -> Tracked:
     return graph.joint("mul", a, graph.unary(graph.unary(a, "softplus"), "tanh"))
 
 
+def _elu(graph: Growing, arguments: Arguments) -> Tracked:
+    arguments.only(input_scale=1)
+    activated = graph.unary(_first(arguments), "elu", alpha=arguments["alpha"])
+    scale = arguments["scale"]
+    return activated if scale == 1 else graph.joint("mul", activated, _operand(scale))
+
+
+def _celu(graph: Growing, arguments: Arguments) -> Tracked:
+    alpha = _operand(arguments["alpha"])
+    return graph.joint("mul", graph.unary(graph.joint("div", _first(arguments), alpha), "elu"), alpha)
+
+
+def _log_sigmoid(graph: Growing, arguments: Arguments) -> Tracked:
+    return graph.unary(graph.unary(graph.unary(_first(arguments), "neg"), "softplus"), "neg")
+
+
+def _full(name: str | float) -> Handler:
+    """A constant: the argument of that name, or the number itself."""
+
+    def handler(graph: Growing, arguments: Arguments) -> Tracked:
+        return _operand(arguments[name] if isinstance(name, str) else name)
+
+    return handler
+
+
 def _same(graph: Growing, arguments: Arguments) -> Tracked:
     return _first(arguments)
 
 
 def _cast(graph: Growing, arguments: Arguments) -> Tracked:
-    raise Refused("it changes the dtype or the device; a kernel computes in the layer's own")
+    if not arguments.same_dtype:
+        raise Refused("it changes the dtype; a kernel computes in the layer's own")
+    return _first(arguments)
+
+
+def _detach(graph: Growing, arguments: Arguments) -> Tracked:
+    raise Refused("it stops gradients, which no operation of a graph does")
 
 
 def _view(graph: Growing, arguments: Arguments) -> Tracked:
@@ -202,16 +235,16 @@ def _cat(graph: Growing, arguments: Arguments) -> Tracked:
     axis = values[0].axis(arguments["dim"])
     lasts = [graph.last(value, axis) for value in values]
     first = lasts[0]
-    group: Group = ()
+    size = 0
     text = []
     for value in lasts:
         others = [(a, b) for i, (a, b) in enumerate(zip(first.axes, value.axes, strict=True)) if i != axis]
         if any(size_of(a) != size_of(b) for a, b in others):
             raise Refused("it joins values whose other axes differ")
         text.append(graph.text(value.axes[axis]))
-        group += value.axes[axis] or graph.atom(1)
+        size += size_of(value.axes[axis])
     level = graph.level(lasts)
-    joined = graph.atom(size_of(group), " + ".join(text))
+    joined = graph.atom(size, graph.sizes.known(size) or normalize_extent(" + ".join(text)))
     axes = tuple(joined if i == axis else other for i, other in enumerate(first.axes))
     name = graph.add("concat", *(value.name for value in lasts))
     return Tracked(name=name, level=level, inner=(*first.inner[:-1], joined), axes=axes)
@@ -224,13 +257,13 @@ def _linear(graph: Growing, arguments: Arguments) -> Tracked:
 
 def _product(graph: Growing, value: Tracked, weight: Tracked, bias: Any = None, axis: int = -1) -> Tracked:
     """Along one axis of features, with weight [n, k]."""
-    if weight.level is not None:
-        raise Refused("its weight depends on the input")
+    if weight.level is not None or len(weight.axes) != 2:
+        raise Refused("its weight is not a matrix of parameters alone")
     axis = value.axis(axis)
     last = graph.last(value, axis)
     names = [last.name]
     attrs: dict[str, bool] = {}
-    if len(weight.axes) == 2 and _swapped(weight):
+    if _swapped(weight):
         names.append(graph.arranged(weight, weight.axes[::-1]))
         attrs["transposed"] = True
     else:
@@ -250,8 +283,10 @@ def _swapped(weight: Tracked) -> bool:
 
 def _matmul(graph: Growing, arguments: Arguments) -> Tracked:
     a, b = (_operand(value) for value in list(arguments.values.values())[:2])
-    if b.level is None and len(b.axes) == 2:
-        return _product(graph, a, replace(b, axes=b.axes[::-1]))
+    if (
+        b.level is None and len(a.axes) >= len(b.axes) >= 2 and not any(b.axes[:-2])
+    ):  # einsum puts a batch of 1 before it
+        return _product(graph, a, replace(b, axes=b.axes[:-3:-1]))
     if len(a.axes) < 2 or len(b.axes) < 2:
         raise Refused("it multiplies with a vector; use a product and a sum")
     if any(atom.leading for value in (a, b) for group in value.axes[-2:] for atom in group):
@@ -259,8 +294,8 @@ def _matmul(graph: Growing, arguments: Arguments) -> Tracked:
     batch = [g for g in a.axes[:-2] if inner_of(g)], [g for g in b.axes[:-2] if inner_of(g)]
     if [size_of(g) for g in batch[0]] != [size_of(g) for g in batch[1]]:
         raise Refused("its factors have other axes besides the two that meet")
-    left = graph.arranged(a, (*map(inner_of, batch[0]), *a.axes[-2:]))
-    right = graph.arranged(b, (*map(inner_of, batch[1]), *b.axes[-2:]))
+    left = graph.arranged(a, (*map(inner_of, batch[0]), *a.axes[-2:]), exact=True)
+    right = graph.arranged(b, (*map(inner_of, batch[1]), *b.axes[-2:]), exact=True)
     m, n = a.axes[-2], graph.fresh(b.axes[-1])
     inner = (*map(inner_of, batch[0]), m, n)
     axes = (*max(a.axes[:-2], b.axes[:-2], key=len), m, n)
@@ -334,6 +369,33 @@ def _reduced(graph: Growing, value: Tracked, op: str, dims: Sequence[int], *, ke
             axes=tuple(() if i == d else group for i, group in enumerate(last.axes)),
         )
     return replace(result, axes=axes)
+
+
+def _logsumexp(graph: Growing, arguments: Arguments) -> Tracked:
+    value = _first(arguments)
+    dims = [value.axis(d) for d in arguments["dim"]]
+    largest = _reduced(graph, value, "max", dims, keep=True)
+    total = _reduced(graph, graph.unary(graph.joint("sub", value, largest), "exp"), "sum", dims, keep=True)
+    result = graph.joint("add", graph.unary(total, "log"), largest)
+    axes = tuple(group for i, group in enumerate(result.axes) if arguments["keepdim"] or i not in dims)
+    return replace(result, axes=axes)
+
+
+def _var(graph: Growing, arguments: Arguments) -> Tracked:
+    value = _first(arguments)
+    if arguments["correction"] not in (0, 0.0):
+        raise Refused("its divisor is n - 1, for one n alone; var(..., correction=0) divides by any")
+    dims = [value.axis(d) for d in (arguments["dim"] or range(len(value.axes)))]
+    deviation = graph.joint("sub", value, _reduced(graph, value, "mean", dims, keep=True))
+    return _reduced(graph, graph.unary(deviation, "square"), "mean", dims, keep=bool(arguments["keepdim"]))
+
+
+def _addmm(graph: Growing, arguments: Arguments) -> Tracked:
+    arguments.only(beta=1, alpha=1)
+    product = _matmul(
+        graph, Arguments({"a": arguments["mat1"], "b": arguments["mat2"]}, arguments.shapes, same_dtype=True)
+    )
+    return graph.joint("add", product, arguments.tensor("self"))
 
 
 def _pool(graph: Growing, arguments: Arguments) -> Tracked:
@@ -440,7 +502,16 @@ HANDLERS: dict[str, Handler] = {
     **{name: _unary(name) for name in ("silu", "sqrt", "square", "tanh")},
     "gelu": _unary("gelu", {"approximate": "approximate"}),
     "leaky_relu": _unary("leaky_relu", {"slope": "negative_slope"}),
-    "elu": _unary("elu", {"alpha": "alpha"}, scale=1, input_scale=1),
+    "elu": _elu,
+    "celu": _celu,
+    "log_sigmoid": _log_sigmoid,
+    "full": _full("fill_value"),
+    "full_like": _full("fill_value"),
+    "zeros_like": _full(0.0),
+    "ones_like": _full(1.0),
+    "logsumexp": _logsumexp,
+    "var.correction": _var,
+    "addmm": _addmm,
     "softplus": _unary("softplus", beta=1, threshold=20),
     "clamp": _clamp("min", "max"),
     "clamp_min": _clamp("min", ""),
@@ -455,7 +526,8 @@ HANDLERS: dict[str, Handler] = {
     "rsub": _rsub,
     "where": _where,
     **dict.fromkeys(("contiguous", "clone", "alias", "positive", "lift_fresh_copy"), _same),
-    **dict.fromkeys(("to", "_to_copy", "type_as", "detach"), _cast),
+    **dict.fromkeys(("to", "_to_copy", "type_as"), _cast),
+    "detach": _detach,
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten"), _view),
     "expand": _expand,
     "permute": _permute,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ __all__ = ["from_module", "module_parameters"]
 
 Input = Literal["x", "h", "xh"]
 _DEFAULT_MAX = 65536
+_LARGEST_KERNEL = 12  # of a parameter that is used as a kernel though it is no convolution's
 _ROUNDS = 8  # of decompositions; each takes apart what the one before has left
 
 
@@ -110,9 +112,9 @@ def _parameter_names(module: nn.Module) -> dict[str, str]:
     """The name in the blueprint of each parameter."""
     names: dict[str, str] = {}
     for own, _ in module.named_parameters():
-        name = _snake(own.replace(".", "_"))
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,58}", name) or name in RESERVED or name.startswith("grad_"):
-            name = f"p_{name}"[:60]
+        name = re.sub(r"[^a-z0-9_]", "_", _snake(own.replace(".", "_")))[:58]
+        if not name[:1].isalpha() or name in RESERVED or keyword.iskeyword(name) or name.startswith("grad_"):
+            name = f"p_{name}"
         base, count = name, 1
         while name in names.values():
             count += 1
@@ -217,7 +219,13 @@ def _exported(
 
 
 def _calls(program: torch.export.ExportedProgram) -> list[fx.Node]:
-    return [node for node in program.graph.nodes if node.op == "call_function" and _schema(node) is not None]
+    return [node for node in program.graph.nodes if node.op == "call_function" and _gives(node)]
+
+
+def _gives(node: fx.Node) -> bool:
+    """Whether it is an operation with a result: what has none asserts something of shapes and dtypes."""
+    schema = _schema(node)
+    return schema is not None and bool(schema.returns)
 
 
 def _schema(node: fx.Node) -> Any:
@@ -227,6 +235,11 @@ def _schema(node: fx.Node) -> Any:
 def _handler(node: fx.Node) -> Any:
     name = _schema(node).name.removeprefix("aten::")
     return HANDLERS.get(f"{name}.{_schema(node).overload_name}") or HANDLERS.get(name)
+
+
+def _keeps_dtype(node: fx.Node, results: Sequence[Tensor]) -> bool:
+    first = node.all_input_nodes[0].meta.get("val") if node.all_input_nodes else None
+    return isinstance(first, Tensor) and all(result.dtype == first.dtype for result in results)
 
 
 def _line(node: fx.Node) -> str:
@@ -298,7 +311,7 @@ class _Taking:
         """Raises BlueprintError."""
         values = self._placeholders()
         for node in self.program.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and (_gives(node) or _schema(node) is None):
                 values[node] = self._taken(node, values)
         output = self._output(values)
         ops = _alive(self.graph.ops, output)
@@ -369,6 +382,8 @@ class _Taking:
         owner, _ = _owner(self.module, own)
         if isinstance(owner, nn.Conv1d | nn.Conv2d) and tensor.dim() > 1 and shape != list(tensor.shape[:2]):
             shape = shape[: len(shape) - len(owner.kernel_size)]
+        elif tensor.dim() > 2 and all(extent % 2 and extent < _LARGEST_KERNEL for extent in shape[2:]):
+            shape = shape[:2]
         base = re.sub(r"_(weight|bias)$", "", self.names[self._first_name(own, tensor)])
         return [(extent, f"d_{base}") for extent in shape]
 
@@ -433,7 +448,8 @@ class _Taking:
             ordered = {a.name: value(item) for a, item in zip(schema.arguments, node.args, strict=False)}
             ordered |= {name: value(item) for name, item in node.kwargs.items()}
             arguments = ordered | {name: default for name, default in given.items() if name not in ordered}
-            return _handler(node)(self.graph, Arguments(arguments, [list(r.shape) for r in results]))
+            shapes = [list(result.shape) for result in results]
+            return _handler(node)(self.graph, Arguments(arguments, shapes, same_dtype=_keeps_dtype(node, results)))
         except Refused as error:
             raise BlueprintError(f"{self.who}: {node.target} is refused: {error}; at {_line(node)}") from error
 

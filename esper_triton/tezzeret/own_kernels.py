@@ -14,6 +14,11 @@ __all__ = ["write_attention", "write_attention_grad", "write_bmm"]
 _LEAST = 16  # of every extent of a product on a GPU
 
 
+def _narrowed(tensor: Tensor, around: Surroundings) -> str:
+    """What makes an operand of a product the layer's dtype, where it lies in memory as float32."""
+    return "" if tensor.is_input_dtype or around.dtype == "float32" else f".to(tl.{around.dtype})"
+
+
 def _template(writer: Writer, text: str) -> None:
     """Lines of a kernel's body, dedented."""
     for line in text.strip("\n").split("\n"):
@@ -37,6 +42,7 @@ def write_bmm(kernel: Kernel, name: str, around: Surroundings) -> KernelSource:
     out = around.outputs[target]
     a_at = _element(writer, a, around, "product", "m[:, None]", "k[None, :]", count)
     b_at = _element(writer, b, around, "product", "k[:, None]", "n[None, :]", count)
+    narrow_a, narrow_b = (_narrowed(around.memory[untransposed(node)], around) for node in (a, b))
     _template(
         writer,
         f"""
@@ -46,8 +52,8 @@ n = tl.program_id(2) * {block["N"]} + tl.arange(0, {block["N"]})
 out = tl.zeros([{block["M"]}, {block["N"]}], dtype=tl.float32)
 for start in range(0, {k}, {block["K"]}):
     k = start + tl.arange(0, {block["K"]})
-    a = tl.load({a_at}, mask=(m[:, None] < {m}) & (k[None, :] < {k}), other=0.0)
-    b = tl.load({b_at}, mask=(k[:, None] < {k}) & (n[None, :] < {n}), other=0.0)
+    a = tl.load({a_at}, mask=(m[:, None] < {m}) & (k[None, :] < {k}), other=0.0){narrow_a}
+    b = tl.load({b_at}, mask=(k[:, None] < {k}) & (n[None, :] < {n}), other=0.0){narrow_b}
     out = {writer.dot("a", "b", "out")}
 inside = (m[:, None] < {m}) & (n[None, :] < {n})
 tl.store({writer.pointer(out.name)} + product * {m * n} + m[:, None] * {n} + n[None, :], out, mask=inside)
@@ -130,7 +136,7 @@ at_dv = tl.arange(0, {self.dv_block})
     def load(self, name: str, node: Node, positions: str, which: str) -> str:
         tensor, first = source_of(node, self.around)
         where, mask = self.address(tensor, first, positions, which), self.mask(positions, which)
-        return f"{name} = tl.load({where}, mask={mask}, other=0.0)"
+        return f"{name} = tl.load({where}, mask={mask}, other=0.0)" + _narrowed(tensor, self.around)
 
     def store(self, tensor: Tensor, value: str, positions: str, which: str) -> str:
         return f"tl.store({self.address(tensor, 0, positions, which)}, {value}, mask={self.mask(positions, which)})"

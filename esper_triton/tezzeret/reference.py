@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esper_triton.contracts.blueprint import Blueprint
+from esper_triton.contracts.dims import filled_dims
 from esper_triton.contracts.errors import BlueprintError, nearest
 from esper_triton.contracts.expressions import evaluate
 from esper_triton.contracts.graph import Layout, Op, ValueType, attributes, infer, layout_of, layouts_of
@@ -41,7 +42,7 @@ def reference(
     Args:
         inputs: `h` and `x` as the blueprint reads them: [rows, d]; [batch, length, d] for a sequence; [batch, height,
             width, d] for an image, where d is the width of each. parameters: all of them, by name.
-        dims: an integer for each of the blueprint's dims.
+        dims: an integer for each of the blueprint's dims that has no default, or is to be another.
         training: whether dropout drops. Then `mask` has, for each dropout, by the name of its value, a tensor that is
             true where an element is kept: of the value's shape, which is [*leading, *inner] for one value a row and
             [batch, *inner] for one a batch item.
@@ -51,6 +52,7 @@ def reference(
     Returns a tensor of the shape of `h`. Raises BlueprintError with every fault of dims, inputs and parameters.
     """
     layout = layout_of(blueprint.ops) if layout is None else layout
+    dims = filled_dims(blueprint.dims, dims)
     types = infer(blueprint, dims)
     masks = mask or {}
     _check(blueprint, types, inputs, parameters, masks, layout, training=training)
@@ -186,7 +188,7 @@ def _reshape(frame: _Frame, op: Op, operands: list[_Value]) -> Tensor:
     a = operands[0]
     shape = [frame.extent(item) for item in cast(tuple[str, ...], attributes(op)["shape"])]
     own = a.tensor.dim() - len(a.kind.shape)
-    return a.tensor.reshape(*a.tensor.shape[:own], *shape)
+    return a.tensor.reshape((*a.tensor.shape[:own], *shape))
 
 
 def _attention(frame: _Frame, op: Op, operands: list[_Value]) -> Tensor:

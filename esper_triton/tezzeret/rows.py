@@ -20,7 +20,7 @@ class Tiles:
 
     rows, cols, depth: of a kernel with products: rows of a block, columns of the result, and columns of the operands
     that are multiplied at a time. sums_rows: rows of a block of a kernel without products. full: columns that such a
-    kernel holds at once. sum_depth: rows that are added up at a time.
+    kernel holds at once. sum_depth: rows that are added up at a time. separate: nothing is fused.
     """
 
     rows: int = 32
@@ -29,6 +29,7 @@ class Tiles:
     sums_rows: int = 1
     full: int = 8192
     sum_depth: int = 32
+    separate: bool = False
 
 
 class Constants:
@@ -197,10 +198,10 @@ class _Rows:
         unit = "row" if lines == 1 else "line"
         writer.line(f"{unit} = (tl.program_id(0).to(tl.int64) * {block} + tl.arange(0, {block}))[:, None]")
         writer.line(f"{unit}_ok = {unit} < {writer.rows_of(level, lines)}")
-        self.line = self.row = Index(unit, rows=True, ok=f"{unit}_ok", name=unit)
+        self.line = self.row = Index(unit, rows=True, ok=f"{unit}_ok", name=unit, block=block)
         if lines > 1:
             writer.line(f"row = line // {lines}")
-            self.row = Index("row", rows=True, ok="line_ok", name="row")
+            self.row = Index("row", rows=True, ok="line_ok", name="row", block=block)
         self.whole: dict[int, Index] = {}
         resident = [n for n in self.kernel.computed if n.op != "linear" or self.is_full(n.width)]
         self._phases(resident)

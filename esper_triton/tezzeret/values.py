@@ -208,7 +208,8 @@ class Values:
         masks = [m for m in (at.row.ok if rows else None, *(i.ok for i in at.inner), *at.ok) if m]
         if not masks or (self.is_plain_load(node) and node not in self.results):
             return value
-        return Value(f"tl.where({' & '.join(masks)}, {value.code}, 0.0)", value.rows or rows, True)
+        masked = f"tl.where({' & '.join(masks)}, {value.code}, 0.0)"
+        return Value(masked, value.rows or rows, value.cols or any(i.ok for i in at.inner))
 
     def operand(self, node: Node, at: At, *, rows: bool) -> str:
         """Code of the value as an operand of a product: of the layer's dtype, 0 beyond its extent."""
@@ -216,7 +217,10 @@ class Values:
             value = self.value(node, at)
             if value.code in self._narrow:
                 return self._narrow[value.code]
-        code = self.zeroed(node, at, rows=rows).code
+        zeroed = self.zeroed(node, at, rows=rows)
+        code = zeroed.code
+        if not (zeroed.rows and zeroed.cols):
+            code = f"(tl.zeros([{at.row.block}, {at.inner[-1].block}], dtype=tl.float32) + {code})"
         if self.dtype != "float32":
             code = f"{code}.to({self.element})"
         return code if code.isidentifier() else self._shared(self.hint(node), code)

@@ -15,7 +15,7 @@ from torch import Tensor
 from esper_triton.contracts.blueprint import EXTENTS, Blueprint, Layout
 from esper_triton.contracts.errors import ArtifactRefused
 from esper_triton.contracts.manifest import KernelStatus
-from esper_triton.kasmina.launcher import X_DIM, KernelProgram
+from esper_triton.kasmina.launcher import KernelProgram, x_width_of
 from esper_triton.kasmina.views import Extents
 from esper_triton.urabrask.philox import uniform
 from esper_triton.urabrask.references import reference_of
@@ -170,7 +170,7 @@ def _cases(program: KernelProgram) -> Iterator[_Case]:
 
 def _is_affine(program: KernelProgram, reference: Callable[..., Tensor], generator: torch.Generator) -> bool:
     manifest = program.manifest
-    widths = {"h": manifest.width, "x": manifest.dims.get(X_DIM, 0)}
+    widths = {"h": manifest.width, "x": x_width_of(manifest)}
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -211,7 +211,7 @@ def _run(
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
-    widths = {"h": manifest.width, "x": manifest.dims.get(X_DIM, 0)}
+    widths = {"h": manifest.width, "x": x_width_of(manifest)}
     # The launcher takes h in every case: it is what is blended with.
     read: dict[str, None] = {"h": None, **dict.fromkeys(program.inputs)}
     inputs = {name: place(name, draw(rows, widths[name]), _GAP) for name in read}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from graphs import UNARY, blueprints, respelled
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from esper_triton.contracts.blueprint import Blueprint
+from esper_triton.contracts.canonical import canonical_extent
+from esper_triton.contracts.expressions import evaluate
 
 COMMON = """
 name = "a"
@@ -96,6 +99,37 @@ def test_names_of_parameters_their_inits_and_limits_of_dims_count_and_prose_does
     assert (
         graph("# why\n" + text, prose + COMMON.replace('"a"', '"other"').replace("{}", "{ default = 8 }")).id == base.id
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("d*2", "2 * d"),
+        ("d + d", "2 * d"),
+        ("2*(r + d) - r*1 + 0", "2 * d + r"),
+        ("r * d * 3", "3 * d * r"),
+        ("(d + r) * (d - r)", "d * d - r * r"),
+        ("d * 2 // (heads)", "((2 * d) // heads)"),
+        ("max(d + d, cdiv(r, 3)) % 4", "((max((2 * d), (cdiv(r, 3)))) % 4)"),
+        ("d - d", "0"),
+        ("3 - 2 * r + d - 4", "d - 1 - 2 * r"),
+        ("0 - r", "0 - r"),
+        ("7", "7"),
+    ],
+)
+def test_an_expression_has_one_form_and_keeps_its_value(text: str, canonical: str):
+    assert canonical_extent(text) == canonical
+    for dims in ({"d": 12, "r": 5, "heads": 3}, {"d": 7, "r": 11, "heads": 2}):
+        assert eval(canonical, {"cdiv": lambda a, b: -(-a // b), "max": max}, dims) == evaluate(text, dims)
+    assert canonical_extent(canonical_extent(text)) == canonical
+
+
+def test_expressions_that_are_equal_are_one_design():
+    rest = '[dims]\nd = {}\n[parameters]\nw = { shape = ["d + d", "d"] }\n'
+    text = "z = linear(h, w)\nk = slice(z, stop=d) * slice(z, start=d, stop=2 * d)\n"
+    head = 'name = "a"\ninput = "h"\n'
+    other = text.replace("stop=2 * d", "stop=d*2")
+    assert graph(text, head + rest).id == graph(other, head + rest.replace("d + d", "2*d")).id
 
 
 def test_two_draws_are_not_one_and_are_told_apart_by_what_uses_them():

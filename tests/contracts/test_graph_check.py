@@ -77,6 +77,8 @@ def test_pooling_leaves_one_value_for_each_batch_item_and_it_meets_rows_again():
         ("k = h + ww\n", "unknown value 'ww'; did you mean 'w'"),
         ("h = h + 1\n", "the name is reserved"),
         ("grad_h = h + 1\n", "the name is reserved"),
+        ("_k = h + 1\n", "a value's name is a letter and up to 62"),
+        ("größe = h + 1\n", "a value's name is a letter and up to 62"),
         ("w = h + 1\n", "the name is taken"),
         ("z = h + 1\nz = z + 1\n", "the name is taken"),
         ("k = gelu(h, approximate='tan')\n", "attribute approximate is 'tan'; did you mean 'tanh'"),
@@ -115,6 +117,12 @@ def test_every_fault_is_told_at_once():
     )
     for part in ("unknown symbol 's'", "unknown value 'q'", "do not broadcast", "parameter 'unused'", "input 'x'"):
         assert part in found, (part, found)
+
+
+def test_a_parameter_is_not_named_as_a_keyword_since_its_graph_could_not_be_written():
+    assert "parameter name 'in' is a keyword" in faults_of(
+        "k = h\n", '[dims]\nd = {}\n[parameters]\nin = { shape = ["d"] }\n'
+    )
 
 
 def test_a_dim_that_nothing_uses_and_a_dim_with_a_reserved_name_are_faults():
@@ -157,6 +165,17 @@ def test_dims_over_their_limits_are_refused_all_at_once():
     ]
     with pytest.raises(BlueprintError, match="blueprint 'a': dim 'r' is missing"):
         infer(blueprint, {"d": 4})
+
+
+def test_a_dim_that_is_not_given_has_its_default():
+    blueprint = graph(BOTTLENECK, REST.replace("r = { max = 256 }", "r = { max = 256, default = 3 }"))
+    assert infer(blueprint, {"d": 8})["z"] == ValueType("rows", (3,))
+    assert infer(blueprint, {"d": 8, "r": 5})["z"] == ValueType("rows", (5,))
+
+
+def test_limits_of_any_size_are_stood_in_for_at_once():
+    dims = {"d": Dim(min=10**30, max=10**40), "r": Dim(min=10**18, max=10**18)}
+    assert all(value["r"] == 10**18 and value["d"] >= 10**30 for value in assignments_within(dims, []))
 
 
 def test_what_only_some_dims_fulfil_is_checked_with_them():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.operations import OPERATIONS
@@ -18,11 +21,12 @@ def test_the_page_lists_every_operation_as_it_is():
     assert PAGE.endswith(table), f"the table of docs/blueprints.md should be:\n{table}"
 
 
-def test_the_examples_of_the_page_are_one_design():
+def test_the_examples_of_the_page_are_one_design(capsys: pytest.CaptureFixture[str]):
     (text,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    names: dict[str, object] = {}
-    exec(code, names)
-    built = names["bottleneck"]
-    assert isinstance(built, Blueprint)
-    assert built.id == Blueprint.from_text(text).id
+    names: dict[str, Any] = {"__name__": "page"}
+    for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(code, names)
+    written = Blueprint.from_text(text)
+    assert names["bottleneck"].id == written.id
+    assert [op.op for op in names["taken"].canonical().ops] == [op.op for op in written.canonical().ops]
+    assert Blueprint.from_text(capsys.readouterr().out) == names["taken"]

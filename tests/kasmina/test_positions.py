@@ -291,6 +291,21 @@ def test_an_encoder_layer_is_that_of_torch_with_the_seed_written_out(
     assert nothing_missed(layer)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_block_that_is_adopted_whole_has_its_length_where_its_attention_has(
+    adapter_store: Urza, compiled: Callable[..., str], batch_first: bool
+) -> None:
+    torch.manual_seed(2)
+    block = nn.TransformerEncoderLayer(W, 2, W, dropout=0.0, batch_first=batch_first)
+    layer = KasminaLayer.adopt(block, num_seeds=2, features=W, urza=adapter_store)
+    for seed, alpha in enumerate(ALPHAS):
+        grow(layer, seed, compiled("sequence"), alpha=alpha, draw=seed)
+    host = Host(lambda: layer, (), *(() if batch_first else (turn, turn)))
+    x = torch.randn(3, 5, W)
+    wanted = blended(host, layer.default_transform(x), weights_of(layer))
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_each_sequence_of_a_pack_is_an_item_of_its_own(adapter_store: Urza, compiled: Callable[..., str]) -> None:
     layer: Any = grown(nn.Linear(IN, W), adapter_store, compiled("sequence"))

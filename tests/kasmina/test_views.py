@@ -56,6 +56,20 @@ def test_what_is_written_as_a_matrix_comes_out_in_the_shape_and_the_strides_of_t
     assert torch.equal(from_matrix(matrix(tensor, Axes(feature_dim)).contiguous(), tensor, Axes(feature_dim)), tensor)
 
 
+@given(st.lists(st.integers(1, 4), min_size=3, max_size=3).map(tuple), st.booleans())
+def test_where_the_length_comes_first_rows_are_item_by_item(shape: tuple[int, ...], turned: bool) -> None:
+    axes = Axes(-1, length_first=True)
+    tensor = torch.randn(shape) if not turned else torch.randn(shape[1], shape[0], shape[2]).transpose(0, 1)
+    assert torch.equal(matrix(tensor, axes), torch.cat(tensor.unbind(1)))
+    out, written = empty_output(tensor, axes)
+    written.copy_(matrix(tensor, axes))
+    settle(out, written, axes)
+    assert torch.equal(out, tensor)
+    assert out.stride() == torch.empty_like(tensor).stride()
+    assert torch.equal(from_matrix(matrix(tensor, axes).contiguous(), tensor, axes), tensor)
+    assert torch.equal(matrix(tensor[0], axes), tensor[0])
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_an_image_in_channels_last_needs_no_copy(memory_format: torch.memory_format) -> None:
     image = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format)

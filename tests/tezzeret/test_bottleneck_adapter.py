@@ -1,4 +1,4 @@
-"""The shipped adapter's CPU kernels against float64 torch, on shapes and strides that they were not tuned for."""
+"""The adapter's CPU kernels against float64 torch, on shapes and strides that they were not tuned for."""
 
 from __future__ import annotations
 

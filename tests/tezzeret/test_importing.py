@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -199,6 +200,23 @@ def test_names_of_a_sequential_have_a_letter_in_front():
     assert set(blueprint.dims) == {"d", "d_p_0", "d_p_2"}
 
 
+def test_names_that_are_reserved_or_too_long_or_the_same_get_others():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alpha = nn.Parameter(torch.randn(6))
+            self.Norm_weight = nn.Parameter(torch.randn(6))
+            self.norm_weight = nn.Parameter(torch.randn(6))
+            self.Not = nn.Parameter(torch.randn(6))
+            self.register_parameter("w" * 80, nn.Parameter(torch.randn(6)))
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h * self.alpha + self.Norm_weight * self.norm_weight + self.Not * getattr(self, "w" * 80)
+
+    names = agree(Named(), torch.ones(2, 6), input="h").parameters
+    assert list(names) == ["p_alpha", "norm_weight", "norm_weight_2", "p_not", "w" * 58]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_swiglu(packed: bool):
     module = SwiGLU(6, 5, packed=packed)
@@ -289,6 +307,119 @@ def test_extents_that_fit_no_general_dims_are_fixed():
     assert {name: (dim.min, dim.max) for name, dim in blueprint.dims.items()}["d"] == (7, 7)
 
 
+class Written(nn.Module):
+    """A function of the input and of parameters."""
+
+    def __init__(self, function: Callable[..., Tensor], **parameters: tuple[int, ...]) -> None:
+        super().__init__()
+        self.function = function
+        for name, shape in parameters.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape)))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.function(self, h)
+
+
+def _packed_by_head(m: Any, h: Tensor) -> Tensor:
+    parts = F.linear(h, m.w).unflatten(-1, (2, 3, 3))
+    q, k, v = (parts[..., i, :].transpose(1, 2) for i in range(3))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+ROWS, SEQUENCE, IMAGE = (4, 6), (2, 5, 6), (2, 6, 4, 3)
+WRITTEN: dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]], Callable[..., Tensor]]] = {
+    "flat rows": (SEQUENCE, {"w": (6, 6)}, lambda m, h: F.linear(h.view(-1, 6), m.w).view(h.shape)),
+    "a norm of each head": (
+        SEQUENCE,
+        {"w": (3,), "b": (3,)},
+        lambda m, h: F.layer_norm(h.unflatten(-1, (2, 3)), (3,), m.w, m.b).flatten(-2),
+    ),
+    "a shuffle of features": (SEQUENCE, {}, lambda m, h: h.unflatten(-1, (2, 3)).transpose(-1, -2).flatten(-2).tanh()),
+    "heads against their mean": (
+        ROWS,
+        {},
+        lambda m, h: (h.unflatten(-1, (2, 3)) + h.unflatten(-1, (2, 3)).mean(-2, keepdim=True)).flatten(-2),
+    ),
+    "a softmax over heads": (ROWS, {}, lambda m, h: h.unflatten(-1, (2, 3)).softmax(-2).flatten(-2)),
+    "heads in reverse": (ROWS, {}, lambda m, h: torch.cat(h.unflatten(-1, (3, 2)).unbind(-2)[::-1], -1)),
+    "halves interleaved": (ROWS, {}, lambda m, h: torch.stack(h.chunk(2, -1), -1).flatten(-2)),
+    "rotated halves": (ROWS, {"w": (6,)}, lambda m, h: torch.cat([-h[..., 3:], h[..., :3]], -1) * m.w + h),
+    "an outer product": (ROWS, {}, lambda m, h: (h.unsqueeze(-1) @ h.unsqueeze(-2)).mean(-2)),
+    "low rank": (SEQUENCE, {"a": (3, 6), "b": (6, 3)}, lambda m, h: h + 0.5 * (h @ m.a.T @ m.b.T)),
+    "a product of weights": (SEQUENCE, {"a": (3, 6), "b": (6, 3)}, lambda m, h: F.linear(h, m.b @ m.a)),
+    "einsum": (SEQUENCE, {"w": (6, 6)}, lambda m, h: torch.einsum("blk,nk->bln", h, m.w)),
+    "addmm": (ROWS, {"w": (6, 6), "b": (6,)}, lambda m, h: torch.addmm(m.b, h, m.w)),
+    "variance": (ROWS, {}, lambda m, h: h / (h.var(-1, correction=0, keepdim=True) + 1)),
+    "logsumexp": (ROWS, {}, lambda m, h: h - h.logsumexp(-1, keepdim=True)),
+    "the largest": (ROWS, {}, lambda m, h: h * h.max(-1, keepdim=True).values - torch.max(h, -h)),
+    "constants": (ROWS, {}, lambda m, h: h + torch.full((6,), 2.0) * torch.ones_like(h) + torch.tensor(1.5)),
+    "parameters of one element": (ROWS, {"a": (), "b": (1, 1)}, lambda m, h: h * m.a + m.b),
+    "a gate of parameters": (ROWS, {"g": (6,)}, lambda m, h: h * torch.sigmoid(m.g) + F.softmax(m.g, 0)),
+    "in place": (ROWS, {}, lambda m, h: (h + 0).mul_(2).add_(h).relu_()),
+    "one hidden unit": (ROWS, {"w": (1, 6), "v": (6, 1)}, lambda m, h: F.linear(F.linear(h, m.w).sigmoid(), m.v)),
+    "one feature": ((4, 1), {"w": (1,)}, lambda m, h: h * m.w + h.tanh()),
+    "activations": (
+        ROWS,
+        {"a": (6,)},
+        lambda m, h: F.selu(h) + F.celu(h, 0.5) + F.logsigmoid(h) + F.prelu(h, m.a) + F.relu6(h) + F.tanhshrink(h),
+    ),
+    "pooled and back": (
+        SEQUENCE,
+        {"w": (6, 6)},
+        lambda m, h: h * F.linear(h.mean(1), m.w).sigmoid().unsqueeze(1).expand_as(h),
+    ),
+    "response normalization": (
+        IMAGE,
+        {"g": (6, 1, 1)},
+        lambda m, h: h + h * m.g * (n := h.square().mean((2, 3), keepdim=True)) / (n.mean(1, keepdim=True) + 1),
+    ),
+    "a kernel of one's own": (
+        IMAGE,
+        {"w": (6, 6, 3, 3)},
+        lambda m, h: F.conv2d(F.layer_norm(h.movedim(1, -1), (6,)).movedim(-1, 1), m.w, padding=1),
+    ),
+    "attention over an image": (
+        IMAGE,
+        {},
+        lambda m, h: (
+            F.scaled_dot_product_attention(*[h.flatten(2).transpose(1, 2)] * 3).transpose(1, 2).reshape(h.shape)
+        ),
+    ),
+    "attention of other widths": (
+        SEQUENCE,
+        {"q": (4, 6), "k": (4, 6)},
+        lambda m, h: F.scaled_dot_product_attention(F.linear(h, m.q), F.linear(h, m.k), h),
+    ),
+    "attention packed by head": (SEQUENCE, {"w": (18, 6)}, _packed_by_head),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_people_write(case: str):
+    shape, parameters, function = WRITTEN[case]
+    torch.manual_seed(0)
+    blueprint = agree(Written(function, **parameters), torch.ones(shape), input="h")
+    if "feature" not in case:
+        assert blueprint.dims["d"].min == 1, "the width is not general"
+
+
+class LlamaNorm(nn.Module):
+    """RMS norm as it is written out."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.to(x.dtype)
+        return (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x) * self.weight
+
+
+def test_a_cast_to_the_dtype_that_there_is_is_nothing():
+    blueprint = agree(LlamaNorm(6), torch.ones(2, 3, 6), input="h")
+    assert ops_of(blueprint) == ["square", "mean", "add", "rsqrt", "mul", "mul"]
+
+
 class Foreign(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -308,6 +439,8 @@ class Foreign(nn.Module):
             return h - h.mean()  # the line
         if self.kind == "detach":
             return h + h.detach()  # the line
+        if self.kind == "dtype":
+            return h.double().float()  # the line
         if self.kind == "control":
             return h if h.sum() > 0 else -h
         if self.kind == "several":
@@ -328,7 +461,8 @@ class Foreign(nn.Module):
         ("scores", r"it multiplies over positions; use F\.scaled_dot_product_attention .*; at .*# the line"),
         ("buffer", r"buffer 'table' is no single number.* at .*# the line"),
         ("batch", r"it reduces the batch, or positions together with features; at .*# the line"),
-        ("detach", r"refused: it changes the dtype or the device|no operation of a graph says aten\.detach"),
+        ("detach", r"it stops gradients.*; at .*# the line"),
+        ("dtype", r"it changes the dtype.*; at .*# the line"),
         ("control", "torch.export cannot trace it"),
         ("several", "returns 2 tensors, expected one"),
         ("pooled", "does not lie as its input does|gives 0 features"),
