@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.errors import ArtifactNotFound, CorruptObject, ProofFailed
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.tezzeret.forge import Forged
 from esper_triton.tezzeret.pipelines import Announce, BuildRecord, device_of, make, plan_of
-from esper_triton.tezzeret.request import Request
+from esper_triton.tezzeret.request import Request, requests_for
+from esper_triton.tezzeret.targets import parse_target
 from esper_triton.urza import Artifact, Urza
 
-__all__ = ["Built", "build_all", "is_stored"]
+__all__ = ["Built", "build_all", "is_stored", "requests_of", "stored"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,27 @@ def build_all(requests: Sequence[Request], store: Urza, announce: Announce) -> l
 def is_stored(request: Request, store: Urza) -> bool:
     """Whether the request would be a hit."""
     return _Job(request).look(store)
+
+
+def requests_of(job: Mapping[str, Any]) -> list[Request]:
+    """The requests of a job as the pool gives it to a worker."""
+    return requests_for(
+        Blueprint.model_validate(job["blueprint"]),
+        job["dims"],
+        job["dtype"],
+        tuple(parse_target(name) for name in job["targets"]),
+        job["pipeline"],
+        job["budget_s"],
+    )
+
+
+def stored(job: Mapping[str, Any], store: Urza) -> list[Built] | None:
+    """What `build_all` gives for a job of which everything is there, proven; None where it would build or prove."""
+    requests = requests_of(job)
+    jobs = [_Job(request) for request in requests]
+    if not all(one.look(store) and one.is_done for one in jobs):
+        return None
+    return build_all(requests, store, lambda *_: None)
 
 
 def _build(jobs: Sequence[_Job], store: Urza, announce: Announce) -> None:

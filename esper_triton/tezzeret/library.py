@@ -14,10 +14,8 @@ _SUFFIXES = (".toml", ".json")
 
 
 def shipped() -> dict[str, Path]:
-    """Where each blueprint of the library lies: in the package, or beside it in a working copy."""
-    package = Path(esper_triton.__file__).parent
-    found = {path.stem: path for folder in (package.parent, package) for path in in_folder(folder / "kernels")}
-    return dict(sorted(found.items()))
+    """Where each blueprint of the library lies, by its name."""
+    return {path.stem: path for path in in_folder(Path(esper_triton.__file__).parent / "kernels")}
 
 
 def in_folder(folder: Path) -> list[Path]:

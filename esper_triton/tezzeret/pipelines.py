@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -76,7 +76,7 @@ class Candidate(_Value):
     """One way to write a request. `cost` is its time as a part of that of the best one before it, as `tuning.Measured`
     has it, or what `static_cost` says. None where nothing was to choose."""
 
-    tiles: dict[str, int]
+    tiles: Tiles
     num_warps: int
     num_stages: int
     cost: float | None = None
@@ -95,9 +95,8 @@ class BuildRecord(_Value):
     @property
     def choice(self) -> Choice:
         """To build it again."""
-        return Choice(
-            tiles=Tiles(**self.chosen.tiles), num_warps=self.chosen.num_warps, num_stages=self.chosen.num_stages
-        )
+        chosen = self.chosen
+        return Choice(tiles=chosen.tiles, num_warps=chosen.num_warps, num_stages=chosen.num_stages)
 
     @classmethod
     def read(cls, content: bytes | None, request: Request) -> BuildRecord | None:
@@ -106,9 +105,9 @@ class BuildRecord(_Value):
             return None
         try:
             record = cls.model_validate_json(content)
-            extents = dataclasses.asdict(record.choice.tiles).values()
-        except (ValidationError, TypeError):  # TypeError: no such tiles
+        except ValidationError:
             return None
+        extents = [getattr(record.chosen.tiles, knob) for knob in _LIMITS]
         sound = all(0 < extent <= _LARGEST and extent & (extent - 1) == 0 for extent in extents)
         return record if sound and record.request == request.digest else None
 
@@ -134,7 +133,10 @@ def neighbours(choice: Choice, target: TargetSpec, blueprint: Blueprint) -> Iter
             low, high = _LIMITS[knob]
             value = int(getattr(choice.tiles, knob) * step)
             if low <= value <= high:
-                yield dataclasses.replace(choice, tiles=dataclasses.replace(choice.tiles, **{knob: value}))
+                changed: dict[str, Any] = {knob: value}
+                yield dataclasses.replace(choice, tiles=dataclasses.replace(choice.tiles, **changed))
+        separate = not choice.tiles.separate  # another fusion plan
+        yield dataclasses.replace(choice, tiles=dataclasses.replace(choice.tiles, separate=separate))
     if target.backend != "cpu":
         for warps in _WARPS:
             if warps in (choice.num_warps // 2, choice.num_warps * 2):
@@ -163,7 +165,7 @@ def make(request: Request, record: BuildRecord | None, announce: Announce) -> tu
 
 def _candidate(choice: Choice, cost: float | None = None, rows_us: dict[int, float] | None = None) -> Candidate:
     return Candidate(
-        tiles=dataclasses.asdict(choice.tiles),
+        tiles=choice.tiles,
         num_warps=choice.num_warps,
         num_stages=choice.num_stages,
         cost=cost,

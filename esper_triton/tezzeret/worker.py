@@ -59,16 +59,13 @@ def _read(jobs: queue.SimpleQueue[str]) -> None:
 
 def run_job(job: dict[str, Any], answer: Any) -> list[dict[str, Any]]:
     """Builds a job's requests and tells what came of each. Raises as `build_all` does."""
-    from esper_triton.contracts.blueprint import Blueprint
-    from esper_triton.tezzeret.builds import build_all
-    from esper_triton.tezzeret.request import requests_for
-    from esper_triton.tezzeret.targets import parse_target
+    from esper_triton.tezzeret.builds import build_all, requests_of
     from esper_triton.urza import Urza
 
-    blueprint = Blueprint.model_validate(job["blueprint"])
-    targets = tuple(parse_target(name) for name in job["targets"])
-    requests = requests_for(blueprint, job["dims"], job["dtype"], targets, job["pipeline"], job["budget_s"])
-    built = build_all(requests, Urza(job["store"]), lambda stage, part: answer({"stage": stage, "progress": part}))
+    def announce(stage: str, part: float) -> None:
+        answer({"stage": stage, "progress": part})
+
+    built = build_all(requests_of(job), Urza(job["store"]), announce)
     return [
         {"id": one.artifact.id, "hit": one.hit, "seconds": one.seconds, "code_bytes": one.code_bytes} for one in built
     ]
