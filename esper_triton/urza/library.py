@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -21,6 +22,7 @@ from esper_triton.contracts.errors import (
 )
 from esper_triton.contracts.manifest import SCHEMA_VERSION, ArtifactId, KernelStatus, Manifest, sha256
 from esper_triton.urza.directory import Damage, Directory, object_parts
+from esper_triton.urza.requests import in_turn, recall, remember
 
 __all__ = ["Artifact", "Urza", "default_root"]
 
@@ -64,8 +66,9 @@ class Urza:
 
         objects/ab/<62 hex>   blobs and manifests, each named by its SHA-256, never changed
         refs/<artifact id>    the digest of the artifact's manifest: replacing this file is the commit
+        requests/             what requests were built as, by the SHA-256 of each
         quarantine/           what did not have the bytes that it should have, each with a JSON report
-        tmp/, lock            the writer's
+        tmp/, lock, building/ the writers'
 
     What a concurrent reader may see: an artifact as one writer committed it, whole, or not at all. Objects are in place
     before the ref that leads to them, a ref is replaced in one step, and objects are never rewritten, so there is no
@@ -157,6 +160,31 @@ class Urza:
                 update["report"] = self._directory.write_object(report, limit_bytes=BLOB_LIMIT_BYTES)
             manifest = artifact.manifest.model_copy(update=update)
             return self._publish(manifest, manifest.canonical_bytes())
+
+    def recall(self, request: str) -> bytes | None:
+        """What `remember` has kept of the request with this SHA-256; None where that is nothing, or damaged. It is not
+        signed: whoever reads it must see for himself that it fits. Raises ValueError, StoreUnavailable."""
+        return recall(self._directory, request)
+
+    def remember(self, request: str, content: bytes) -> None:
+        """Keeps what a request (by its SHA-256) was built as. Raises ValueError, StoreUnavailable."""
+        remember(self._directory, request, content)
+
+    @contextlib.contextmanager
+    def building(self, artifact_id: str) -> Iterator[Artifact | None]:
+        """One build of an artifact at a time, in all processes and threads: gives the artifact that is there, or None
+        to whoever is to build and commit it in this context; others wait. The lock ends with its holder.
+
+        Raises as `load` does, but for artifacts that are missing or damaged: those are to be built.
+        """
+        if not _is_id(artifact_id):
+            self.get(artifact_id)  # says what is wrong with it
+        with in_turn(self._directory, artifact_id):
+            try:
+                existing = self.load(artifact_id)[0]
+            except (ArtifactNotFound, CorruptObject):
+                existing = None
+            yield existing
 
     def _publish(self, manifest: Manifest, content: bytes) -> Artifact:
         digest = self._directory.write_object(content, limit_bytes=MANIFEST_LIMIT_BYTES)
