@@ -22,6 +22,7 @@ from esper_triton.contracts.errors import (
     ProofFailed,
     StoreUnavailable,
     UnknownTarget,
+    UntrustedArtifact,
     nearest,
 )
 from esper_triton.contracts.manifest import KernelStatus, Manifest
@@ -169,7 +170,7 @@ def _build(
 def _is_intact(store: Urza, artifact_id: str) -> bool:
     try:
         store.load(artifact_id)
-    except (ArtifactNotFound, CorruptObject):
+    except (ArtifactNotFound, CorruptObject, UntrustedArtifact):
         return False
     return True
 

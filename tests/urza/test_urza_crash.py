@@ -59,6 +59,7 @@ def test_data_is_on_the_disk_before_it_has_a_name_and_the_name_before_the_next_o
     manifest, blobs = make_artifact()
     synced: list[str] = []  # since the last name was given
     named: list[str] = []
+    before_the_last_name: list[str] = []
 
     def fsync(descriptor: int) -> None:
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -67,6 +68,7 @@ def test_data_is_on_the_disk_before_it_has_a_name_and_the_name_before_the_next_o
         if named:
             assert os.path.dirname(named[-1]) in synced, "the folder of the last name"
         assert os.path.join(os.readlink(f"/proc/self/fd/{src_dir_fd}"), source) in synced, "the bytes of this one"
+        before_the_last_name[:] = synced
         named.append(os.path.join(os.readlink(f"/proc/self/fd/{dst_dir_fd}"), target))
         synced.clear()
         real(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
@@ -75,10 +77,12 @@ def test_data_is_on_the_disk_before_it_has_a_name_and_the_name_before_the_next_o
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     urza.commit(manifest, blobs)
-    assert named == [str(urza.object_path(digest)) for digest in (*blobs, manifest.digest)] + [
-        str(urza.root / "refs" / manifest.id)
-    ]
+    keys = [str(urza.root / "keys" / name) for name in ("forge.key", "prover.key", "public")]
+    assert named == [str(urza.root / "urza.json"), *keys] + [
+        str(urza.object_path(digest)) for digest in (*blobs, manifest.digest)
+    ] + [str(urza.root / "refs" / manifest.id)]
     assert str(urza.root / "refs") in synced
+    assert str(urza.root / "audit.log") in before_the_last_name, "the change was in the log before it was made"
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["before the operation", "after the operation"])
