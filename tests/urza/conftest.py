@@ -20,6 +20,7 @@ from esper_triton.contracts.manifest import (
 from esper_triton.urza import Urza
 
 ARTIFACT_ID = "0123456789ab-cpu-standard-ba9876543210"
+CPU = TargetSpec(backend="cpu", arch="generic", features=("avx2",))
 SOURCE, TTIR, BINARY = b"def forward(): ...", b"module {}", b"\x7fELF forward"
 
 
@@ -46,14 +47,16 @@ def _make(
     status: KernelStatus = KernelStatus.PENDING_BENCHMARKING,
     created_at: str = "2025-01-01T00:00:00+00:00",
     dims: dict[str, int] | None = None,
+    compile_seconds: float = 0.5,
+    target: TargetSpec = CPU,
 ) -> tuple[Manifest, dict[str, bytes]]:
     """A manifest of one kernel and its blobs by digest."""
     manifest = Manifest(
         id=artifact_id,
-        blueprint_id="0123456789ab" + 52 * "0",
+        blueprint_id=artifact_id[:12] + 52 * "0",
         blueprint_name="adapter",
         input="h",
-        target=TargetSpec(backend="cpu", arch="generic", features=("avx2",)),
+        target=target,
         pipeline="standard",
         toolchain=Toolchain(triton="3.7.1", llvm="20", torch="2.13.0", python="3.11", esper_triton="0.1.0"),
         dims={"d": 8} if dims is None else dims,
@@ -66,7 +69,7 @@ def _make(
         forward=(LaunchStep(kernel="forward", arguments=("h", "rows"), grid=("rows", "1", "1")),),
         backward=(),
         created_at=created_at,
-        compile_seconds=0.5,
+        compile_seconds=compile_seconds,
         status=status,
     )
     return manifest, {sha256(blob): blob for blob in (SOURCE, TTIR, binary)}
@@ -74,7 +77,7 @@ def _make(
 
 @pytest.fixture(scope="session")
 def make_artifact() -> Callable[..., tuple[Manifest, dict[str, bytes]]]:
-    """`make_artifact(artifact_id, binary=..., status=..., created_at=..., dims=...)`, every argument with a default."""
+    """`make_artifact(artifact_id, binary=..., status=..., created_at=..., ...)`, every argument with a default."""
     return _make
 
 
