@@ -360,22 +360,22 @@ class Urza:
         """
         if not is_id(artifact_id):
             self.get(artifact_id)  # says what is wrong with it
-        existing = self._existing(artifact_id)
-        if existing is not None:
-            yield existing
-            return
         parts = ("building", artifact_id)
+        existing = lock = None
         try:
-            with self._shelf.lock():  # makes the directory
-                pass
-            lock = self._directory.hold(parts, wait=wait)
-            # The one before may have removed the file, whose lock then keeps nobody out any more.
-            while lock.descriptor is None or not self._directory.same_file(parts, lock.descriptor):
-                lock.release()
+            existing = self._existing(artifact_id)
+            if existing is None:
+                with self._shelf.lock():  # makes the directory
+                    pass
                 lock = self._directory.hold(parts, wait=wait)
+                # The one before may have removed the file, whose lock then keeps nobody out any more.
+                while lock.descriptor is None or not self._directory.same_file(parts, lock.descriptor):
+                    lock.release()
+                    lock = self._directory.hold(parts, wait=wait)
         except StoreUnavailable as error:
             self._degraded("building", f"others may build the same at this time: {error}")
-            yield None
+        if lock is None:
+            yield existing
             return
         with lock:
             try:
@@ -546,7 +546,7 @@ class Urza:
         try:
             self._leases.take(artifact_id)
         except StoreUnavailable as error:
-            if self._directory.stat(()) is not None:  # a store that is not there has nothing to lease
+            if self.root.exists():  # a store that is not there has nothing to lease
                 self._degraded("leases", f"a collection may remove what this process uses: {error}")
 
     def _row(self, artifact_id: str) -> Row | None:

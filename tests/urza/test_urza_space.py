@@ -178,7 +178,8 @@ def test_what_another_process_uses_stays_until_that_process_dies(urza, make_arti
 def test_a_child_does_not_keep_its_dead_parents_lease(urza, make_artifact):
     used = put(urza, make_artifact, 1, idle_s=1000)
     code = (
-        "import os, sys\nfrom esper_triton.urza import Urza\nUrza.kept = Urza(sys.argv[1])\nUrza.kept.load(sys.argv[2])\n"
+        "import os, sys\nfrom esper_triton.urza import Urza\n"
+        "Urza.kept = Urza(sys.argv[1])\nUrza.kept.load(sys.argv[2])\n"
         "read, write = os.pipe()\n"
         "if os.fork():\n    os.read(read, 1)\n    os._exit(0)\n"
         "os.write(write, b'x')\nprint('child', flush=True)\nsys.stdin.read()\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -129,7 +128,9 @@ def test_a_verdict_under_the_forges_signature_is_refused(urza, make_artifact, st
     }
     path = urza.root / "refs" / manifest.id
     path.write_bytes(json.dumps(body, sort_keys=True, separators=(",", ":")).encode() + b"\n")
-    with pytest.raises(UntrustedArtifact, match="is signed by the forge, and what it says may be signed by prover only"):
+    with pytest.raises(
+        UntrustedArtifact, match="is signed by the forge, and what it says may be signed by prover only"
+    ):
         urza.load(manifest.id)
     body["signature"]["role"] = "prover"  # the same key cannot take another role
     path.write_bytes(json.dumps(body, sort_keys=True, separators=(",", ":")).encode() + b"\n")
@@ -149,7 +150,9 @@ def test_another_stores_signature_counts_only_where_its_key_is_named(tmp_path, m
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read_bytes())
     key = public_keys(theirs)["prover"]
-    with pytest.raises(UntrustedArtifact, match=f"prover key {key[:16]}, which the trust policy does not name") as caught:
+    with pytest.raises(
+        UntrustedArtifact, match=f"prover key {key[:16]}, which the trust policy does not name"
+    ) as caught:
         ours.load(manifest.id)
     assert isinstance(caught.value, ArtifactRefused)
     assert f"'keys:prover={key}'" in str(caught.value)
@@ -280,7 +283,7 @@ def test_every_single_bit_flip_of_an_artifact_is_refused(urza, make_artifact):
         for position in range(len(content)):
             for bit in range(8):
                 os.pwrite(descriptor, bytes([content[position] ^ 1 << bit]), position)
-                with pytest.raises((Damage, ArtifactRefused), match="is corrupt|has schema"):
+                with pytest.raises((Damage, ArtifactRefused), match=r"is corrupt|has schema"):
                     shelf.whole(manifest.id)
                 flips += 1
             os.pwrite(descriptor, content[position : position + 1], position)
