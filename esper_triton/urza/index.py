@@ -23,6 +23,8 @@ from esper_triton.urza.filesystem import on_network
 
 __all__ = ["Index", "Row"]
 
+# With a write-ahead log this waits for the disk where the log is written back only, and loses at most the last answers.
+SYNCHRONOUS = "NORMAL"
 _VERSION = 1
 _FLUSH_EVERY = 256
 _BATCH = 500
@@ -202,7 +204,7 @@ class Index:
         try:
             database.execute("PRAGMA trusted_schema = OFF")
             database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = NORMAL")
+            database.execute(f"PRAGMA synchronous = {SYNCHRONOUS}")
             database.execute("PRAGMA cache_size = -16000")
             with _transaction(database):
                 if database.execute("PRAGMA user_version").fetchone()[0] != _VERSION:

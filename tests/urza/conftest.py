@@ -86,6 +86,7 @@ def fsync_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test here cuts the power, and thousands of waits for the disk would be most of the time. One test checks that
     data is synced, and in which order."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr("esper_triton.urza.index.SYNCHRONOUS", "OFF")
 
 
 @pytest.fixture
