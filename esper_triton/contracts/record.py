@@ -66,6 +66,11 @@ class Record(_Value):
     figures: Figures = Figures()
     signature: Signature | None = None
 
+    @property
+    def is_characterized(self) -> bool:
+        """Whether it says more than which manifest: tags or figures, which come from a proof."""
+        return bool(self.tags) or self.figures != Figures()
+
     def signed_bytes(self, role: Role, key: str) -> bytes:
         """What a signature of this record is over: everything but its value, with role and key."""
         return _signed(b"esper-urza record\0", self, role, key)

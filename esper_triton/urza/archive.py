@@ -42,6 +42,7 @@ _OBJECT = re.compile(r"objects/([0-9a-f]{64})")
 _RECORD = re.compile(r"records/(.{1,200})")
 _MOST_MEMBERS = 1_000_000
 _MOST_BYTES = 64 << 30
+_DAMAGED = "it is not a tar file, or is damaged"
 _PENDING = (KernelStatus.PENDING_BENCHMARKING, KernelStatus.PENDING_HARDWARE)
 
 Progress = Callable[[int, int], None]
@@ -243,11 +244,11 @@ class ArchiveReader:
                         )
                 offset = archive.offset
         except tarfile.TarError as error:
-            raise self._refused(f"it is not a tar file, or is damaged: {error}") from error
+            raise self._refused(_DAMAGED) from error
         except (ValueError, OverflowError, EOFError, UnicodeError) as error:  # tarfile's, on headers that are nonsense
             if isinstance(error, ArchiveRefused):
                 raise
-            raise self._refused(f"it is damaged: {error}") from error
+            raise self._refused(_DAMAGED) from error
         if end is None:
             raise self._refused("it was cut short: it has no end.json")
         said = json.dumps({"objects": len(contents.places), "records": len(contents.records)}).encode()
@@ -271,6 +272,8 @@ class ArchiveReader:
 
     def _content_size(self, member: tarfile.TarInfo, archive: tarfile.TarFile) -> int:
         name = member.name[:200]
+        if member.size < 0:  # newer releases of tarfile say so themselves
+            raise self._refused(_DAMAGED)
         if name.startswith("/") or ".." in name.split("/"):
             raise self._refused(f"{name!r} leads out of it")
         if member.issym() or member.islnk():

@@ -155,7 +155,7 @@ def _victims(shelf: Shelf, marked: _Marked, max_bytes: int | None) -> tuple[list
 
     def worth_least(artifact_id: str) -> float:
         idle_s = max(0.0, now - marked.used_at.get(artifact_id, now))
-        return -idle_s / (1.0 + max(0.0, marked.manifests[artifact_id].compile_seconds))
+        return -idle_s / (1.0 + marked.manifests[artifact_id].compile_seconds)
 
     victims: list[str] = []
     kept: dict[str, list[str]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sqlite3
 import threading
@@ -405,7 +404,7 @@ def _row(record: Record, manifest: Manifest, size_bytes: int) -> tuple[Any, ...]
         figures.memory_bytes,
         figures.drift,
         manifest.created_at,
-        manifest.compile_seconds if math.isfinite(manifest.compile_seconds) else 0.0,
+        manifest.compile_seconds,
         size_bytes,
     )
 

@@ -274,7 +274,7 @@ class Shelf:
         if self.trust.local and self.keys.roles:
             self.keys.make()
         roles = roles_for(manifest.status)
-        if record.tags or record.figures != Figures():
+        if record.is_characterized:
             roles = tuple(role for role in roles if role is Role.PROVER)
             if not roles:
                 raise NotAuthorized(

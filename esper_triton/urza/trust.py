@@ -94,12 +94,15 @@ class Trust:
                     "`python -m esper_triton.urza sign`"
                 )
             return
-        allowed = (Role.PROVER,) if record.tags or record.figures != type(record.figures)() else Role
-        roles = [role for role in roles_for(manifest.status) if role in allowed]
+        roles = roles_for(manifest.status)
+        if record.is_characterized:
+            roles = tuple(role for role in roles if role is Role.PROVER)
+            if not roles:
+                raise UntrustedArtifact(f"{about} has tags or figures, which come from a proof, and was not proven")
         if signature.role not in roles:
-            expected = " or ".join(roles) or "nobody"
             raise UntrustedArtifact(
-                f"{about} is signed by the {signature.role.value}, and what it says may be signed by {expected} only"
+                f"{about} is signed by the {signature.role.value}, and what it says may be signed by the "
+                f"{' or the '.join(roles)} only"
             )
         if signature.key not in trusted[signature.role]:
             known = ", ".join(sorted(key[:16] for key in trusted[signature.role])) or "none"

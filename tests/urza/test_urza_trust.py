@@ -129,7 +129,7 @@ def test_a_verdict_under_the_forges_signature_is_refused(urza, make_artifact, st
     path = urza.root / "refs" / manifest.id
     path.write_bytes(json.dumps(body, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     with pytest.raises(
-        UntrustedArtifact, match="is signed by the forge, and what it says may be signed by prover only"
+        UntrustedArtifact, match="is signed by the forge, and what it says may be signed by the prover only"
     ):
         urza.load(manifest.id)
     body["signature"]["role"] = "prover"  # the same key cannot take another role
