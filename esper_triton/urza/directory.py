@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import secrets
@@ -189,6 +190,10 @@ class Directory:
                     self._verified.popitem(last=False)
         return content
 
+    def forget_verified(self) -> None:
+        """Hashes every object again when it is read the next time."""
+        self._verified.clear()
+
     def read_from(self, parts: tuple[str, ...], offset: int, what: str) -> bytes:
         """The bytes of a file from an offset on; none where there is no file. Raises Damage, StoreUnavailable."""
         try:
@@ -222,6 +227,18 @@ class Directory:
         try:
             with self._translated("be listed", missing_ok=True), self._folder(folders) as opened:
                 return sorted(os.listdir(opened))
+        except FileNotFoundError:
+            return []
+
+    def some_names(self, folder: str, *, at_most: int) -> list[str]:
+        """Names in a folder of the root, in no order and not all where there are more. Raises StoreUnavailable."""
+        try:
+            with (
+                self._translated("be listed", missing_ok=True),
+                self._folder((folder,)) as opened,
+                os.scandir(opened) as entries,
+            ):
+                return [entry.name for entry in itertools.islice(entries, at_most)]
         except FileNotFoundError:
             return []
 

@@ -10,10 +10,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from esper_triton.contracts.errors import StoreUnavailable
-from esper_triton.contracts.manifest import Manifest, sha256
+from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
 from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
 from esper_triton.contracts.record import AuditEntry, Record
 from esper_triton.urza.audit import START, AuditLog, parse_entry
@@ -54,10 +54,11 @@ _INSERT = f"INSERT OR REPLACE INTO artifacts ({', '.join(_COLUMNS)}) VALUES ({',
 _SELECT = (
     f"SELECT {', '.join('artifacts.' + column for column in _COLUMNS)}, coalesce(uses.count, 0) AS uses, "
     "(SELECT group_concat(lineage, ' ') FROM named WHERE named.id = artifacts.id) AS lineages "
-    "FROM artifacts LEFT JOIN uses ON uses.id = artifacts.id"
+    "FROM artifacts{by} LEFT JOIN uses ON uses.id = artifacts.id"
 )
 
 Row = tuple[Record, Manifest, int]
+_T = TypeVar("_T")
 
 
 class Index:
@@ -85,10 +86,10 @@ class Index:
         memory or made again."""
         self._directory, self._log, self._degraded = directory, log, degraded
         self._read, self._head, self._ids = read, head, ids
-        self._lock = threading.RLock()
+        self._guard = threading.RLock()
         self._database: sqlite3.Connection | None = None
         self._identity: tuple[int, ...] = ()
-        self._process = 0
+        self._process = os.getpid()
         self._uses: Counter[str] = Counter()
 
     @property
@@ -97,13 +98,32 @@ class Index:
         return self._directory.root / "index" / "artifacts.sqlite3"
 
     def query(self, query: KernelQuery) -> list[KernelMatch]:
-        """In the order that `KernelQuery` gives. Raises StoreUnavailable."""
-        sql, values = _where(query)
-        return [_match(row) for row in self._rows(f"{_SELECT} {sql}", values)]
+        """In the order that `KernelQuery` gives. Raises StoreUnavailable.
+
+        Asked one status and one count of preferred tags at a time: each such question walks an index in the order that
+        is wanted and stops at the limit, where one for all of them would sort every artifact that fits.
+        """
+
+        def best(database: sqlite3.Connection) -> list[KernelMatch]:
+            found: list[KernelMatch] = []
+            for liked in range(len(query.preferred), -1, -1):
+                rows: list[Any] = []
+                for status in dict.fromkeys(query.statuses):
+                    rows += database.execute(*_select(query, status, liked, query.limit - len(found)))
+                level = sorted(map(_match, rows), key=lambda match: match.created_at, reverse=True)
+                level.sort(key=lambda match: (match.figures.latency_us is None, match.figures.latency_us or 0.0))
+                found += level[: query.limit - len(found)]
+                if len(found) == query.limit:
+                    break
+            return found
+
+        return self._ask(best)
 
     def of(self, artifact_id: str) -> KernelMatch | None:
         """One artifact by its id."""
-        return next((_match(row) for row in self._rows(f"{_SELECT} WHERE artifacts.id = ?", [artifact_id])), None)
+        sql = _SELECT.format(by="") + " WHERE artifacts.id = ?"
+        row = self._ask(lambda database: database.execute(sql, [artifact_id]).fetchone())
+        return None if row is None else _match(row)
 
     def history(self, artifact_ids: Sequence[str] | None, blueprint: str | None) -> list[Change]:
         """Changes of the artifacts with these ids, or whose id begins with the first 12 digits of a blueprint's."""
@@ -116,12 +136,14 @@ class Index:
         sql = f"SELECT at, what, artifact, source, target, role, manifest FROM changes WHERE {where} ORDER BY sequence"
         return [
             Change(when=at, what=what, artifact_id=artifact, source=source, target=target, role=role, manifest=manifest)
-            for at, what, artifact, source, target, role, manifest in self._rows(sql, values)
+            for at, what, artifact, source, target, role, manifest in self._ask(
+                lambda database: database.execute(sql, values).fetchall()
+            )
         ]
 
     def used(self, artifact_id: str) -> None:
         """Counts a load; written now and then, with the next question, and by `close`."""
-        with self._lock:
+        with self._own_guard():
             self._uses[artifact_id] += 1
             if sum(self._uses.values()) >= _FLUSH_EVERY and self._database is not None:
                 with contextlib.suppress(sqlite3.Error):
@@ -129,7 +151,7 @@ class Index:
 
     def rebuild(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Makes the index anew, keeping what counts of uses it has; returns how many artifacts it then holds."""
-        with self._lock:
+        with self._own_guard():
             database = self._opened()
             with _transaction(database):
                 self._fill(database, progress)
@@ -137,20 +159,25 @@ class Index:
 
     def close(self) -> None:
         """Writes what counts there are and closes the file. A later question opens it again."""
-        with self._lock:
-            if self._database is not None and self._process == os.getpid():
+        with self._own_guard():
+            if self._database is not None:
                 with contextlib.suppress(sqlite3.Error):
                     self._flush(self._database)
                 self._database.close()
             self._database = None
 
-    def _rows(self, sql: str, values: Sequence[Any]) -> list[Any]:
-        with self._lock:
+    def _ask(self, question: Callable[[sqlite3.Connection], _T]) -> _T:
+        """The answer of an index that is up to date."""
+
+        def answer(database: sqlite3.Connection) -> _T:
+            self._catch_up(database)
+            with _transaction(database, "BEGIN"):  # of one moment, where it is several questions
+                return question(database)
+
+        with self._own_guard():
             for attempt in range(2):
-                database = self._opened()
                 try:
-                    self._catch_up(database)
-                    return database.execute(sql, values).fetchall()
+                    return answer(self._opened())
                 except sqlite3.OperationalError as error:
                     if attempt or _is_damage(error):
                         self._discard(error)
@@ -158,20 +185,22 @@ class Index:
                         self._in_memory(f"the index cannot be written: {error}")
                 except sqlite3.DatabaseError as error:
                     self._discard(error)
-            database = self._in_memory("the index on disk is damaged and could not be replaced")
-            self._catch_up(database)
-            return database.execute(sql, values).fetchall()
+            return answer(self._in_memory("the index on disk is damaged and could not be replaced"))
 
     # ---- the file
 
-    def _opened(self) -> sqlite3.Connection:
+    def _own_guard(self) -> threading.RLock:
+        """The lock of this process. After a fork a thread that is not here may have the parent's, SQLite's connections
+        do not survive, and the counts are the parent's to write."""
         if self._process != os.getpid():
-            self._database = None  # SQLite's connections do not survive a fork
-            self._lock, self._process = threading.RLock(), os.getpid()
+            self._guard, self._process = threading.RLock(), os.getpid()
+            self._database, self._uses = None, Counter()
+        return self._guard
+
+    def _opened(self) -> sqlite3.Connection:
         if self._database is not None and self._identity == self._on_disk():
             return self._database
         self.close()
-        self._process = os.getpid()
         found = self._directory.stat(())
         if found is None:
             return self._in_memory(None)  # a store that is not there has no artifacts, and asking does not make it
@@ -199,7 +228,7 @@ class Index:
                 self.path.with_name(name).unlink()
         if not os.access(self.path.parent, os.W_OK):
             raise sqlite3.OperationalError("its folder is read-only")
-        database = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+        database = sqlite3.connect(self.path, timeout=300, isolation_level=None, check_same_thread=False)
         try:
             database.execute("PRAGMA trusted_schema = OFF")
             database.execute("PRAGMA journal_mode = WAL")
@@ -223,7 +252,7 @@ class Index:
         self._database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         with _transaction(self._database):
             _create(self._database)
-        self._identity, self._process = self._on_disk(), os.getpid()
+        self._identity = self._on_disk()
         return self._database
 
     def _on_disk(self) -> tuple[int, ...]:
@@ -286,18 +315,27 @@ class Index:
         database.execute("DELETE FROM uses WHERE id NOT IN (SELECT id FROM artifacts)")
 
     def _apply(self, database: sqlite3.Connection, offset: int) -> None:
-        changed = list(dict.fromkeys(self._log_entries(database, offset)))
+        entries = self._log_entries(database, offset)
+        if entries is None:
+            self._fill(database)
+            return
+        changed = list(dict.fromkeys(entries))
         for begin in range(0, len(changed), _BATCH):
             self._refresh(database, changed[begin : begin + _BATCH])
 
-    def _log_entries(self, database: sqlite3.Connection, offset: int) -> list[str]:
+    def _log_entries(self, database: sqlite3.Connection, offset: int) -> list[str] | None:
+        """The ids in the log from an offset on; None where a line is damaged, or a newer release's, so that what it is
+        about cannot be told."""
         changed: list[str] = []
+        known = True
         rows: list[tuple[object, ...]] = []
         ends, last = [(offset, START)], None
         for end, line in self._log.lines(offset):
             ends = [ends[-1], (end, sha256(line))]
             last = parse_entry(line)
-            if last is not None:
+            if last is None:
+                known = False
+            else:
                 changed.append(last.artifact)
                 rows.append(_change(last))
         if last is not None and self._head(last.artifact) != last.after:
@@ -306,7 +344,7 @@ class Index:
         offset, head = ends[-1]
         meta = {"offset": str(offset)} | ({} if head == START and offset else {"head": head})
         database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
-        return changed
+        return changed if known else None
 
     def _refresh(self, database: sqlite3.Connection, ids: Iterable[str]) -> None:
         for artifact_id in ids:
@@ -332,8 +370,8 @@ class Index:
 
 
 @contextlib.contextmanager
-def _transaction(database: sqlite3.Connection) -> Iterator[None]:
-    database.execute("BEGIN IMMEDIATE")
+def _transaction(database: sqlite3.Connection, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
+    database.execute(begin)
     try:
         yield
     except BaseException:
@@ -357,14 +395,11 @@ def _is_damage(error: Exception) -> bool:
     )
 
 
-def _where(query: KernelQuery) -> tuple[str, list[Any]]:
-    conditions = [f"status IN ({', '.join('?' * len(query.statuses))})"]
-    values: list[Any] = [status.value for status in query.statuses]
-    for column, wanted in (
-        ("blueprint", query.blueprint_id),
-        ("target", query.target),
-        ("dtype", query.dtype),
-    ):
+def _select(query: KernelQuery, status: KernelStatus, liked: int, limit: int) -> tuple[str, list[Any]]:
+    """What fits, has this status and exactly `liked` of the preferred tags, in the order of its index."""
+    conditions = ["status = ?"]
+    values: list[Any] = [status.value]
+    for column, wanted in (("blueprint", query.blueprint_id), ("target", query.target), ("dtype", query.dtype)):
         if wanted is not None:
             conditions.append(f"{column} = ?")
             values.append(wanted)
@@ -379,11 +414,13 @@ def _where(query: KernelQuery) -> tuple[str, list[Any]]:
         for tag in tags:
             conditions.append(condition)
             values.append(f" {tag} ")
-    liked = " + ".join("(instr(tags, ?) > 0)" for _ in query.preferred)
-    values += [f" {tag} " for tag in query.preferred]
-    order = [f"({liked}) DESC"] if liked else []
-    order += ["unmeasured", "latency_us", "created_at DESC"]
-    return f"WHERE {' AND '.join(conditions)} ORDER BY {', '.join(order)} LIMIT ?", [*values, query.limit]
+    if query.preferred:
+        conditions.append(f"{' + '.join('(instr(tags, ?) > 0)' for _ in query.preferred)} = ?")
+        values += [*(f" {tag} " for tag in query.preferred), liked]
+    # The planner does not know how few artifacts a blueprint has, and would walk through all of them in order.
+    select = _SELECT.format(by="" if query.blueprint_id is None else " INDEXED BY by_blueprint")
+    order = "unmeasured, latency_us, created_at DESC"
+    return f"{select} WHERE {' AND '.join(conditions)} ORDER BY {order} LIMIT ?", [*values, limit]
 
 
 def _row(record: Record, manifest: Manifest, size_bytes: int) -> tuple[Any, ...]:

@@ -47,9 +47,7 @@ class Leases:
         """
         if artifact_id in self:
             return
-        if self._process != os.getpid():  # the parent's thread that had it is not here
-            self._guard, self._process = threading.Lock(), os.getpid()
-        with self._guard, gate(self._directory, shared=True):
+        with self._own_guard(), gate(self._directory, shared=True):
             if not self._is_held():
                 self._ids = set()
                 self._parts = ("leases", f"{os.getpid()}.{secrets.token_hex(8)}")
@@ -67,7 +65,7 @@ class Leases:
 
     def release(self) -> None:
         """Gives back every lease."""
-        with self._guard:
+        with self._own_guard():
             if self._held is not None and self._held.descriptor is not None:
                 try:
                     if self._directory.same_file(self._parts, self._held.descriptor):
@@ -76,6 +74,12 @@ class Leases:
                     pass  # an unlocked file is no lease
                 self._held.release()
             self._held, self._ids = None, set()
+
+    def _own_guard(self) -> threading.Lock:
+        """After a fork, a thread that is not here may have the parent's."""
+        if self._process != os.getpid():
+            self._guard, self._process = threading.Lock(), os.getpid()
+        return self._guard
 
     def _is_held(self) -> bool:
         """False in a forked child, and where the store has been removed under it."""

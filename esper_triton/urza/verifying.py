@@ -56,6 +56,7 @@ def verify(shelf: Shelf, progress: Progress | None = None) -> Verified:
     signed as they are, show by that.
     """
     faults: list[Fault] = []
+    shelf.directory.forget_verified()
     objects = all_objects(shelf.directory)
     ids = shelf.ids()
     total, done, bad = len(objects) + len(ids), 0, set()

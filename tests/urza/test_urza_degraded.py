@@ -201,6 +201,8 @@ def test_a_file_that_was_verified_is_not_hashed_again_until_it_changes(urza, mak
     assert hashed.count(binary) == 3
     assert Urza(urza.root).load(manifest.id)[1] == blobs
     assert hashed.count(binary) == 4, "another object, and another process, hashes for itself"
+    assert urza.verify().faults == ()
+    assert hashed.count(binary) == 5, "verify reads every byte, whatever is remembered"
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     time.sleep(0.02)
     path.write_bytes(binary[:-1] + b"?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -263,6 +264,15 @@ def test_a_log_that_is_not_the_one_the_index_followed_makes_it_anew(filled):
     assert without_uses(filled.query(statuses=list(KernelStatus))) == [
         match for match in everything if match.id != artifact_id(1)
     ]
+
+
+def test_a_line_of_a_newer_release_makes_the_index_look_at_everything(filled):
+    assert len(filled.query()) == 4
+    last = json.loads((filled.root / "audit.log").read_bytes().splitlines()[-1])
+    with open(filled.root / "audit.log", "a") as log:
+        log.write(json.dumps(last | {"schema_version": "2.9", "what": "moved", "colour": "red"}) + "\n")
+    (filled.root / "refs" / artifact_id(1)).unlink()
+    assert [match.id[-1] for match in filled.query()] == ["2", "0", "3"]
 
 
 def test_history_tells_every_change_of_an_artifact_in_order(filled):

@@ -8,6 +8,8 @@ import stat
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from esper_triton.contracts.errors import (
     ArtifactRefused,
@@ -267,6 +269,23 @@ def test_new_keys_end_the_trust_in_what_the_old_ones_signed(urza, make_artifact)
         urza.load(manifest.id)
     urza.commit(manifest, blobs)
     assert urza.load(manifest.id)[1] == blobs
+
+
+@given(cut=st.integers(0, 600), removed=st.integers(0, 40), inserted=st.binary(max_size=12))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_record_whose_bytes_are_edited_is_read_as_it_was_or_refused(urza, make_artifact, cut, removed, inserted):
+    manifest, blobs = make_artifact()
+    committed = urza.commit(manifest, blobs)
+    path = urza.root / "refs" / manifest.id
+    content = path.read_bytes()
+    edited = content[:cut] + inserted + content[cut + removed :]
+    path.write_bytes(edited)
+    if edited == content:
+        assert urza.load(manifest.id) == (committed, blobs)
+    else:
+        with pytest.raises((CorruptObject, ArtifactRefused)):
+            urza.load(manifest.id)
+    path.unlink(missing_ok=True)
 
 
 def test_every_single_bit_flip_of_an_artifact_is_refused(urza, make_artifact):
