@@ -51,7 +51,7 @@ class AuditLog:
         return 0 if found is None else found.st_size
 
     def tail(self) -> Tail:
-        """Raises Damage (not a regular file) and StoreUnavailable."""
+        """Raises StoreUnavailable."""
         size = self.size_bytes()
         begin = max(0, size - _TAIL_BYTES)
         content = self._directory.read_from(_PARTS, begin, _WHAT)
@@ -68,7 +68,7 @@ class AuditLog:
         return Tail(offset=tail.offset + len(line), digest=sha256(line[:-1]), entry=entry)
 
     def lines(self, offset: int = 0) -> Iterator[tuple[int, bytes]]:
-        """Every whole line from an offset on, with the offset of what follows it. Raises Damage, StoreUnavailable."""
+        """Every whole line from an offset on, with the offset of what follows it. Raises StoreUnavailable."""
         content = self._directory.read_from(_PARTS, offset, _WHAT)
         begin = 0
         while (end := content.find(b"\n", begin)) >= 0:

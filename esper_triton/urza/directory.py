@@ -195,7 +195,7 @@ class Directory:
         self._verified.clear()
 
     def read_from(self, parts: tuple[str, ...], offset: int, what: str) -> bytes:
-        """The bytes of a file from an offset on; none where there is no file. Raises Damage, StoreUnavailable."""
+        """The bytes of a file from an offset on; none where there is no file. Raises StoreUnavailable."""
         try:
             with self._translated("be read", missing_ok=True):
                 descriptor = self._open(parts, what)
@@ -210,6 +210,8 @@ class Directory:
                     os.close(descriptor)
         except FileNotFoundError:
             return b""
+        except Damage as damage:
+            raise StoreUnavailable(f"store {self.root}: {damage}; move it away") from damage
 
     def stat(self, parts: tuple[str, ...]) -> os.stat_result | None:
         """Of what has this name, `()` for the root; links are not followed. None where nothing has. Raises

@@ -166,6 +166,10 @@ class Index:
                 self._database.close()
             self._database = None
 
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the end of the interpreter anything may be gone
+            self.close()
+
     def _ask(self, question: Callable[[sqlite3.Connection], _T]) -> _T:
         """The answer of an index that is up to date."""
 

@@ -259,18 +259,18 @@ class Urza:
 
         A new status or report is a new manifest under the same id; the old one stays as an object until a collection.
         VALIDATED and REJECTED are signed by the prover, and so are tags and figures, which stay as they were where they
-        are not given. The status that it has already, with nothing new beside it, changes nothing.
+        are not given. With the status that it has already, the report stays too: the first verdict counts.
 
         Raises InvalidCommit where the move is not in `ALLOWED`, NotAuthorized, and as `get` does.
         """
         self.get(artifact_id)  # an unknown id must not make the directory, as the lock does
+
+        def read() -> tuple[Record, Artifact, bytes]:
+            _, record = self._shelf.record(artifact_id)
+            return record, self._shelf.artifact(artifact_id), self._shelf.manifest_bytes(record)
+
         with self._shelf.lock():
-            try:
-                _, record = self._shelf.record(artifact_id)
-                artifact = self._shelf.artifact(artifact_id)
-            except Damage as damage:
-                note = self._shelf.set_aside(artifact_id, damage)
-                raise self._shelf.refusal(artifact_id, damage, note) from None
+            record, artifact, content = self._shelf.read_or_set_aside(artifact_id, read)
             new_tags = record.tags if tags is None else tuple(dict.fromkeys(tags))
             new_figures = record.figures if figures is None else figures
             same = (new_tags, new_figures) == (record.tags, record.figures)
@@ -282,15 +282,14 @@ class Urza:
                 raise InvalidCommit(
                     f"artifact {artifact_id!r} cannot go from {artifact.status} to {status}; allowed: {moves}"
                 )
-            manifest, stored = artifact.manifest, None
-            if status == artifact.status:  # one of an older schema keeps its bytes, and by that its digest
-                stored = self._shelf.manifest_bytes(record)
-            else:
+            manifest = artifact.manifest
+            if status != artifact.status:
                 update: dict[str, object] = {"status": KernelStatus(status)}
                 if report is not None:
                     check_size("the report", report, BLOB_LIMIT_BYTES)
                     update["report"] = sha256(report)
                 manifest = manifest.model_copy(update=update)
+                content = manifest.canonical_bytes()  # else it keeps its bytes: they may be of an older schema
             try:
                 probe = Record(id=artifact_id, manifest=record.manifest, tags=new_tags, figures=new_figures)
             except ValidationError as error:
@@ -300,7 +299,7 @@ class Urza:
                 self._shelf.objects.write_object(report, limit_bytes=BLOB_LIMIT_BYTES)
             return self._shelf.publish(
                 manifest,
-                manifest.canonical_bytes() if stored is None else stored,
+                content,
                 what="status" if status != artifact.status else "characterized",
                 before=artifact.manifest,
                 tags=probe.tags,
@@ -330,18 +329,18 @@ class Urza:
         and InvalidCommit where it has a signature, which is for `trust` to name.
         """
 
-        def read() -> tuple[Record, Manifest]:
+        def read() -> tuple[Record, Manifest, bytes]:
             content, record = self._shelf.record(artifact_id)
-            return record, self._shelf.manifest(artifact_id, content, record)
+            return record, self._shelf.manifest(artifact_id, content, record), self._shelf.manifest_bytes(record)
 
         self._shelf.repaired_or_refused(artifact_id, read)
         with self._shelf.lock():
-            record, manifest = read()
+            record, manifest, content = self._shelf.read_or_set_aside(artifact_id, read)
             if record.signature is not None:
                 raise InvalidCommit(
                     f"artifact {artifact_id!r} is signed, by {record.signature.role} key {record.signature.key[:16]}"
                 )
-            return self._shelf.publish(manifest, self._shelf.manifest_bytes(record), what="signed", before=manifest)
+            return self._shelf.publish(manifest, content, what="signed", before=manifest)
 
     def is_unsigned(self, artifact_id: str) -> bool:
         """Whether there is a record that nobody has signed. Raises as `get` does."""

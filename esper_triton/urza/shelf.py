@@ -222,18 +222,21 @@ class Shelf:
             damage = error
         try:
             with self.lock():
-                try:
-                    return read()
-                except Damage as error:
-                    damage = error
-                    note = self.set_aside(artifact_id, damage)
+                return self.read_or_set_aside(artifact_id, read)
         except StoreUnavailable as error:  # a store that cannot be written still refuses what is damaged
             note = f"; it could not be moved to quarantine: {error}"
-            self.events.tell(Event(kind="degraded", artifact_id=artifact_id, message=f"{damage}{note}"))
-        raise self.refusal(artifact_id, damage, note)
+        self.events.tell(Event(kind="degraded", artifact_id=artifact_id, message=f"{damage}{note}"))
+        raise self._refusal(artifact_id, damage, note)
 
-    def refusal(self, artifact_id: str, damage: Damage, note: str) -> CorruptObject:
-        """The error for a caller."""
+    def read_or_set_aside(self, artifact_id: str, read: Callable[[], _T]) -> _T:
+        """What `read` gives; what it finds damaged is moved to quarantine. Only inside `lock`. Raises CorruptObject."""
+        try:
+            return read()
+        except Damage as error:
+            damage = error
+        raise self._refusal(artifact_id, damage, self.set_aside(artifact_id, damage))
+
+    def _refusal(self, artifact_id: str, damage: Damage, note: str) -> CorruptObject:
         return CorruptObject(f"artifact {artifact_id!r}: {damage}{note}; compile it again to restore it")
 
     # ---- writing: only inside `lock`
@@ -336,7 +339,7 @@ class Shelf:
         after: str | None,
         tail: Tail | None = None,
     ) -> None:
-        tail = self._tail() if tail is None else tail
+        tail = self.log.tail() if tail is None else tail
         if tail.entry is not None:
             sequence = tail.entry.sequence + 1
         else:
@@ -362,15 +365,9 @@ class Shelf:
                 raise
         self.log.append(entry, tail)
 
-    def _tail(self) -> Tail:
-        try:
-            return self.log.tail()
-        except Damage as damage:
-            raise StoreUnavailable(f"store {self.root}: {damage}; move it away, and `verify` will say so") from damage
-
     def _settle(self) -> None:
         """Says that the change of the last line was never made, where its writer died before it made it."""
-        tail = self._tail()
+        tail = self.log.tail()
         last = tail.entry
         if last is None or (found := self.head(last.artifact)) == last.after or found != last.before:
             return

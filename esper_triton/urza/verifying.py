@@ -119,8 +119,8 @@ def _heads(shelf: Shelf) -> _Heads:
     previous, sequence = START, 0
     try:
         lines = list(shelf.log.lines())
-    except Damage as damage:
-        found.faults.append(Fault("audit.log", str(damage)))
+    except StoreUnavailable as error:
+        found.faults.append(Fault("audit.log", str(error)))
         return found
     for number, (_, line) in enumerate(lines, start=1):
         subject = f"audit.log:{number}"

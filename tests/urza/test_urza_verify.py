@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from esper_triton.contracts.errors import StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus, sha256
 from esper_triton.urza import Urza
 
@@ -226,7 +227,9 @@ def test_a_link_in_the_place_of_the_log_is_not_followed(kept, make_artifact, tmp
     os.rename(kept.root / "audit.log", outside)
     (kept.root / "audit.log").symlink_to(outside)
     before = outside.read_bytes()
-    assert "audit.log: audit log is a symbolic link, which is never followed" in faults_of(kept)
-    with pytest.raises(OSError, match="symbolic link"):
+    assert f"audit.log: store {kept.root}: audit log is a symbolic link, which is never followed" in faults_of(kept)
+    with pytest.raises(StoreUnavailable, match="audit log is a symbolic link"):
+        kept.query()
+    with pytest.raises(StoreUnavailable, match="audit log is a symbolic link"):
         kept.commit(*make_artifact("0123456789ab-cpu-standard-ba9876543212"))
     assert outside.read_bytes() == before
