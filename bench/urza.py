@@ -89,7 +89,7 @@ def made(number: int, status: KernelStatus = KernelStatus.VALIDATED) -> tuple[Ma
         },
         forward=(LaunchStep(kernel="forward", arguments=("h", "rows"), grid=("rows", "1", "1")),),
         backward=(),
-        created_at=f"2025-01-01T00:00:00.{number:06d}+00:00",
+        created_at=f"2025-01-01T00:00:00.{number % 10**6:06d}+00:00",
         compile_seconds=0.1 * (number % 10),
         status=status,
     )
@@ -214,8 +214,9 @@ def measure(root: Path, samples: int) -> list[dict[str, Any]]:
     row("ask for one that is not there", [timed(lambda: missing in store) for _ in range(samples)])
 
     writing: dict[str, list[float]] = {"commit": [], "change of status": [], "query after a change": []}
+    new = int(time.time() * 100)  # none that an earlier run has left in a store that is kept
     for number in range(samples):
-        manifest, blobs = made(10_000_000 + number, KernelStatus.PENDING_BENCHMARKING)
+        manifest, blobs = made(new + number, KernelStatus.PENDING_BENCHMARKING)
         writing["commit"].append(timed(lambda m=manifest, b=blobs: store.commit(m, b)))  # type: ignore[misc]
         writing["change of status"].append(timed(lambda m=manifest: store.promote(m.id)))  # type: ignore[misc]
         query = KernelQuery(blueprint_id=manifest.blueprint_id)

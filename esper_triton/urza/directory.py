@@ -183,7 +183,7 @@ class Directory:
             reason = f"is corrupt: SHA-256 expected {digest}, found {found} ({len(content)} bytes)"
             raise Damage(parts, what, reason, expected=digest, found=found, size_bytes=len(content))
         settled = began_ns - max(before.st_mtime_ns, before.st_ctime_ns) > SETTLED_NS
-        if settled and identity == _identity(after) and self._may_remember(before.st_dev):
+        if settled and identity == _identity(after) and self._may_remember():
             self._verified[digest] = identity
             if len(self._verified) > _REMEMBERED:
                 with contextlib.suppress(KeyError):  # another thread may have emptied it
@@ -379,9 +379,9 @@ class Directory:
             content += more  # a read gives less than was asked for on some file systems, and of more than 2 GiB
         return content, found
 
-    def _may_remember(self, device: int) -> bool:
+    def _may_remember(self) -> bool:
         if self._remembers is None:
-            self._remembers = not on_network(device)
+            self._remembers = not on_network(self.root)
         return self._remembers
 
     def _open(self, parts: tuple[str, ...], what: str) -> int:

@@ -15,17 +15,23 @@ _NETWORKS = frozenset(
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
-def on_network(device: int, mounts: Path = _MOUNTS) -> bool:
-    """Whether the file system with this `st_dev` may be on another machine; True where that cannot be told.
+def on_network(folder: Path, mounts: Path = _MOUNTS) -> bool:
+    """Whether `folder` may be on another machine; True where that cannot be told.
 
-    `mounts` has the form of /proc/self/mountinfo (proc(5)): the third field is the device, and the type of the file
-    system follows a lone hyphen. Any FUSE file system counts: what is behind it cannot be seen.
+    `mounts` has the form of /proc/self/mountinfo (proc(5)): the fifth field is where a file system is mounted, later
+    ones over earlier ones, and its type follows a lone hyphen. Any FUSE file system counts: what is behind it cannot be
+    seen.
     """
     try:
-        text = mounts.read_text(encoding="utf-8", errors="replace")
+        text = mounts.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return True
-    number = re.escape(f"{os.major(device)}:{os.minor(device)}")
-    found = re.search(rf"^\d+ \d+ {number} .*? - (\S+) ", text, re.MULTILINE)
-    # Some file systems (btrfs, overlay) give files another device number than their mount has.
-    return found is None or found[1].partition(".")[0] in _NETWORKS
+    real, found, kind = os.path.realpath(folder), "", None
+    for line in text.splitlines():
+        fields = line.split(" ")
+        if "-" not in fields[6:-1]:
+            continue
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4])
+        if (real + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(found):
+            found, kind = point, fields[fields.index("-", 6) + 1]
+    return kind is None or kind.partition(".")[0] in _NETWORKS

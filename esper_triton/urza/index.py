@@ -205,10 +205,9 @@ class Index:
         if self._database is not None and self._identity == self._on_disk():
             return self._database
         self.close()
-        found = self._directory.stat(())
-        if found is None:
+        if self._directory.stat(()) is None:
             return self._in_memory(None)  # a store that is not there has no artifacts, and asking does not make it
-        if on_network(found.st_dev):
+        if on_network(self._directory.root):
             return self._in_memory("the store is on a network file system")
         try:
             return self._open_file()

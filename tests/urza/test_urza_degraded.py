@@ -195,6 +195,7 @@ def test_a_file_that_was_verified_is_not_hashed_again_until_it_changes(urza, mak
     assert hashed.count(binary) == 2, "it was written a moment ago: its times may not tell a change"
 
     monkeypatch.setattr(directory, "SETTLED_NS", 0)
+    monkeypatch.setattr(directory, "on_network", lambda folder: False)  # whatever the tests are on
     time.sleep(0.02)
     for _ in range(3):
         urza.load(manifest.id)
@@ -217,7 +218,7 @@ def test_on_a_network_file_system_nothing_is_remembered(urza, make_artifact, mon
     manifest, blobs = make_artifact()
     urza.commit(manifest, blobs)
     monkeypatch.setattr(directory, "SETTLED_NS", 0)
-    monkeypatch.setattr(directory, "on_network", lambda device: True)
+    monkeypatch.setattr(directory, "on_network", lambda folder: True)
     time.sleep(0.02)
     for _ in range(2):
         assert urza.load(manifest.id)[1] == blobs
@@ -227,11 +228,26 @@ def test_on_a_network_file_system_nothing_is_remembered(urza, make_artifact, mon
 def test_the_type_of_a_file_system_is_read_from_the_mounts(tmp_path):
     mounts = tmp_path / "mountinfo"
     mounts.write_text(
+        "22 1 0:20 / / rw shared:1 - rootfs rootfs rw\n"
         "23 1 254:0 / / rw,noatime shared:1 - ext4 /dev/vda rw\n"
-        "24 1 0:45 / /mnt/shared\\040data rw master:3 - nfs4 server:/export rw\n"
-        "25 1 0:46 / /mnt/remote rw - fuse.sshfs host:/ rw\n"
-        "26 1 0:47 / /run rw shared:5 master:2 propagate_from:1 - tmpfs tmpfs rw\n"
+        "24 23 0:45 / /mnt/shared\\040data rw master:3 - nfs4 server:/export rw\n"
+        "25 23 0:46 / /mnt/remote rw - fuse.sshfs host:/ rw\n"
+        "26 25 0:47 / /mnt/remote/scratch rw shared:5 master:2 propagate_from:1 - tmpfs tmpfs rw\n"
+        "27 23 0:48 / /over rw - nfs server:/old rw\n"
+        "28 27 0:49 / /over rw - overlay overlay rw\n"
+        "nonsense\n"
     )
-    for device, expected in (((254, 0), False), ((0, 45), True), ((0, 46), True), ((0, 47), False), ((9, 9), True)):
-        assert on_network(os.makedev(*device), mounts) is expected
-    assert on_network(os.makedev(254, 0), tmp_path / "none")
+    for folder, expected in (
+        ("/home/urza", False),
+        ("/", False),
+        ("/mnt/shared data/urza", True),
+        ("/mnt/shared data", True),
+        ("/mnt/shared data too", False),
+        ("/mnt/remote/urza", True),
+        ("/mnt/remote/scratch/urza", False),
+        ("/over/urza", False),
+    ):
+        assert on_network(Path(folder), mounts) is expected, folder
+    assert on_network(Path("/"), tmp_path / "none")
+    mounts.write_text("")
+    assert on_network(Path("/"), mounts)

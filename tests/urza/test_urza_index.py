@@ -298,7 +298,7 @@ def test_a_store_that_is_not_there_has_nothing_and_asking_does_not_make_it(tmp_p
 
 def test_on_a_network_file_system_the_index_is_in_memory(filled, monkeypatch):
     events: list[Event] = []
-    monkeypatch.setattr(index_module, "on_network", lambda device: True)
+    monkeypatch.setattr(index_module, "on_network", lambda folder: True)
     other = Urza(filled.root)
     other.on_event(events.append)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 
 import pytest
@@ -222,6 +223,31 @@ def test_what_an_older_release_stored_is_refused_until_it_is_signed(urza, make_a
     assert urza.load(manifest.id) == (validated, blobs)
     with pytest.raises(InvalidCommit, match="is signed, by prover key"):
         urza.sign(manifest.id)
+
+
+def test_a_whole_store_of_an_older_release_is_read_signed_and_carried(urza, make_artifact, tmp_path):
+    manifest, blobs = make_artifact()
+    urza.commit(manifest, blobs)
+    urza.promote(manifest.id)
+    urza.commit(*make_artifact(OTHER_ID))
+    for one in urza.ids():
+        without_signature(urza, one)
+    for name in ("audit.log", "urza.json"):
+        (urza.root / name).unlink()
+    shutil.rmtree(urza.root / "keys")
+    old = Urza(urza.root, trust="unsigned-ok")
+    assert [match.id for match in old.query()] == [manifest.id]
+    old.export(tmp_path / "old.tar")
+    carried = Urza(tmp_path / "carried", trust="unsigned-ok")
+    assert set(carried.import_(tmp_path / "old.tar").taken) == set(old.ids())
+    assert carried.load(manifest.id) == old.load(manifest.id)
+    assert carried.verify().faults == old.verify().faults == ()
+    assert len(urza.verify().faults) == 4, "two that are not signed and that no log has"
+    for one in urza.ids():
+        urza.sign(one)
+    assert urza.load(manifest.id) == carried.load(manifest.id)
+    assert urza.verify().faults == ()
+    assert json.loads((urza.root / "urza.json").read_bytes()) == {"schema_version": "2.0"}
 
 
 def test_a_commit_replaces_what_nobody_has_signed(urza, make_artifact):
