@@ -220,6 +220,9 @@ class Shelf:
             return read()
         except Damage as error:
             damage = error
+        if damage.missing:  # the record may have been replaced since it was read, and what it named then collected
+            with contextlib.suppress(Damage):
+                return read()
         try:
             with self.lock():
                 return self.read_or_set_aside(artifact_id, read)

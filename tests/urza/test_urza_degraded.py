@@ -85,6 +85,27 @@ def test_damage_in_a_read_only_store_is_refused_and_told(urza, make_artifact, re
     assert "manifest is corrupt" in events[-1].message
 
 
+def test_a_manifest_that_is_replaced_and_collected_while_it_is_read_is_read_anew(
+    urza, make_artifact, read_only, monkeypatch
+):
+    manifest, blobs = make_artifact()
+    urza.commit(manifest, blobs)
+    reader = Urza(urza.root)
+    record = reader._shelf.record
+
+    def replaced_after(artifact_id, **options):
+        found = record(artifact_id, **options)
+        monkeypatch.setattr(reader._shelf, "record", record)
+        urza.promote(manifest.id)
+        urza.gc()
+        read_only()  # so that the reader cannot take the writers' lock to look again
+        return found
+
+    monkeypatch.setattr(reader._shelf, "record", replaced_after)
+    artifact, found = reader.load(manifest.id)
+    assert (artifact.status, found) == (KernelStatus.VALIDATED, blobs)
+
+
 def test_a_listener_is_told_what_happened_and_cannot_break_it(urza, make_artifact, caplog):
     events: list[Event] = []
     told_inside = []
