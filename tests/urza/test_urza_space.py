@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from esper_triton.contracts.lineage import Lineage, LineageEntry
 from esper_triton.contracts.manifest import sha256
 from esper_triton.urza import Event, Urza
 from esper_triton.urza.collecting import all_objects
+from esper_triton.urza.leases import gate, leased
 
 BLOB_BYTES = 10_000
 
@@ -194,6 +196,7 @@ def test_a_child_does_not_keep_its_dead_parents_lease(urza, make_artifact):
 
 def test_what_is_taken_into_use_while_garbage_is_looked_for_stays(urza, make_artifact, monkeypatch):
     used, changed, free = (put(urza, make_artifact, number, idle_s=1000) for number in range(3))
+    urza._directory.write_object(b"new", limit_bytes=1000)  # garbage, until a commit below needs it
     user, lock = Urza(urza.root), urza._directory.lock
 
     def used_meanwhile():
@@ -270,3 +273,18 @@ def test_a_link_among_the_objects_is_neither_followed_nor_counted(urza, make_art
 def test_a_store_that_is_not_there_has_no_garbage(tmp_path: Path):
     assert Urza(tmp_path / "none").gc(0, dry_run=True).removed == ()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lease_is_not_given_while_something_is_removed(urza, make_artifact):
+    used = put(urza, make_artifact, 1)
+    user = Urza(urza.root)
+    loading = threading.Thread(target=user.load, args=(used,))
+    with gate(urza._directory, shared=False):
+        loading.start()
+        loading.join(0.1)
+        assert loading.is_alive()
+        assert leased(urza._directory) == set()
+    loading.join()
+    with gate(urza._directory, shared=False):
+        assert leased(urza._directory) == {used}
+    user.close()
