@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code that --help documents. An error is a line of stderr."""
     options = _parser().parse_args(argv)
     try:
-        store = Urza(options.urza or default_root(), trust=options.trust)
-    except ValueError as error:
+        store = Urza(options.urza or default_root(), trust=options.trust, keys=options.keys)
+    except (ValueError, StoreUnavailable) as error:
         return _failed(error, 2)
     command: Callable[[Urza, argparse.Namespace], int] = options.command
     try:
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--trust", default="local", metavar="POLICY", help="local (default), unsigned-ok, or keys:prover=HEX,forge=HEX"
     )
+    common.add_argument("--keys", metavar="DIR", help="where the store's own keys are, if not in its keys/")
     common.add_argument("--json", action="store_true", help="print JSON instead of a table")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 

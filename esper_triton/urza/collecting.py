@@ -71,6 +71,8 @@ def collect(
     Raises StoreUnavailable; what was removed until then is.
     """
     marked = _mark(shelf, progress)
+    if shelf.directory.stat(()) is None:  # looking for garbage does not make a store
+        return _outcome(marked, [], [], {}, max_bytes, 0, dry_run=dry_run)
     victims, kept = _victims(shelf, marked, max_bytes)
     if dry_run:
         return _outcome(marked, victims, _orphans(marked, victims), kept, max_bytes, 0, dry_run=True)

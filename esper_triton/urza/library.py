@@ -116,8 +116,13 @@ class Urza:
             roles: as whom this object may sign; another may sign as others in the same store.
             max_bytes: what `objects/` may hold; a commit that makes it more collects garbage down to it.
 
-        Raises ValueError where `trust` or `roles` is none.
+        Raises ValueError where `trust` or `roles` is none, and StoreUnavailable for a URL.
         """
+        if isinstance(root, str) and re.match(r"[a-z][a-z0-9+.-]*://", root):
+            raise StoreUnavailable(
+                f"{root!r} is a URL, and a store is a directory: stores elsewhere are not built yet. Carry artifacts "
+                "from one to another with `python -m esper_triton.urza export` and `import`"
+            )
         self.root = Path(os.path.abspath(Path(root).expanduser()))
         self.max_bytes = max_bytes
         self.trust = Trust.parse(trust) if isinstance(trust, str) else trust

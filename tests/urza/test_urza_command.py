@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,23 @@ def test_an_error_is_one_line_and_a_code(run, first, arguments, code, message):
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_keys_outside_of_the_store_are_named(run, tmp_path, make_artifact):
+    manifest, blobs = make_artifact()
+    urza = Urza(tmp_path / "apart", keys=tmp_path / "keys")
+    urza.commit(manifest, blobs)
+    assert run("show", manifest.id, root=urza.root)[0] == 1
+    assert run("show", manifest.id, "--keys", str(tmp_path / "keys"), root=urza.root)[0] == 0
+
+
+def test_a_url_is_2(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for url in ("https://example.org/urza", "s3://bucket/prefix"):
+        code, out, err = run("ls", root=url)
+        assert (code, out) == (2, "")
+        assert f"'{url}' is a URL, and a store is a directory" in err
+    assert os.listdir() == []
 
 
 def test_a_store_that_is_no_directory_is_2(run, tmp_path):

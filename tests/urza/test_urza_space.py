@@ -271,7 +271,8 @@ def test_a_link_among_the_objects_is_neither_followed_nor_counted(urza, make_art
 
 
 def test_a_store_that_is_not_there_has_no_garbage(tmp_path: Path):
-    assert Urza(tmp_path / "none").gc(0, dry_run=True).removed == ()
+    for dry_run in (True, False):
+        assert Urza(tmp_path / "none").gc(0, dry_run=dry_run).removed == ()
     assert list(tmp_path.iterdir()) == []
 
 
