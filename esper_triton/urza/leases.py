@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import threading
+import weakref
+from collections.abc import Callable
 
 from esper_triton.contracts.errors import StoreUnavailable
 from esper_triton.urza.directory import Damage, Directory
@@ -33,6 +36,7 @@ class Leases:
         self._directory = directory
         self._guard = threading.Lock()
         self._held: HeldLock | None = None
+        self._end: Callable[[], object] = lambda: None
         self._parts: tuple[str, ...] = ()
         self._ids: set[str] = set()
         self._process = os.getpid()
@@ -52,6 +56,8 @@ class Leases:
                 self._ids = set()
                 self._parts = ("leases", f"{os.getpid()}.{secrets.token_hex(8)}")
                 self._held = self._directory.hold(self._parts)
+                # Also at the end of the process, where it comes to one: a file for each would add up.
+                self._end = weakref.finalize(self, _end, self._directory, self._parts, self._held)
             assert self._held is not None
             assert self._held.descriptor is not None
             try:
@@ -66,13 +72,7 @@ class Leases:
     def release(self) -> None:
         """Gives back every lease."""
         with self._own_guard():
-            if self._held is not None and self._held.descriptor is not None:
-                try:
-                    if self._directory.same_file(self._parts, self._held.descriptor):
-                        self._directory.remove(self._parts)
-                except StoreUnavailable:
-                    pass  # an unlocked file is no lease
-                self._held.release()
+            self._end()
             self._held, self._ids = None, set()
 
     def _own_guard(self) -> threading.Lock:
@@ -85,6 +85,15 @@ class Leases:
         """False in a forked child, and where the store has been removed under it."""
         descriptor = None if self._held is None else self._held.descriptor
         return descriptor is not None and os.fstat(descriptor).st_nlink > 0
+
+
+def _end(directory: Directory, parts: tuple[str, ...], held: HeldLock) -> None:
+    if held.descriptor is None:
+        return  # a forked child's: the file is its parent's
+    with contextlib.suppress(StoreUnavailable):  # an unlocked file is no lease
+        if directory.same_file(parts, held.descriptor):
+            directory.remove(parts)
+    held.release()
 
 
 def leased(directory: Directory) -> set[str]:

@@ -177,6 +177,19 @@ def test_what_another_process_uses_stays_until_that_process_dies(urza, make_arti
     assert [path.name for path in (urza.root / "leases").iterdir()] == ["gate"]
 
 
+def test_a_process_that_ends_takes_its_lease_with_it_and_a_child_leaves_its_parents(urza, make_artifact):
+    used = put(urza, make_artifact, 1, idle_s=1000)
+    code = (
+        "import os, sys\nfrom esper_triton.urza import Urza\nurza = Urza(sys.argv[1])\nurza.load(sys.argv[2])\n"
+        "child = os.fork()\n"
+        "if child:\n    assert os.waitpid(child, 0)[1] == 0\n    assert Urza(sys.argv[1]).gc(0).removed == ()\n"
+        "sys.exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(urza.root), used], check=True)
+    assert [path.name for path in (urza.root / "leases").iterdir()] == ["gate"]
+    assert urza.gc(0).removed == (used,)
+
+
 def test_a_child_does_not_keep_its_dead_parents_lease(urza, make_artifact):
     used = put(urza, make_artifact, 1, idle_s=1000)
     code = (
