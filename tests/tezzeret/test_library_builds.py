@@ -136,6 +136,18 @@ def test_no_address_that_grows_with_the_rows_is_computed_in_32_bits(
         assert not narrow_addresses(text, grids), f"{kernel}:\n{text}"
 
 
+@pytest.mark.xfail(strict=True, reason="an index of a parameter is 32 bits wide, however many elements it has")
+def test_a_weight_of_more_than_2_31_elements_is_addressed_in_64_bits(store: esper.Urza):
+    dims = {"d_in": 65536, "d": 65536}
+    artifact = esper.compile(BLUEPRINTS["linear"], dims=dims, dtype="bfloat16", targets="cuda:90", urza=store)
+    _, blobs = store.load(artifact.id)
+    for record in artifact.manifest.kernels.values():
+        text = blobs[record.ttir].decode()
+        width = set(re.findall(rf"({_NAME}) = arith\.constant (?:dense<)?65536>? : (?:i32|tensor<[\dx]*i32>)", text))
+        products = re.findall(rf"arith\.muli ({_NAME}), ({_NAME})(?: \S+)? : (?:i32|tensor<[\dx]*i32>)", text)
+        assert not [pair for pair in products if width & set(pair)]
+
+
 def test_an_address_in_32_bits_is_found():
     """The check above sees what it is for."""
     wrong = """
