@@ -145,7 +145,7 @@ class Manifest(_Value):
     forward: tuple[LaunchStep, ...]
     backward: tuple[LaunchStep, ...]
     created_at: str
-    compile_seconds: float
+    compile_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     status: KernelStatus
     report: Digest | None = None
 

@@ -6,11 +6,13 @@ import contextlib
 import copy as copying
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.errors import StateCorruption, nearest
 from esper_triton.kasmina.adoption import Adopted, adopt_class, release_class
 from esper_triton.kasmina.boundary import begin_epoch, damaged_arrays, end_step, restore_state
@@ -23,7 +25,9 @@ from esper_triton.kasmina.schedules import Schedule
 from esper_triton.kasmina.seed import SeedLoss
 from esper_triton.model.distributed import Replicas
 from esper_triton.model.evaluation import measure
+from esper_triton.model.germination import Germination, germinate
 from esper_triton.model.targets import Target, check_is_called, resolve_targets
+from esper_triton.tezzeret.pool import DEFAULT_BUDGET_S, Forge
 from esper_triton.urza import Urza
 
 __all__ = ["MorphableModel", "seed_parameters", "unwrap", "wrap"]
@@ -52,6 +56,50 @@ class MorphableModel(Adopted):
     def load_kernel_sync(self, name: str, seed: int, artifact_id: str, *, force: bool = False) -> bool:
         """As `load_kernel`, on this thread."""
         return KasminaLayer.load_kernel_sync(self._called_layer(name), seed, artifact_id, force=force)
+
+    def germinate(
+        self,
+        name: str,
+        design: str | Path | Blueprint | nn.Module,
+        *,
+        seed: int | None = None,
+        pipeline: str = "standard",
+        budget_s: float = DEFAULT_BUDGET_S,
+        example_inputs: Any = None,
+        forge: Forge | None = None,
+        **dims: int,
+    ) -> Germination:
+        """Compiles a design for a layer in the background, has it proven, and loads it into a free seed:
+        `await model.germinate("encoder.0.fc1", "bottleneck_adapter", r=16)`.
+
+        Returns at once, with the seed's slot kept; a module is turned into a graph before, on this thread. From the
+        load on, the seed goes as with `load_kernel`. Progress and failure are in what is returned, and awaiting it
+        gives the seed's index or raises what went wrong.
+
+        Args:
+            name: of the layer. design: the name of a blueprint that ships, the path of one, a Blueprint, or a module.
+            seed: the slot; the first free one by default. dims: sizes that do not follow from the layer and have no
+                default. dtype, target, the widths of span and input are the layer's.
+            pipeline, budget_s, example_inputs: as of `esper.compile`; a module's input is by default like the layer's.
+            forge: the pool that compiles; the process's own by default.
+
+        Raises at once, with nothing begun: BlueprintError for a design that is wrong or does not fit the layer,
+        ValueError for the name, without a free seed, a store, or a kernel dtype.
+        """
+        return germinate(
+            self._called_layer(name),
+            design,
+            dims,
+            seed=seed,
+            pipeline=pipeline,
+            budget_s=budget_s,
+            example_inputs=example_inputs,
+            forge=forge,
+        )
+
+    def germinate_sync(self, name: str, design: str | Path | Blueprint | nn.Module, **options: Any) -> int:
+        """As `germinate`, waiting on this thread: for code with no event loop. The index of the seed that has it."""
+        return MorphableModel.germinate(self, name, design, **options).result()
 
     def unload_kernel(self, name: str, seed: int) -> bool:
         """Takes a seed back to DORMANT; see `KasminaLayer.unload_kernel`."""

@@ -24,13 +24,13 @@ from esper_triton.contracts.manifest import (
 )
 from esper_triton.tezzeret.source import load_source
 from esper_triton.tezzeret.targets import triton_target
-from esper_triton.tezzeret.writing import tiles_for, write
+from esper_triton.tezzeret.writing import Choice, tiles_for, write
 
-__all__ = ["KernelPlan", "Plan", "plan_build", "substitute"]
+__all__ = ["PIPELINES", "KernelPlan", "Pipeline", "Plan", "compiler_key", "plan_build", "substitute", "toolchain_of"]
 
+Pipeline = Literal["fast", "standard", "aggressive"]
 TRITON_TYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-# Two stages keep the shipped kernels' tiles within every target's shared memory. A CPU has neither warps nor stages.
-GPU_OPTIONS = {"num_warps": 4, "num_stages": 2}
+PIPELINES: tuple[Pipeline, ...] = get_args(Pipeline)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Plan:
     dims: dict[str, int]
     dtype: DTypeName
     target: TargetSpec
-    pipeline: Literal["standard"]
+    pipeline: Pipeline
     toolchain: Toolchain
     parameters: dict[str, ParameterRecord]
     kernels: dict[str, KernelPlan]
@@ -63,12 +63,20 @@ class Plan:
     artifact_id: str
 
 
-def plan_build(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, target: TargetSpec, pipeline: str) -> Plan:
+def plan_build(
+    blueprint: Blueprint,
+    dims: Mapping[str, int],
+    dtype: str,
+    target: TargetSpec,
+    pipeline: str,
+    choice: Choice | None = None,
+) -> Plan:
     """Checks a request and works out what would be built: writes the kernels of a graph, runs the source, compiles
     nothing.
 
     Args:
-        dims: an integer for every dim of the blueprint. dtype: a name of `DTypeName`.
+        dims: an integer for every dim of the blueprint. dtype: a name of `DTypeName`. pipeline: one of `PIPELINES`.
+        choice: what the pipeline has decided; the cost model's without one.
 
     Raises BlueprintError that lists every fault of the request at once; CompileError where Triton only interprets.
     """
@@ -77,8 +85,9 @@ def plan_build(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, target
     faults = [*_pipeline_faults(pipeline), *_dim_faults(blueprint, dims), *_dtype_faults(dtype)]
     _raise(blueprint, faults)  # what follows needs the numbers
     request = blueprint
+    choice = choice or Choice(tiles=tiles_for(target, dims))
     if request.ops:
-        blueprint = write(request, dims, dtype, tiles_for(target, dims))
+        blueprint = write(request, dims, dtype, choice.tiles)
     constexprs, parameters = _sizes(blueprint, dims, faults)
     if triton.knobs.runtime.interpret:
         raise CompileError("TRITON_INTERPRET is set, so kernels would be interpreted and not compiled; unset it")
@@ -97,8 +106,9 @@ def plan_build(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, target
         for group, specs in (("forward", enumerate(blueprint.forward)), ("backward", enumerate(blueprint.backward)))
     }
     _raise(blueprint, faults)
-    options = {} if target.backend == "cpu" else dict(GPU_OPTIONS)
-    toolchain = _toolchain(target)
+    is_gpu = target.backend != "cpu"
+    options = {"num_warps": choice.num_warps, "num_stages": choice.num_stages} if is_gpu else {}
+    toolchain = toolchain_of(target)
     build = build_digest(
         {
             "blueprint": request.id,
@@ -110,7 +120,7 @@ def plan_build(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, target
             "pipeline": pipeline,
             "target": target.model_dump(mode="json"),
             "toolchain": toolchain.model_dump(mode="json"),
-            "compiler": _compiler_key(target),
+            "compiler": compiler_key(target),
             "launch_format": LAUNCH_FORMAT,
         }
     )
@@ -120,7 +130,7 @@ def plan_build(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, target
         dims=dict(dims),
         dtype=cast(DTypeName, dtype),  # _dtype_faults and _pipeline_faults have looked at these two
         target=target,
-        pipeline=cast(Literal["standard"], pipeline),
+        pipeline=cast(Pipeline, pipeline),
         toolchain=toolchain,
         parameters=parameters,
         kernels=kernels,
@@ -155,11 +165,7 @@ def _raise(blueprint: Blueprint, faults: list[str]) -> None:
 
 
 def _pipeline_faults(pipeline: str) -> list[str]:
-    if pipeline == "standard":
-        return []
-    if pipeline in ("fast", "aggressive"):
-        return [f"pipeline {pipeline!r} is not built yet; use 'standard'"]
-    return [f"unknown pipeline {pipeline!r}{nearest(pipeline, ['standard'])}"]
+    return [] if pipeline in PIPELINES else [f"unknown pipeline {pipeline!r}{nearest(pipeline, PIPELINES)}"]
 
 
 def _dim_faults(blueprint: Blueprint, dims: Mapping[str, int]) -> list[str]:
@@ -302,7 +308,8 @@ def _step(
     return LaunchStep(kernel=launch.kernel, arguments=arguments, grid=(grid[0], grid[1], grid[2]))
 
 
-def _toolchain(target: TargetSpec) -> Toolchain:
+def toolchain_of(target: TargetSpec) -> Toolchain:
+    """Versions of everything that makes binaries for the target."""
     import torch
     import triton
 
@@ -321,7 +328,7 @@ def _toolchain(target: TargetSpec) -> Toolchain:
     )
 
 
-def _compiler_key(target: TargetSpec) -> dict[str, Any]:
+def compiler_key(target: TargetSpec) -> dict[str, Any]:
     """What else decides about the code: the backend's own key, and environment variables that Triton obeys."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.compiler.compiler import make_backend

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from esper_triton.contracts.blueprint import Blueprint, LaunchSpec, TensorSpec
 from esper_triton.contracts.errors import BlueprintError
@@ -11,7 +12,17 @@ from esper_triton.tezzeret.design import design_of
 from esper_triton.tezzeret.emission import Intermediate, Launch, emit
 from esper_triton.tezzeret.rows import Tiles
 
-__all__ = ["tiles_for", "write"]
+__all__ = ["Choice", "tiles_for", "write"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a pipeline decides about. A hand-written source has its own blocks, so `tiles` count for graphs alone; a CPU
+    has neither warps nor stages. Two stages keep the tiles within every target's shared memory."""
+
+    tiles: Tiles
+    num_warps: int = 4
+    num_stages: int = 2
 
 
 def tiles_for(target: TargetSpec, dims: Mapping[str, int]) -> Tiles:

@@ -68,13 +68,13 @@ def test_a_faulty_blueprint_is_refused_with_the_nearest_valid_name(
 
 def test_every_fault_of_a_request_is_listed_at_once(adapter_path: Path) -> None:
     with pytest.raises(BlueprintError) as caught:
-        plan(adapter_path, {"dd": 64, "r": 4096}, dtype="float23", pipeline="fast")
+        plan(adapter_path, {"dd": 64, "r": 4096}, dtype="float23", pipeline="fats")
     message = str(caught.value)
     assert "unknown dim 'dd'; did you mean 'd'?" in message
     assert "dim 'd' is missing; it takes 1 to 65536" in message
     assert "dim 'r' is 4096, expected 1 to 256" in message
     assert "unknown dtype 'float23'; did you mean 'float32'" in message
-    assert "pipeline 'fast' is not built yet; use 'standard'" in message
+    assert "unknown pipeline 'fats'; did you mean 'fast'" in message
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 6.5, "64"])

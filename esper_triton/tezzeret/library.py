@@ -1,0 +1,36 @@
+"""The blueprints that ship, by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import esper_triton
+from esper_triton.contracts.errors import BlueprintError, nearest
+
+__all__ = ["find", "in_folder", "shipped"]
+
+_SUFFIXES = (".toml", ".json")
+
+
+def shipped() -> dict[str, Path]:
+    """Where each blueprint of the library lies, by its name."""
+    return {path.stem: path for path in in_folder(Path(esper_triton.__file__).parent / "kernels")}
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """The blueprints of a folder, sorted; none where there is no such folder."""
+    return sorted(path for path in folder.glob("*") if path.suffix in _SUFFIXES and path.is_file())
+
+
+def find(name_or_path: str | Path) -> Path:
+    """The path of a blueprint: of the library by its name (`bottleneck_adapter`), or the given one, which has a suffix
+    or a folder and need not exist. Raises BlueprintError with the nearest names."""
+    text = os.fspath(name_or_path)
+    path = Path(text)
+    if isinstance(name_or_path, Path) or path.suffix in _SUFFIXES or len(path.parts) > 1 or path.exists():
+        return path
+    known = shipped()
+    if text not in known:
+        raise BlueprintError(f"no blueprint {text!r} in the library, nor such a file{nearest(text, known)}")
+    return known[text]

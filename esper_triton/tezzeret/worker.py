@@ -1,0 +1,89 @@
+"""A process that compiles: `python -m esper_triton.tezzeret.worker`, started by the pool and spoken to through pipes.
+
+A message is one line of JSON. In: a job, with its blueprint, store and limits. Out: `ready` once, then for each job any
+number of `stage`, and `built` or `error`. Nothing is pickled. When stdin ends, so does the worker, in the middle of a
+job too: whoever would have read the answer is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+from typing import Any
+
+__all__ = ["limit_process", "main", "run_job"]
+
+
+def main() -> int:
+    """Serves jobs until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not come between the answers
+    jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(jobs,), name="esper-worker-reader", daemon=True).start()
+    os.nice(int(os.environ.get("ESPER_WORKER_NICE", "10")))
+    # What every job needs, before the first one is timed.
+    import torch  # noqa: F401
+    import triton  # noqa: F401
+
+    import esper_triton.tezzeret.builds
+    import esper_triton.urabrask.proof  # noqa: F401
+
+    def answer(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+
+    answer({"ready": os.getpid()})
+    while True:
+        job = json.loads(jobs.get())
+        try:
+            limit_process(job["memory_limit"], job["cpu_limit"])
+            answer({"built": run_job(job, answer)})
+        except MemoryError:
+            answer({"error": {"type": "MemoryError", "message": ""}})
+        except Exception as error:
+            answer({"error": {"type": type(error).__name__, "message": str(error)}})
+
+
+def _read(jobs: queue.SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        jobs.put(line)
+    # With the compilers that a job has started: the pool has given this process a group of its own.
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(0)
+
+
+def run_job(job: dict[str, Any], answer: Any) -> list[dict[str, Any]]:
+    """Builds a job's requests and tells what came of each. Raises as `build_all` does."""
+    from esper_triton.tezzeret.builds import build_all, requests_of
+    from esper_triton.urza import Urza
+
+    def announce(stage: str, part: float) -> None:
+        answer({"stage": stage, "progress": part})
+
+    built = build_all(requests_of(job), Urza(job["store"]), announce)
+    return [
+        {"id": one.artifact.id, "hit": one.hit, "seconds": one.seconds, "code_bytes": one.code_bytes} for one in built
+    ]
+
+
+def limit_process(memory_limit: int | None, cpu_limit: float | None) -> None:
+    """From now on this process may map `memory_limit` more bytes of memory, and use `cpu_limit` more seconds of CPU."""
+    if memory_limit is not None:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_limit, hard))
+    if cpu_limit is not None:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        seconds = int(used.ru_utime + used.ru_stime + cpu_limit) + 1  # whole ones are what the kernel counts
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
