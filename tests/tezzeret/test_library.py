@@ -7,12 +7,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shipped import BLUEPRINTS, EQUIVALENTS, POSITIONS, dims_of, k_of
+from shipped import BLUEPRINTS, EQUIVALENTS, KERNELS, POSITIONS, dims_of, k_of
 from torch import Tensor
 
 import esper_triton as esper
@@ -76,6 +77,15 @@ def test_the_page_lists_the_library_as_it_is():
 @pytest.mark.parametrize("name", BLUEPRINTS)
 def test_the_page_describes_each_as_its_file_does(name: str):
     assert f"**{name}.** {' '.join(BLUEPRINTS[name].description.split())}\n" in PAGE
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "kernels").symlink_to(KERNELS)
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["artifact"].status is KernelStatus.VALIDATED
 
 
 def test_what_is_affine_row_by_row_is_what_can_be_merged_into_a_weight():
