@@ -86,6 +86,7 @@ def library_artifact(library_store: esper.Urza) -> Callable[..., str]:
     from shipped import BLUEPRINTS, dims_of
 
     def compiled(name: str, dtype: str = "float32") -> str:
-        return esper.compile(BLUEPRINTS[name], dims=dims_of(name), dtype=dtype, urza=library_store).id
+        request = {"dims": dims_of(name), "dtype": dtype, "pipeline": "fast"}
+        return esper.compile(BLUEPRINTS[name], urza=library_store, **request).id
 
     return compiled
