@@ -1,8 +1,8 @@
 """Pipelines: which of the ways to write a request is built, and how that is remembered.
 
-`fast` builds what the cost model says. `standard` measures a few neighbours of that, where the target is this machine.
-`aggressive` searches on from the best for as long as it may; where the target is not this machine its candidates are
-compiled and judged by what their binaries say.
+`fast` builds what compiles fastest. `standard` builds what the cost model says; where the target is this machine it
+measures a few neighbours of that, too. `aggressive` searches on from the best for as long as it may; where the target
+is not this machine its candidates are compiled and judged by what their binaries say.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from esper_triton.tezzeret.plan import Plan, plan_build
 from esper_triton.tezzeret.request import Request
 from esper_triton.tezzeret.rows import Tiles
 from esper_triton.tezzeret.tuning import measure, static_cost
-from esper_triton.tezzeret.writing import Choice, tiles_for
+from esper_triton.tezzeret.writing import Choice, first_choice
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ def device_of(target: TargetSpec) -> torch.device | None:
 
 
 def plan_of(request: Request, choice: Choice | None = None) -> Plan:
-    """`plan_build` of a request, with the cost model's choice without one."""
+    """`plan_build` of a request, with its pipeline's first choice without one."""
     return plan_build(request.blueprint, request.dims, request.dtype, request.target, request.pipeline, choice=choice)
 
 
@@ -167,7 +167,7 @@ def make(request: Request, record: BuildRecord | None, announce: Announce) -> tu
         plan = plan_of(request, record.choice)
         if plan.artifact_id == record.artifact_id:
             return forge(plan), record
-    choice = Choice(tiles=tiles_for(request.target, request.dims))
+    choice = first_choice(request.blueprint, request.target, request.dims, request.pipeline)
     plan = plan_of(request, choice)
     announce("compiling", 0.1)
     if request.pipeline == "fast":

@@ -33,8 +33,11 @@ def main() -> int:
     import esper_triton.tezzeret.builds
     import esper_triton.urabrask.proof  # noqa: F401
 
+    one_at_a_time = threading.Lock()
+
     def answer(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message) + "\n")
+        with one_at_a_time:
+            answers.write(json.dumps(message) + "\n")
 
     answer({"ready": os.getpid()})
     while True:
