@@ -10,7 +10,7 @@ from typing import Any, Literal
 from esper_triton.contracts.errors import CompileError
 from esper_triton.contracts.manifest import KernelRecord, KernelStatus, Manifest, sha256
 from esper_triton.tezzeret.plan import KernelPlan, Plan
-from esper_triton.tezzeret.targets import shared_memory_limit, triton_target
+from esper_triton.tezzeret.targets import runs_on_this_cpu, shared_memory_limit, triton_target
 
 __all__ = ["Forged", "forge"]
 
@@ -61,7 +61,7 @@ def forge(plan: Plan) -> Forged:
         backward=plan.backward,
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         compile_seconds=time.perf_counter() - started,
-        status=KernelStatus.PENDING_BENCHMARKING if plan.target.backend == "cpu" else KernelStatus.PENDING_HARDWARE,
+        status=KernelStatus.PENDING_BENCHMARKING if runs_on_this_cpu(plan.target) else KernelStatus.PENDING_HARDWARE,
     )
     return Forged(manifest=manifest, blobs=blobs)
 
