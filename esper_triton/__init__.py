@@ -15,6 +15,7 @@ _HOME = {
     "Artifact": "esper_triton.urza",
     "Blueprint": "esper_triton.contracts.blueprint",
     "EsperError": "esper_triton.contracts.errors",
+    "Forge": "esper_triton.tezzeret.pool",
     "KasminaLayer": "esper_triton.kasmina",
     "KasminaStateLayout": "esper_triton.kasmina",
     "KernelCache": "esper_triton.kasmina",
@@ -39,6 +40,7 @@ __all__ = [
     "Artifact",
     "Blueprint",
     "EsperError",
+    "Forge",
     "KasminaLayer",
     "KasminaStateLayout",
     "KernelCache",
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
         unwrap,
         wrap,
     )
+    from esper_triton.tezzeret.pool import Forge
     from esper_triton.urza import Artifact, Urza
 
 
