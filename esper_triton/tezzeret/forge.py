@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from esper_triton.tezzeret.targets import shared_memory_limit, triton_target
 __all__ = ["Forged", "forge"]
 
 _BINARY_KIND: dict[str, Literal["o", "cubin", "hsaco"]] = {"cpu": "o", "cuda": "cubin", "hip": "hsaco"}
+# CPython 3.11 keeps how deep it is in making a syntax tree in one place for all threads, and raises SystemError where
+# another thread makes one meanwhile. The rest of a compile is outside of the interpreter.
+_PARSING = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +80,20 @@ def _compile_kernel(plan: Plan, kernel: KernelPlan, blobs: dict[str, bytes]) -> 
     kind = _BINARY_KIND[plan.target.backend]
     # Triton wants every parameter in the signature, constexprs under that very word.
     signature = {name: kernel.signature.get(name, "constexpr") for name in kernel.function.arg_names}
+
+    class Source(ASTSource):  # type: ignore[misc]
+        """One that is read in turn."""
+
+        def hash(self) -> str:
+            with _PARSING:
+                return str(super().hash())
+
+        def make_ir(self, *args: Any, **kwargs: Any) -> Any:
+            with _PARSING:
+                return super().make_ir(*args, **kwargs)
+
     try:
-        source = ASTSource(kernel.function, signature, constexprs=kernel.constexprs)
+        source = Source(kernel.function, signature, constexprs=kernel.constexprs)
         compiled = triton.compile(source, target=triton_target(plan.target), options=plan.options)
         ttir, binary = compiled.asm["ttir"], compiled.asm[kind]
     except Exception as error:
