@@ -14,7 +14,8 @@ import torch
 
 import esper_triton as esper
 from esper_triton.compile import Artifacts, main
-from esper_triton.contracts.errors import UnknownTarget
+from esper_triton.contracts.errors import BlueprintError, UnknownTarget
+from esper_triton.tezzeret.library import find, shipped
 
 SIZES = ["--dim", "d=24", "--dim", "r=4"]
 
@@ -93,6 +94,145 @@ def test_an_unwritable_store_is_one_clear_line_and_exit_code_2(adapter_path: Pat
     assert done.stderr.startswith(f"error: store {tmp_path / 'file' / 'urza'} cannot be")
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+SCALE = """
+name = "{name}"
+input = "h"
+graph = "k = {op}(mul(h, s))"
+[dims]
+d = {{}}
+[parameters]
+s = {{ shape = ["d"], init = "ones" }}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two blueprints, and what is none."""
+    made = tmp_path / "designs"
+    made.mkdir()
+    for name, op in (("first", "tanh"), ("second", "sigmoid")):
+        (made / f"{name}.toml").write_text(SCALE.format(name=name, op=op))
+    (made / "notes.txt").write_text("nothing to compile")
+    return made
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_folder_is_compiled_blueprint_by_blueprint_here_or_in_processes_of_their_own(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], jobs: str
+) -> None:
+    request = [str(folder), "linear", "--dim", "d=8", "--dim", "d_in=4", "--pipeline", "fast", "--jobs", jobs, "--json"]
+    assert main([*request, "--urza", str(tmp_path / "urza")]) == 0
+    output, errors = capsys.readouterr()
+    report = json.loads(output)["artifacts"]
+    assert [one["blueprint"] for one in report] == ["first", "second", "linear"]
+    assert [(one["status"], one["hit"]) for one in report] == [("VALIDATED", False)] * 3
+    assert sorted(one["id"] for one in report) == esper.Urza(tmp_path / "urza").ids()
+    assert errors == ""
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_of_several_blueprints_one_that_fails_does_not_keep_the_others(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], jobs: str
+) -> None:
+    (folder / "wide.toml").write_text(SCALE.format(name="wide", op="tanh").replace("d = {}", "d = { min = 9 }"))
+    request = [str(folder), "--dim", "d=8", "--pipeline", "fast", "--jobs", jobs, "--target", "cuda:90"]
+    assert main([*request, "--urza", str(tmp_path / "urza")]) == 2
+    output, errors = capsys.readouterr()
+    assert len(esper.Urza(tmp_path / "urza").ids()) == 2
+    assert output.count("built") == 2
+    assert errors == "error: blueprint 'wide' cannot be compiled: dim 'd' is 8, expected 9 to 65536\n"
+
+
+def test_a_dry_run_checks_and_plans_and_leaves_no_store(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = [str(folder), "--dim", "d=8", "--target", "cpu", "--target", "hip:gfx942", "--dry-run"]
+    assert main([*request, "--urza", str(tmp_path / "urza"), "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert [(one["blueprint"], one["target"]) for one in plans] == [
+        (name, target) for name in ("first", "second") for target in ("cpu", "hipgfx942")
+    ]
+    assert all(one["parameters"] == 8 and one["dims"] == {"d": 8} and not one["hit"] for one in plans)
+    assert not (tmp_path / "urza").exists()
+    assert main([*request, "--urza", str(tmp_path / "urza")]) == 0
+    assert capsys.readouterr().out.count("to build") == 4
+    assert main([str(folder), "--dry-run"]) == 2
+    assert capsys.readouterr().err.count("dim 'd' is missing") == 2
+
+
+def test_a_module_is_compiled_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    request = ["--from-module", "torch.nn:Linear", "--module-args", "6, 10, bias=False", "--example-shape", "3x6"]
+    request += ["--pipeline", "fast", "--urza", str(tmp_path / "urza"), "--emit-source", "--json"]
+    assert main(request) == 0
+    report = json.loads(capsys.readouterr().out)
+    (artifact,) = report["artifacts"]
+    assert (artifact["blueprint"], artifact["status"]) == ("linear", "VALIDATED")
+    manifest = esper.Urza(tmp_path / "urza").get(artifact["id"]).manifest
+    assert manifest.dims == {"d": 10, "d_in": 6}
+    assert "@triton.jit" in report["source"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to compile"),
+        (["linnear"], "no blueprint 'linnear' in the library, nor such a file; did you mean 'linear'?"),
+        (["linear", "lora", "--dim", "q=3"], "no blueprint has a dim 'q'"),
+        (["linear", "--jobs", "0"], "--jobs is 0, expected at least 1"),
+        (["linear", "--budget", "0"], "--budget is 0, expected"),
+        (["linear", "--example-shape", "3x4"], "are of --from-module, which is not given"),
+        (["--from-module", "torch.nn"], "is not of the form PKG.MOD:CLASS"),
+        (["--from-module", "torch.nn:Linear"], "needs --example-shape"),
+        (["--from-module", "torch.nnn:Linear", "--example-shape", "3x4"], "'torch.nnn' cannot be imported"),
+        (["--from-module", "torch.nn:Linearr", "--example-shape", "3x4"], "no class 'Linearr'; did you mean 'Linear'"),
+        (["--from-module", "torch.nn:Linear", "--example-shape", "3,4"], "'3,4' is not of the form NxM"),
+        (["--from-module", "torch.nn:Linear", "--example-shape", "3x4"], r"Linear() cannot be made: TypeError"),
+        (
+            ["--from-module", "torch.nn:Linear", "--module-args", "len('x'), 4", "--example-shape", "3x4"],
+            "are no literals",
+        ),
+        (["--from-module", "torch:zeros", "--module-args", "3", "--example-shape", "3x4"], "is Tensor, no nn.Module"),
+    ],
+)
+def test_bad_names_modules_and_numbers_are_one_clear_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    assert main([*arguments, "--urza", str(tmp_path / "urza")]) == 2
+    output, errors = capsys.readouterr()
+    assert (output, errors.count("\n")) == ("", 1)
+    assert message in errors
+    assert not (tmp_path / "urza").exists()
+
+
+def test_an_empty_folder_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "it holds no blueprint" in capsys.readouterr().err
+
+
+def test_a_module_can_be_compiled_with_inputs_that_it_takes(store: esper.Urza) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU())
+    artifact = esper.compile(module, example_inputs=torch.zeros(2, 6), dims={"d": 5}, pipeline="fast", urza=store)
+    assert artifact.manifest.dims == {"d": 5, "d_in": 6}
+    with pytest.raises(BlueprintError, match="Sequential is to be compiled as a module: give example_inputs"):
+        esper.compile(module, urza=store)
+
+
+def test_with_several_jobs_each_target_stands_alone(adapter_path: Path, store: esper.Urza) -> None:
+    targets = ["cuda:90", "cuda:80"]
+    both = esper.compile(adapter_path, dims={"d": 24, "r": 4}, targets=targets, urza=store, jobs=2)
+    assert [artifact.manifest.target.label for artifact in both] == ["cuda90", "cuda80"]
+    assert sorted(artifact.id for artifact in both) == store.ids()
+
+
+def test_every_blueprint_that_ships_is_found_by_its_name() -> None:
+    names = shipped()
+    assert {"linear", "bottleneck_adapter", "lora", "multi_head_attention"} <= set(names)
+    for name, path in names.items():
+        assert find(name) == path
+        assert esper.Blueprint.load(path).name == name
+    assert find("kernels/linear.toml") == Path("kernels/linear.toml")
 
 
 def test_an_unknown_option_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from esper_triton.contracts.blueprint import Blueprint
-from esper_triton.contracts.errors import ArtifactNotFound, CorruptObject, ProofFailed
+from esper_triton.contracts.errors import ArtifactNotFound, CorruptObject, ProofFailed, UntrustedArtifact
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.tezzeret.forge import Forged
 from esper_triton.tezzeret.pipelines import Announce, BuildRecord, device_of, make, plan_of
@@ -48,7 +48,7 @@ class _Job:
             return False
         try:
             artifact, blobs = store.load(self.record.artifact_id)
-        except (ArtifactNotFound, CorruptObject):
+        except (ArtifactNotFound, CorruptObject, UntrustedArtifact):
             return False
         if not self.request.is_of(artifact.manifest):  # the record is not signed
             self.record = None
@@ -127,19 +127,24 @@ def _build(jobs: Sequence[_Job], store: Urza, announce: Announce) -> None:
         # In one order everywhere: two processes that wait for each other would wait forever.
         for job in sorted(jobs, key=lambda job: job.request.turn):
             turns.enter_context(store.building(job.request.turn))
-        made: list[tuple[_Job, Forged, BuildRecord]] = []
         share = 1 / len(jobs)
-        for index, job in enumerate(jobs):
-            label, started = job.request.target.label, time.perf_counter()
 
-            def told(stage: str, part: float, *, done: float = index * share, label: str = label) -> None:
+        def make_one(job: _Job) -> tuple[_Job, Forged, BuildRecord] | None:
+            label, started, done = job.request.target.label, time.perf_counter(), jobs.index(job) * share
+
+            def told(stage: str, part: float) -> None:
                 announce(f"{stage} for {label}", done + part * share)
 
             told("compiling", 0.0)
-            if not job.look(store):
-                made.append((job, *make(job.request, job.record, told)))
+            try:
+                if job.look(store):  # somebody else has been faster
+                    return None
                 job.hit = False
-            job.seconds += time.perf_counter() - started
+                return (job, *make(job.request, job.record, told))
+            finally:
+                job.seconds += time.perf_counter() - started
+
+        made = [one for one in map(make_one, jobs) if one is not None]
         for job, forged, record in made:
             job.artifact = store.commit(forged.manifest, forged.blobs)
             job.code_bytes = _code_bytes(job.artifact, forged.blobs)

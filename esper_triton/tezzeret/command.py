@@ -145,6 +145,7 @@ def _from_module(name: str, arguments: str, shapes: Sequence[str]) -> Blueprint:
         raise BlueprintError(f"--from-module {name!r} is not of the form PKG.MOD:CLASS, such as torch.nn:Linear")
     if not shapes:
         raise BlueprintError("--from-module needs --example-shape, once for each tensor that it takes, such as 8x512")
+    examples = [torch.zeros(_shape(text)) for text in shapes]
     sys.path.insert(0, os.getcwd())  # as for -m: the user's own package lies there
     try:
         module = importlib.import_module(module_name)
@@ -166,7 +167,7 @@ def _from_module(name: str, arguments: str, shapes: Sequence[str]) -> Blueprint:
         ) from error
     if not isinstance(instance, torch.nn.Module):
         raise BlueprintError(f"--from-module: {class_name}({arguments}) is {type(instance).__name__}, no nn.Module")
-    return Blueprint.from_module(instance, [torch.zeros(_shape(text)) for text in shapes])
+    return Blueprint.from_module(instance, examples)
 
 
 def _literals(text: str) -> tuple[list[Any], dict[str, Any]]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import os
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,9 +15,6 @@ from esper_triton.tezzeret.targets import shared_memory_limit, triton_target
 __all__ = ["Forged", "forge"]
 
 _BINARY_KIND: dict[str, Literal["o", "cubin", "hsaco"]] = {"cpu": "o", "cuda": "cubin", "hip": "hsaco"}
-# CPython 3.11 keeps how deep it is in making a syntax tree in one place for all threads, and raises SystemError where
-# another thread makes one meanwhile. The rest of a compile is outside of the interpreter.
-_PARSING = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +26,10 @@ class Forged:
 
 
 def forge(plan: Plan) -> Forged:
-    """Compiles every kernel of `plan`, side by side: most of the work is outside of the interpreter. The status says
-    that nothing is proven yet.
+    """Compiles every kernel of `plan`. The status says that nothing is proven yet.
+
+    One after the other: CPython 3.11 counts the depth of its parser for all threads together, so that Triton's front
+    end fails now and then where two threads parse (gh-106905). Processes compile side by side, see `pool`.
 
     No divisibility of strides or addresses is assumed, so one binary serves every view of a tensor; on a GPU that costs
     wide loads.
@@ -42,9 +38,7 @@ def forge(plan: Plan) -> Forged:
     """
     started = time.perf_counter()
     blobs: dict[str, bytes] = {}
-    with ThreadPoolExecutor(min(len(plan.kernels), os.cpu_count() or 1), "esper-forge") as threads:
-        made = list(threads.map(lambda kernel: _compile_kernel(plan, kernel, blobs), plan.kernels.values()))
-    records = dict(zip(plan.kernels, made, strict=True))
+    records = {name: _compile_kernel(plan, kernel, blobs) for name, kernel in plan.kernels.items()}
     blueprint = plan.blueprint
     manifest = Manifest(
         id=plan.artifact_id,
@@ -80,20 +74,8 @@ def _compile_kernel(plan: Plan, kernel: KernelPlan, blobs: dict[str, bytes]) -> 
     kind = _BINARY_KIND[plan.target.backend]
     # Triton wants every parameter in the signature, constexprs under that very word.
     signature = {name: kernel.signature.get(name, "constexpr") for name in kernel.function.arg_names}
-
-    class Source(ASTSource):  # type: ignore[misc]
-        """One that is read in turn."""
-
-        def hash(self) -> str:
-            with _PARSING:
-                return str(super().hash())
-
-        def make_ir(self, *args: Any, **kwargs: Any) -> Any:
-            with _PARSING:
-                return super().make_ir(*args, **kwargs)
-
     try:
-        source = Source(kernel.function, signature, constexprs=kernel.constexprs)
+        source = ASTSource(kernel.function, signature, constexprs=kernel.constexprs)
         compiled = triton.compile(source, target=triton_target(plan.target), options=plan.options)
         ttir, binary = compiled.asm["ttir"], compiled.asm[kind]
     except Exception as error:

@@ -1,8 +1,8 @@
 """Pipelines: which of the ways to write a request is built, and how that is remembered.
 
-`fast` builds what the cost model says. `standard` measures a few neighbours of that, where the target is this machine.
-`aggressive` searches on from the best for as long as it may; where the target is not this machine its candidates are
-compiled and judged by what their binaries say.
+`fast` builds what compiles fastest. `standard` builds what the cost model says; where the target is this machine it
+measures a few neighbours of that, too. `aggressive` searches on from the best for as long as it may; where the target
+is not this machine its candidates are compiled and judged by what their binaries say.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from esper_triton.tezzeret.plan import Plan, plan_build
 from esper_triton.tezzeret.request import Request
 from esper_triton.tezzeret.rows import Tiles
 from esper_triton.tezzeret.tuning import measure, static_cost
-from esper_triton.tezzeret.writing import Choice, tiles_for
+from esper_triton.tezzeret.writing import Choice, first_choice
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,10 @@ _ROUND_S = 1.0  # of `aggressive`, for each round of candidates
 _BETTER = 0.97  # of the time before; what is closer may be noise
 _LARGEST = 1 << 16  # of a block's extents
 _WARPS = (1, 2, 4, 8)
+# Elements of a result that a thread of a GPU holds at most, in blocks at least so wide: a compiler that has to spill
+# most of a block takes minutes to find out.
+_HELD_A_THREAD = 128
+_HELD_COLUMNS = 256
 _STAGES = (1, 2, 3, 4)
 # For each knob its limits; a neighbour has twice or half of it.
 _LIMITS = {
@@ -122,12 +126,20 @@ def device_of(target: TargetSpec) -> torch.device | None:
 
 
 def plan_of(request: Request, choice: Choice | None = None) -> Plan:
-    """`plan_build` of a request, with the cost model's choice without one."""
+    """`plan_build` of a request, with its pipeline's first choice without one."""
     return plan_build(request.blueprint, request.dims, request.dtype, request.target, request.pipeline, choice=choice)
 
 
 def neighbours(choice: Choice, target: TargetSpec, blueprint: Blueprint) -> Iterator[Choice]:
-    """What differs from `choice` in one knob, by one step."""
+    """What differs from `choice` in one knob, by one step, and fits a GPU's registers as far as one can tell before."""
+    for other in _steps_from(choice, target, blueprint):
+        threads = 32 * other.num_warps
+        block = other.tiles.rows * max(other.tiles.cols, _HELD_COLUMNS)
+        if target.backend == "cpu" or not blueprint.ops or block <= _HELD_A_THREAD * threads:
+            yield other
+
+
+def _steps_from(choice: Choice, target: TargetSpec, blueprint: Blueprint) -> Iterator[Choice]:
     if blueprint.ops:
         for knob, step in _STEPS:
             low, high = _LIMITS[knob]
@@ -155,7 +167,7 @@ def make(request: Request, record: BuildRecord | None, announce: Announce) -> tu
         plan = plan_of(request, record.choice)
         if plan.artifact_id == record.artifact_id:
             return forge(plan), record
-    choice = Choice(tiles=tiles_for(request.target, request.dims))
+    choice = first_choice(request.blueprint, request.target, request.dims, request.pipeline)
     plan = plan_of(request, choice)
     announce("compiling", 0.1)
     if request.pipeline == "fast":
@@ -206,7 +218,7 @@ class _Search:
         started = time.perf_counter()
         end = started + (self.request.budget_s if self.is_thorough else math.inf)
         self.seen.add(plan.artifact_id)
-        best = self._first(choice, plan)
+        best = self._first(choice, plan, end)
         if not self.is_thorough and self.device is None:
             return best.forged, _record(self.request, best.plan, best.choice)
         cost: float | None = None
@@ -218,24 +230,21 @@ class _Search:
                 break
         return best.forged, _record(self.request, best.plan, best.choice, cost, self.tried)
 
-    def _first(self, choice: Choice, plan: Plan) -> _Built:
+    def _first(self, choice: Choice, plan: Plan, end: float) -> _Built:
+        """The first choice, or a neighbour where that does not compile and there is time to look for one."""
         try:
             return _Built(choice, plan, forge(plan))
         except CompileError:
-            if not self.is_thorough:
+            compiled = self._compiled(self._around(choice), end) if self.is_thorough else []
+            if not compiled:
                 raise
-            for other, planned in self._around(choice, count=math.inf):
-                try:
-                    return _Built(other, planned, forge(planned))
-                except CompileError:
-                    continue
-            raise
+            return compiled[0]
 
-    def _around(self, choice: Choice, count: float = _LIGHT) -> list[tuple[Choice, Plan]]:
+    def _around(self, choice: Choice) -> list[tuple[Choice, Plan]]:
         """Neighbours whose kernels are others than all that have been seen."""
         found: list[tuple[Choice, Plan]] = []
         for other in neighbours(choice, self.request.target, self.request.blueprint):
-            if len(found) >= count:
+            if len(found) >= _LIGHT:
                 break
             plan = plan_of(self.request, other)
             if plan.artifact_id not in self.seen:

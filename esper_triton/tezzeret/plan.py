@@ -24,7 +24,7 @@ from esper_triton.contracts.manifest import (
 )
 from esper_triton.tezzeret.source import load_source
 from esper_triton.tezzeret.targets import triton_target
-from esper_triton.tezzeret.writing import Choice, tiles_for, write
+from esper_triton.tezzeret.writing import Choice, first_choice, write
 
 __all__ = ["PIPELINES", "KernelPlan", "Pipeline", "Plan", "compiler_key", "plan_build", "substitute", "toolchain_of"]
 
@@ -76,7 +76,7 @@ def plan_build(
 
     Args:
         dims: an integer for every dim of the blueprint. dtype: a name of `DTypeName`. pipeline: one of `PIPELINES`.
-        choice: what the pipeline has decided; the cost model's without one.
+        choice: what the pipeline has decided; `first_choice` without one.
 
     Raises BlueprintError that lists every fault of the request at once; CompileError where Triton only interprets.
     """
@@ -85,7 +85,7 @@ def plan_build(
     faults = [*_pipeline_faults(pipeline), *_dim_faults(blueprint, dims), *_dtype_faults(dtype)]
     _raise(blueprint, faults)  # what follows needs the numbers
     request = blueprint
-    choice = choice or Choice(tiles=tiles_for(target, dims))
+    choice = choice or first_choice(request, target, dims, pipeline)
     if request.ops:
         blueprint = write(request, dims, dtype, choice.tiles)
     constexprs, parameters = _sizes(blueprint, dims, faults)

@@ -33,8 +33,11 @@ def main() -> int:
     import esper_triton.tezzeret.builds
     import esper_triton.urabrask.proof  # noqa: F401
 
+    one_at_a_time = threading.Lock()
+
     def answer(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message) + "\n")
+        with one_at_a_time:
+            answers.write(json.dumps(message) + "\n")
 
     answer({"ready": os.getpid()})
     while True:
@@ -42,10 +45,18 @@ def main() -> int:
         try:
             limit_process(job["memory_limit"], job["cpu_limit"])
             answer({"built": run_job(job, answer)})
-        except MemoryError:
-            answer({"error": {"type": "MemoryError", "message": ""}})
         except Exception as error:
-            answer({"error": {"type": type(error).__name__, "message": str(error)}})
+            kind = MemoryError if _is_of_memory(error) else type(error)
+            answer({"error": {"type": kind.__name__, "message": str(error)}})
+
+
+def _is_of_memory(error: BaseException | None) -> bool:
+    """Whether it, or what it came from, is that there was no more memory."""
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _read(jobs: queue.SimpleQueue[str]) -> None:
