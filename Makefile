@@ -72,7 +72,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    || { echo "error: $$found -m venv failed; on Debian and Ubuntu install the python3-venv package" >&2; exit 1; }; \
 	fi
 	@echo 'Setting up $(VENV) (once; some minutes) ...'
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev,demo]'
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev,demo,redis]'
 	@touch $@
 
 $(VENV)-matrix/%/.installed: $(STAMP)
