@@ -19,12 +19,14 @@ _HOME = {
     "KasminaStateLayout": "esper_triton.kasmina",
     "KernelCache": "esper_triton.kasmina",
     "MorphableModel": "esper_triton.model",
+    "Oona": "esper_triton.oona",
     "Policy": "esper_triton.kasmina",
     "SeedLifecycleState": "esper_triton.kasmina",
     "Urza": "esper_triton.urza",
     "attach": "esper_triton.model",
     "bake": "esper_triton.model",
     "compile": "esper_triton.compile",
+    "connect": "esper_triton.model",
     "esper_state_dict": "esper_triton.model",
     "load_esper_state_dict": "esper_triton.model",
     "load_model": "esper_triton.model",
@@ -43,6 +45,7 @@ __all__ = [
     "KasminaStateLayout",
     "KernelCache",
     "MorphableModel",
+    "Oona",
     "Policy",
     "SeedLifecycleState",
     "Urza",
@@ -50,6 +53,7 @@ __all__ = [
     "attach",
     "bake",
     "compile",
+    "connect",
     "esper_state_dict",
     "load_esper_state_dict",
     "load_model",
@@ -69,6 +73,7 @@ if TYPE_CHECKING:
         MorphableModel,
         attach,
         bake,
+        connect,
         esper_state_dict,
         load_esper_state_dict,
         load_model,
@@ -78,6 +83,7 @@ if TYPE_CHECKING:
         unwrap,
         wrap,
     )
+    from esper_triton.oona import Oona
     from esper_triton.urza import Artifact, Urza
 
 

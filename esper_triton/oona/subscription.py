@@ -83,10 +83,10 @@ class Subscription:
 
     def poll(self) -> Delivery | None:
         """The next message; None where none waits."""
-        with self._changed:
-            if not self._inbox:
-                return None
+        try:
             delivery = self._inbox.popleft()
+        except IndexError:
+            return None
         if self.group is None:
             self._notice_gap(delivery.envelope)
             self.ack(delivery)
