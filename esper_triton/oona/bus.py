@@ -64,6 +64,7 @@ class Oona:
         max_message_bytes: a larger message is refused.
         limits: what the bus within the process keeps.
         tls_ca: a file of certificates to trust for `wss://`, besides the system's.
+        lease_s: how long, over Redis, a member of a group that has died keeps what it held. (A hub sees it die.)
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Oona:
         max_message_bytes: int = 8 * 2**20,
         limits: Limits | None = None,
         tls_ca: str | os.PathLike[str] | None = None,
+        lease_s: float = 20.0,
     ) -> None:
         if telemetry_bound < 1 or kept_bound < 1:
             raise ValueError(f"bounds must be at least 1, found {telemetry_bound} and {kept_bound}")
@@ -88,7 +90,9 @@ class Oona:
         self._journal_bytes, self._max_message_bytes = journal_bytes, max_message_bytes
         default = os.environ.get("ESPER_OONA") or Path.home() / ".cache" / "esper" / "oona"
         self._folder = Path(journal if journal is not None else default)
-        self._make_transport = functools.partial(_transport, address, token=token, limits=limits, tls_ca=tls_ca)
+        self._make_transport = functools.partial(
+            _transport, address, token=token, limits=limits, tls_ca=tls_ca, lease_s=lease_s
+        )
         self._transport = self._make_transport()
         self._begin()
         _alive.add(self)
@@ -311,7 +315,12 @@ class Oona:
 
 
 def _transport(
-    address: str | None, *, token: str | None, limits: Limits | None, tls_ca: str | os.PathLike[str] | None
+    address: str | None,
+    *,
+    token: str | None,
+    limits: Limits | None,
+    tls_ca: str | os.PathLike[str] | None,
+    lease_s: float,
 ) -> Transport:
     scheme = (address or "").partition("://")[0]
     if address is None:
@@ -323,7 +332,7 @@ def _transport(
     if scheme in ("redis", "rediss", "unix"):
         from esper_triton.oona.redis_streams import RedisTransport
 
-        return RedisTransport(address, password=token)
+        return RedisTransport(address, password=token, limits=limits, lease_s=lease_s)
     raise ValueError(f"the address of a bus begins with ws://, wss:// or redis://, found {address!r}")
 
 

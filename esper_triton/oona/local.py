@@ -13,6 +13,8 @@ from esper_triton.oona.transport import Outgoing
 
 __all__ = ["LocalTransport"]
 
+_DELIVER_EVERY = 32  # messages: a quick reader must have them before the limits of telemetry take them away
+
 
 class LocalTransport:
     """Hands messages from the thread that sends to the subscriptions of this process. The values of a payload are
@@ -32,15 +34,16 @@ class LocalTransport:
     def send(self, messages: Sequence[Outgoing]) -> list[str | None]:
         """Takes all of them in."""
         with self._lock:
-            for message in messages:
+            for k, message in enumerate(messages, start=1):
                 topic, sender_id, sequence, content = message
                 verdict, _ = self._exchange.publish(topic, sender_id, sequence, content, 0)
                 if verdict == "full":
                     raise ConnectionError(
                         f"{topic} holds {self._exchange.limits.messages} messages that some group has still to read"
                     )
-            for subscription in tuple(self._members):
-                self._deliver(subscription)
+                if k % _DELIVER_EVERY == 0 or k == len(messages):
+                    for subscription in tuple(self._members):
+                        self._deliver(subscription)
         return [None] * len(messages)
 
     def subscribe(self, subscription: Subscription, start: Start) -> None:

@@ -158,5 +158,3 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < until, "it did not come"
         time.sleep(0.01)
-
-

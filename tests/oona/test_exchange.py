@@ -57,7 +57,9 @@ class GroupsMachine(RuleBasedStateMachine):
         everybody = [t.place for m, h in self.members if m.group is member.group for t in h]
         assert not set(everybody) & {t.place for t in taken}
         for topic in (LIFECYCLE, RESULTS):
-            in_hand = {t.content for m, h in self.members if m.group is member.group for t in h if t.place.topic == topic}
+            in_hand = {
+                t.content for m, h in self.members if m.group is member.group for t in h if t.place.topic == topic
+            }
             waiting = [n for n in self.owed[member.group.name][topic] if n not in in_hand]
             got = [t.content for t in taken if t.place.topic == topic]
             assert got == waiting[: len(got)]
