@@ -225,10 +225,10 @@ class Remote:
 
     def _took_effect(self, asked: _Asked) -> bool:
         """A request that waited for the boundary is dropped there where a fault has taken its ground away."""
-        record = asked.layer._kasmina
+        name, seed = asked.layer._kasmina.name, asked.command.seed
         if asked.command.command is CommandKind.SET_ALPHA:
-            return record.seeds[asked.command.seed].alpha == asked.command.alpha
-        return asked.target is None or (record.name, asked.command.seed, asked.target) in self._entered
+            return (name, seed, _S.ERROR_RECOVERY) not in self._entered
+        return asked.target is None or (name, seed, asked.target) in self._entered
 
     def _advance(self, command: KasminaCommand, layer: KasminaLayer) -> SeedLifecycleState:
         seed = layer._seed(command.seed)
@@ -251,10 +251,19 @@ class Remote:
     def _germinate(self, delivery: Delivery, command: KasminaCommand, layer: KasminaLayer) -> None:
         assert command.artifact_id is not None
         deadline_s = None if command.deadline is None else max(0.0, command.deadline - time.time())
-        load = layer._begin_load(command.seed, command.artifact_id, command.force, deadline_s)
+        key = layer._kasmina.name, command.seed
+        before = self._traces.get(key)
+        self._traces[key] = delivery.envelope.trace_id or command.command_id  # its first moves may come at once
+        load: PendingLoad | None = None
+        try:
+            load = layer._begin_load(command.seed, command.artifact_id, command.force, deadline_s)
+        finally:
+            if load is None and before is not None:
+                self._traces[key] = before
+            elif load is None:
+                del self._traces[key]
         if load is None:
             raise ValueError(f"{layer.last_error(command.seed)}")
-        self._traces[command.layer, command.seed] = delivery.envelope.trace_id or command.command_id
         self._loading[command.command_id] = _Loading(delivery, command, layer, load, load.start())
 
     @staticmethod
@@ -330,8 +339,6 @@ class Remote:
         )
         if event.target in (_S.FOSSILIZED, _S.CULLED, _S.ROLLED_BACK) and event.artifact_id is not None:
             self._report(event, trace_id)
-        if event.target is _S.DORMANT:
-            self._traces.pop((event.layer, event.seed), None)
 
     def _report(self, event: Transition, trace_id: str | None) -> None:
         layer = self._layers.get(event.layer)

@@ -92,12 +92,12 @@ class Pump:
             self.busy = False
 
     def end(self) -> None:
-        """What must not be lost goes into the journal; called by the thread that has run `cycle`, last."""
+        """What must not be lost goes into the journal, and telemetry that is still here counts as dropped; called by the
+        thread that has run `cycle`, last."""
         try:
             if self._journal is not None:
                 try:
-                    self._keep(self._again)
-                    self._again = []
+                    self._again = self._keep(self._again)
                     self._spill()
                 finally:
                     for journal in (self._journal, *(self._orphans or ())):
@@ -105,6 +105,11 @@ class Pump:
         except sqlite3.Error as error:
             self._note("journal_failed", error)
         finally:
+            for lane in self._lanes:
+                left = [message for message in self._again if message.topic == lane.topic]
+                for _ in range(len(left) + (lane.discard() if lane.is_telemetry else 0)):
+                    lane.dropped.add()
+            self._again = []
             self.ended.set()
 
     def abandon(self) -> None:
