@@ -36,6 +36,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m esper_triton.demo $(DEMO_ARGS)
 
 test: lint types $(PACKAGES)
+	@$(BIN)/python tests/oona/redis_server.py
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 # The laws, and the benches as a table. Without a GPU every one of the tests would be skipped, and that is not a success.

@@ -76,7 +76,8 @@ class Pump:
         """Sends what one batch holds. Returns the seconds to pause, None where there is nothing to do."""
         self.busy = True
         try:
-            if self._journal is not None and (self.away or len(self._journal)) and not self._again:
+            waits = any(not is_telemetry(message.topic) for message in self._again)
+            if self._journal is not None and (self.away or len(self._journal)) and not waits:
                 self._spill()
             if self.away and (left := self._try_at - time.monotonic()) > 0:
                 return left
@@ -92,8 +93,8 @@ class Pump:
             self.busy = False
 
     def end(self) -> None:
-        """What must not be lost goes into the journal, and telemetry that is still here counts as dropped; called by the
-        thread that has run `cycle`, last."""
+        """What must not be lost goes into the journal, and telemetry that is still here counts as dropped. Called last,
+        by the thread that has run `cycle`."""
         try:
             if self._journal is not None:
                 try:

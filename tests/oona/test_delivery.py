@@ -174,6 +174,8 @@ def test_a_journal_that_a_killed_process_left_is_sent_by_the_next(
         f"bus = Oona({server.address!r}, name='dead', journal={str(scratch / 'journal')!r})\n"
         "for k in range(700):\n"
         "    bus.publish('audit.lifecycle', {'k': k})\n"
+        "    bus.publish('telemetry.seed.health', {'k': k})\n"
+        "    time.sleep(0.0005)\n"
         "while bus.stats()['journal']['messages'] < 700:\n"
         "    time.sleep(0.01)\n"
         "os.kill(os.getpid(), 9)\n"
