@@ -18,6 +18,7 @@ __all__ = [
     "KERNEL_READY",
     "LIFECYCLE",
     "RESULTS",
+    "SCHEMA_VERSION",
     "SUBMITTED",
     "TOPICS",
     "Envelope",

@@ -37,8 +37,6 @@ MODELS: Mapping[str, type[Message]] = {
 }
 """What the payload of each topic is."""
 
-_FIELDS = tuple(Envelope.model_fields)
-
 
 def faults(error: ValidationError) -> str:
     """Every fault that pydantic has found, in one line."""
@@ -65,13 +63,13 @@ def parse(envelope: Envelope) -> Message:
         ) from error
 
 
-def pack(envelope: Envelope) -> bytes:
-    """One message's bytes. Raises MalformedMessage for a payload with values that msgpack has no form for."""
-    values = envelope.__dict__
+def pack(values: Mapping[str, Any]) -> bytes:
+    """The bytes of a message with these fields of an Envelope. Raises MalformedMessage for values that msgpack has no
+    form for."""
     try:
-        packed: bytes = msgpack.packb({name: values[name] for name in _FIELDS})
+        packed: bytes = msgpack.packb(values)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise MalformedMessage(f"{envelope.topic}: a payload of plain values is expected: {error}") from error
+        raise MalformedMessage(f"{values['topic']}: a payload of plain values is expected: {error}") from error
     return packed
 
 

@@ -66,9 +66,10 @@ def converse(address: str, *frames: bytes | str, headers: dict[str, str] | None 
 
 
 def envelope(topic: str = LIFECYCLE, sequence: int = 0, **payload: object) -> bytes:
-    return pack(
-        Envelope(event_id=f"e{sequence}", topic=topic, sender_id="s", sequence=sequence, timestamp=0.0, payload=payload)
+    made = Envelope(
+        event_id=f"e{sequence}", topic=topic, sender_id="s", sequence=sequence, timestamp=0.0, payload=payload
     )
+    return pack(made.model_dump())
 
 
 def subscribe(**fields: object) -> bytes:
@@ -150,11 +151,12 @@ def test_a_frame_beyond_every_limit_ends_its_own_connection_alone(fuzzed: HubSer
     assert converse(fuzzed.address)[-1]["op"] == "stats"
 
 
-@pytest.fixture
-def guarded(scratch: Path) -> Iterator[HubServer]:
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     """A hub with two tokens."""
-    (scratch / "tokens.toml").write_text(ROLES)
-    server = HubServer(scratch, "--token-file", str(scratch / "tokens.toml")).start()
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "tokens.toml").write_text(ROLES)
+    server = HubServer(folder, "--token-file", str(folder / "tokens.toml")).start()
     yield server
     server.stop()
 
@@ -266,6 +268,7 @@ def test_two_hubs_do_not_share_a_folder(hub: HubServer) -> None:
 
 
 def test_the_counters_can_be_asked_for_from_the_command_line(guarded: HubServer, bus_to: Callable[..., Oona]) -> None:
+    (before,) = converse(guarded.address, headers={"Authorization": f"Bearer {OPERATOR}"})
     trainer = bus_to(guarded, token=TRAINER)
     trainer.publish(LIFECYCLE, {})
     assert trainer.flush()
@@ -277,4 +280,5 @@ def test_the_counters_can_be_asked_for_from_the_command_line(guarded: HubServer,
         check=True,
         timeout=30,
     )
-    assert json.loads(done.stdout)["topics"][LIFECYCLE]["messages"] == 1
+    counted = json.loads(done.stdout)["topics"][LIFECYCLE]["messages"]
+    assert counted == before["stats"]["topics"][LIFECYCLE]["messages"] + 1
