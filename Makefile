@@ -13,6 +13,8 @@ STAMP := $(VENV)/.installed
 PACKAGES := $(VENV)/third_party/requirements.txt $(VENV)/company/requirements.txt
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that run tests side by side; 0 runs them in one.
+PYTEST_JOBS ?= auto
 
 # torch's OpenMP threads spin while they wait for the next parallel region. On a machine with few or shared cores they
 # take the cores from the threads that have work, and everything threaded becomes many times slower.
@@ -36,7 +38,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m esper_triton.demo $(DEMO_ARGS)
 
 test: lint types $(PACKAGES)
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 # The laws, and the benches as a table. Without a GPU every one of the tests would be skipped, and that is not a success.
 test-gpu: $(STAMP)

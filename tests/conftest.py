@@ -71,3 +71,22 @@ def adapter_variant(tmp_path: Path, adapter_path: Path) -> Callable[..., Path]:
         return target
 
     return written
+
+
+@pytest.fixture(scope="session")
+def library_store(tmp_path_factory: pytest.TempPathFactory) -> esper.Urza:
+    """A store for the whole run; `library_artifact` fills it."""
+    return esper.Urza(tmp_path_factory.mktemp("library") / "urza")
+
+
+@pytest.fixture(scope="session")
+def library_artifact(library_store: esper.Urza) -> Callable[..., str]:
+    """`library_artifact(name, dtype="float32")`: id of what ships, with the dims of `shipped`, for this CPU, proven, in
+    `library_store`."""
+    from shipped import BLUEPRINTS, dims_of
+
+    def compiled(name: str, dtype: str = "float32") -> str:
+        request = {"dims": dims_of(name), "dtype": dtype, "pipeline": "fast"}
+        return esper.compile(BLUEPRINTS[name], urza=library_store, **request).id
+
+    return compiled

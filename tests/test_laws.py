@@ -24,7 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import esper_triton as esper
-from esper_triton.contracts.errors import ArtifactNotFound, ArtifactRefused, CorruptObject, EsperError
+from esper_triton.contracts.errors import (
+    ArtifactNotFound,
+    ArtifactRefused,
+    CorruptObject,
+    EsperError,
+    UntrustedArtifact,
+)
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.kasmina import KasminaLayer, KernelCache, SeedLifecycleState
 from esper_triton.kasmina.launcher import KernelProgram
@@ -477,6 +483,20 @@ def test_law_4_what_is_not_validated_is_refused(
     error = _refused(linear_with_seeds(store, IN, D, 1), artifact_id)
     assert isinstance(error, ArtifactRefused)
     assert status.value in str(error)
+
+
+def test_law_4_what_nobody_that_is_trusted_has_signed_is_refused(
+    store: Urza, adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    artifact_id = copy_artifact(adapter_store, store, adapter_for(D, R))
+    digest = store.get(artifact_id).digest
+    error = _refused(linear_with_seeds(Urza(store.root, trust=f"keys:prover={'0' * 64}"), IN, D, 1), artifact_id)
+    assert isinstance(error, UntrustedArtifact)
+    assert "which the trust policy does not name" in str(error)
+    (store.root / "refs" / artifact_id).write_text(f"{digest}\n")  # as it was stored before there were signatures
+    error = _refused(linear_with_seeds(store, IN, D, 1), artifact_id)
+    assert isinstance(error, UntrustedArtifact)
+    assert "is not signed" in str(error)
 
 
 def test_law_4_an_unknown_launch_format_is_refused(

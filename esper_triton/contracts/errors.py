@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 __all__ = [
+    "ArchiveRefused",
     "ArtifactNotFound",
     "ArtifactRefused",
     "BlueprintError",
@@ -22,12 +23,14 @@ __all__ = [
     "LoadDeadlineExceeded",
     "LoadLost",
     "NonFiniteOutput",
+    "NotAuthorized",
     "ProofFailed",
     "ReplicaFailed",
     "SlotEmbargoed",
     "StateCorruption",
     "StoreUnavailable",
     "UnknownTarget",
+    "UntrustedArtifact",
     "nearest",
 ]
 
@@ -74,6 +77,18 @@ class CorruptObject(EsperError, RuntimeError):
 
 class ArtifactRefused(EsperError, RuntimeError):
     """An intact artifact may not run here: its status, target, toolchain, dims or dtype does not fit (law 4)."""
+
+
+class UntrustedArtifact(ArtifactRefused):
+    """An intact artifact is not signed by a key that the store's trust policy names for what it claims to be."""
+
+
+class NotAuthorized(EsperError, PermissionError):
+    """A change must be signed by a role whose key this process may not use or does not have. Nothing was changed."""
+
+
+class ArchiveRefused(EsperError, ValueError):
+    """An archive to import is not one, is damaged, or has entries that none has. Nothing of it was stored."""
 
 
 class CheckpointError(EsperError, ValueError):

@@ -70,8 +70,10 @@ class TargetSpec(_Value):
 
     @property
     def label(self) -> str:
-        """As in artifact ids: `cpu`, `cuda90`, `hipgfx942`."""
-        return "cpu" if self.backend == "cpu" else f"{self.backend}{self.arch}"
+        """As in artifact ids: `cpu` for the machine it was built on, `cpux8664v3`, `cuda90`, `hipgfx942`."""
+        if self.backend == "cpu" and not self.arch.startswith("x86-64"):
+            return "cpu"
+        return f"{self.backend}{self.arch}".replace("-", "")
 
 
 class Toolchain(_Value):
@@ -145,7 +147,7 @@ class Manifest(_Value):
     forward: tuple[LaunchStep, ...]
     backward: tuple[LaunchStep, ...]
     created_at: str
-    compile_seconds: float
+    compile_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     status: KernelStatus
     report: Digest | None = None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -105,11 +106,13 @@ class CPUBackend(BaseBackend):  # type: ignore[misc]  # triton carries no types
         Raises:
             CPUBackendError: the target is another processor than this machine's.
         """
-        from esper_triton.cpu.host import cpu_name
+        from esper_triton.cpu.host import BASELINES, cpu_name
 
-        if self.target.arch not in ("", "native", cpu_name()):
+        baselines = BASELINES if platform.machine() in ("x86_64", "AMD64") else ()
+        if self.target.arch not in ("", "native", cpu_name(), *baselines):
             raise CPUBackendError(
-                f"cannot compile for the processor {self.target.arch!r} here: expected 'native' or {cpu_name()!r}"
+                f"cannot compile for the processor {self.target.arch!r} here: expected 'native', {cpu_name()!r}"
+                + (f" or one of {', '.join(baselines)}" if baselines else "")
             )
         known = {field.name for field in fields(CPUOptions)}
         chosen = {name: value for name, value in opts.items() if name in known and value is not None}
@@ -118,7 +121,7 @@ class CPUBackend(BaseBackend):  # type: ignore[misc]  # triton carries no types
 
             chosen["enable_fp_fusion"] = knobs.language.default_fp_fusion
         chosen.setdefault("sanitize", os.environ.get("ESPER_TRITON_SANITIZE", ""))
-        return CPUOptions(**{**chosen, "arch": cpu_name()})
+        return CPUOptions(**{**chosen, "arch": self.target.arch if self.target.arch in baselines else cpu_name()})
 
     def pack_metadata(self, metadata: Any) -> tuple[int, int, int]:
         return metadata.num_warps, metadata.num_ctas, metadata.shared
@@ -191,9 +194,12 @@ def _make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
 def _make_llir(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     """LLVM IR as text. The last use of `module`: `mlir.generic_text` leaves it unfit for MLIR."""
     from esper_triton.cpu import mlir
+    from esper_triton.cpu.host import compiling_for, cpu_name
 
     text = mlir.generic_text(module, module.context)
-    metadata["name"], metadata["slots"], metadata["work"], source = _lower(text, str(options.sanitize))
+    with compiling_for(options.arch):
+        lowered = _lower(text, str(options.sanitize), cpu_name())
+    metadata["name"], metadata["slots"], metadata["work"], source = lowered
     metadata["shared"] = 0
     return source
 
@@ -201,8 +207,9 @@ def _make_llir(module: Any, metadata: dict[str, Any], options: CPUOptions) -> st
 # Remembered, like `_object`: autotuning compiles a kernel again for each number of warps and stages, and here these are
 # one and the same kernel.
 @lru_cache(maxsize=8)
-def _lower(text: str, sanitize: str) -> tuple[str, int, int | None, str]:
-    """(symbol, number of run-time arguments, work of a program, LLVM IR) of a module in MLIR's generic form."""
+def _lower(text: str, sanitize: str, processor: str) -> tuple[str, int, int | None, str]:
+    """(symbol, number of run-time arguments, work of a program, LLVM IR) of a module in MLIR's generic form, for the
+    processor that `host` speaks of."""
     from esper_triton.cpu import mlir
 
     return lower_module(mlir.parse(text), sanitize)
@@ -229,16 +236,19 @@ def lower_module(parsed: Module, sanitize: str = "", record: Record | None = Non
 
 
 def _make_object(source: str, metadata: dict[str, Any], options: CPUOptions) -> bytes:
-    """An ELF relocatable for this machine's processor.
+    """An ELF relocatable for the processor of the options.
 
     Raises:
         CPUBackendError: LLVM refuses the IR, which is an error of the lowering.
     """
-    return _object(source, metadata["name"], metadata["work"], options.opt_level, options.slp_vectorize)
+    from esper_triton.cpu.host import compiling_for, cpu_name
+
+    with compiling_for(options.arch):
+        return _object(source, metadata["name"], metadata["work"], options.opt_level, options.slp_vectorize, cpu_name())
 
 
 @lru_cache(maxsize=8)
-def _object(source: str, name: str, work: int | None, opt_level: int, slp_vectorize: bool) -> bytes:
+def _object(source: str, name: str, work: int | None, opt_level: int, slp_vectorize: bool, processor: str) -> bytes:
     machine, module = _optimised(source, name, work, opt_level, slp_vectorize)
     return bytes(machine.emit_object(module))
 

@@ -1,26 +1,61 @@
-"""The processor that this process runs on, in LLVM's words."""
+"""The processor that code is for, in LLVM's words: this machine's, or a baseline that many machines have."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["cpu_features", "cpu_name", "feature_string", "last_level_cache_bytes", "vector_bits"]
+__all__ = [
+    "BASELINES",
+    "compiling_for",
+    "cpu_features",
+    "cpu_name",
+    "feature_string",
+    "last_level_cache_bytes",
+    "vector_bits",
+]
+
+_V2 = ("cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3")
+_V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave")
+BASELINES: dict[str, tuple[str, ...]] = {
+    "x86-64": (),
+    "x86-64-v2": _V2,
+    "x86-64-v3": _V3,
+    "x86-64-v4": (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
+}
+"""Levels of the x86-64 psABI (section 3.1.1), which LLVM knows as processors, with the features of each beyond those of
+the first."""
+
+_baseline: ContextVar[str | None] = ContextVar("esper_triton_baseline", default=None)
+
+
+@contextmanager
+def compiling_for(name: str) -> Iterator[None]:
+    """Meanwhile, and in this thread, the functions below speak of a baseline where `name` is one, not of the host."""
+    token = _baseline.set(name if name in BASELINES else None)
+    try:
+        yield
+    finally:
+        _baseline.reset(token)
+
 
 _FILE = "processor.json"
 
 
 def cpu_name() -> str:
-    """LLVM's name of the host's processor, such as `znver3`."""
-    return _processor()[0]
+    """LLVM's name of the processor, such as `znver3`."""
+    return _baseline.get() or _processor()[0]
 
 
 def _features() -> dict[str, bool]:
-    return _processor()[1]
+    baseline = _baseline.get()
+    return _processor()[1] if baseline is None else dict.fromkeys(BASELINES[baseline], True)
 
 
 @lru_cache(maxsize=1)
@@ -63,19 +98,16 @@ def _boot() -> str | None:
         return None
 
 
-@lru_cache(maxsize=1)
 def cpu_features() -> tuple[str, ...]:
-    """Names of LLVM's features that the host has, sorted, such as `("aes", "avx", "avx2", ...)`."""
+    """Names of LLVM's features that the processor has, sorted, such as `("aes", "avx", "avx2", ...)`."""
     return tuple(sorted(name for name, enabled in _features().items() if enabled))
 
 
-@lru_cache(maxsize=1)
 def feature_string() -> str:
-    """Every feature as `+name` or `-name`: what the host lacks is off even where its processor's name implies it."""
+    """Every feature as `+name` or `-name`: what a host lacks is off even where its processor's name implies it."""
     return ",".join(f"{'+' if enabled else '-'}{name}" for name, enabled in sorted(_features().items()))
 
 
-@lru_cache(maxsize=1)
 def vector_bits() -> int:
     """Width of the widest vector register: 512 with AVX-512, 256 with AVX, otherwise 128."""
     features = cpu_features()

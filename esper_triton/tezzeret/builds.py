@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from esper_triton.contracts.blueprint import Blueprint
-from esper_triton.contracts.errors import ArtifactNotFound, CorruptObject, ProofFailed
+from esper_triton.contracts.errors import ArtifactNotFound, CorruptObject, ProofFailed, UntrustedArtifact
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.tezzeret.forge import Forged
 from esper_triton.tezzeret.pipelines import Announce, BuildRecord, device_of, make, plan_of
@@ -50,7 +48,7 @@ class _Job:
             return False
         try:
             artifact, blobs = store.load(self.record.artifact_id)
-        except (ArtifactNotFound, CorruptObject):
+        except (ArtifactNotFound, CorruptObject, UntrustedArtifact):
             return False
         if not self.request.is_of(artifact.manifest):  # the record is not signed
             self.record = None
@@ -146,10 +144,7 @@ def _build(jobs: Sequence[_Job], store: Urza, announce: Announce) -> None:
             finally:
                 job.seconds += time.perf_counter() - started
 
-        # What measures has the machine to itself.
-        side_by_side = all(job.request.pipeline == "fast" for job in jobs)
-        with ThreadPoolExecutor((os.cpu_count() or 1) if side_by_side else 1, "esper-build") as threads:
-            made = [one for one in threads.map(make_one, jobs) if one is not None]
+        made = [one for one in map(make_one, jobs) if one is not None]
         for job, forged, record in made:
             job.artifact = store.commit(forged.manifest, forged.blobs)
             job.code_bytes = _code_bytes(job.artifact, forged.blobs)

@@ -67,7 +67,11 @@ def space_of(node: Node) -> Space:
 
 def needed_from_forward(forward: Iterable[Node], backward: Iterable[Node]) -> list[Node]:
     """What the backward takes from the forward: results of sums and products. The rest it computes again."""
-    ours = {node for node in reached(forward) if _is_computed(node)}
+    found = set(reached(forward))
+    ours = {node for node in found if _is_computed(node)}
+    backward = list(backward)
+    # Attention has the logarithm of its sums at hand, which nothing but its derivative asks for.
+    ours |= {n for n in reached(backward) if n.op == "attention_lse" and found.issuperset(n.args)}
     return [node for node in reached(backward, stop=ours) if node in ours]
 
 
@@ -182,9 +186,14 @@ def _cut_for(part: _Partition, node: Node) -> None:
     elif node.op == "shift" and not _is_light(part, node.args[0]):
         part.cut_at(node.args[0])
     elif node.op in _MOVES_ROWS or node.op in _MOVES_COLUMNS:
-        for inner in part.inside(node.args, rows=True):
-            if inner.op == "linear" or (_is_computed(inner) and node.op in _MOVES_ROWS):
-                part.cut_at(inner)
+        for argument in node.args:
+            inside = part.inside([argument], rows=True)
+            if any(inner.op == "linear" for inner in inside):
+                part.cut_at(argument)
+            elif node.op in _MOVES_ROWS:
+                for inner in inside:
+                    if _is_computed(inner):
+                        part.cut_at(inner)
     elif node.op == "linear":
         for operand in node.args[::2]:
             if operand.width > FULL_WIDTH and not _is_cheap(part, operand, rows=True, chunks=node.width > FULL_WIDTH):

@@ -121,8 +121,11 @@ def device_of(target: TargetSpec) -> torch.device | None:
     import torch
 
     from esper_triton.kasmina.gpu import find_gpu
+    from esper_triton.tezzeret.targets import runs_on_this_cpu
 
-    return torch.device("cpu") if target.backend == "cpu" else find_gpu(target)
+    if target.backend != "cpu":
+        return find_gpu(target)
+    return torch.device("cpu") if runs_on_this_cpu(target) else None
 
 
 def plan_of(request: Request, choice: Choice | None = None) -> Plan:

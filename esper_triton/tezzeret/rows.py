@@ -81,8 +81,7 @@ class Writer(Values):
         super().__init__({n: around.memory[n] for n in memory}, around.names, around.dtype, uses)
         self.around = around
         self.constexprs: dict[str, None] = {}
-        if around.is_image:
-            self.use_image()
+        self.is_image = around.is_image
 
     def constant(self, role: str, value: int) -> str:
         name = self.around.constants.name(role, value)
@@ -196,11 +195,14 @@ class _Rows:
         writer, (level, lines) = self.writer, self.kernel.space
         block = writer.constant("BLOCK_ROWS", self.rows)
         unit = "row" if lines == 1 else "line"
-        writer.line(f"{unit} = (tl.program_id(0).to(tl.int64) * {block} + tl.arange(0, {block}))[:, None]")
-        writer.line(f"{unit}_ok = {unit} < {writer.rows_of(level, lines)}")
+        with writer.before():
+            writer.line(f"{unit} = (tl.program_id(0).to(tl.int64) * {block} + tl.arange(0, {block}))[:, None]")
+            writer.line(f"{unit}_ok = {unit} < {writer.rows_of(level, lines)}")
+            if lines > 1:
+                writer.line(f"row = line // {lines}")
+        writer.fixed_rows = {"row", unit}
         self.line = self.row = Index(unit, rows=True, ok=f"{unit}_ok", name=unit, block=block)
         if lines > 1:
-            writer.line(f"row = line // {lines}")
             self.row = Index("row", rows=True, ok="line_ok", name="row", block=block)
         self.whole: dict[int, Index] = {}
         resident = [n for n in self.kernel.computed if n.op != "linear" or self.is_full(n.width)]

@@ -93,6 +93,9 @@ class Values:
         self.pointers: dict[str, None] = {}
         self.strides: dict[str, None] = {}
         self.scalars: dict[str, None] = {}
+        self.is_image = False
+        self.fixed_rows: set[str] = set()
+        """Code of row indices that are made before every loop."""
         self.results: dict[Node, Value] = {}
         """Of sums and products, by whoever has computed them."""
         self._indent = 1
@@ -249,7 +252,8 @@ class Values:
                 *leading, a, b = at.inner
                 return self.value(node.args[0], replace(at, inner=(*leading, b, a), line=None))
             case "unpool":
-                item = Index(f"({at.row.code} // {self.scalar('length')})", rows=True, ok=at.row.ok)
+                code = f"({at.row.code}.to(tl.int32) // {self.scalar('length')}).to(tl.int64)"
+                item = Index(self.of_rows(at.row.code, "item", code), rows=True, ok=at.row.ok)
                 return self.value(node.args[0], replace(at, row=item, line=None))
             case "shift":
                 return self._shifted(node, at)
@@ -369,40 +373,39 @@ class Values:
 
     def _shifted(self, node: Node, at: At) -> Value:
         dy, dx = node["dy"], node["dx"]
-        key = f"_{'m' if dy < 0 else 'p'}{abs(dy)}{'m' if dx < 0 else 'p'}{abs(dx)}" if dy else f"_{dx:+d}"
-        suffix = key.replace("+", "p").replace("-", "m")
-        row, ok = at.row.code, []
-        if dy:
-            ok.append(self._within(row, "line", dy))
-        if dx:
-            ok.append(self._within(row, "column" if self._is_image else "position", dx))
-        width = self.scalar("image_width") if dy else ""
-        step = " + ".join(filter(None, (f"({dy}) * {width}" if dy else "", str(dx) if dx else "")))
-        moved = self._shared(f"row{suffix}", f"{row} + {step}")
-        masks = tuple(m for m in (at.row.ok, *ok) if m)
-        source = replace(at, row=Index(moved, rows=True, ok=" & ".join(masks)), line=None)
+        row = at.row.code
+        suffix = ("_" + _signed(dy) if dy else "") + "_" + _signed(dx)
+        # Rows are fewer than 2^31, and division is cheaper in 32 bits.
+        short = f"{row}.to(tl.int32)"
+        ok = [at.row.ok] if at.row.ok else []
+        if self.is_image:
+            width, height = self.scalar("image_width"), self.scalar("image_height")
+            step = " + ".join(filter(None, (f"({dy}) * {width}" if dy else "", str(dx) if dx else "")))
+            if dy:
+                ok.append(_within(self.of_rows(row, "y", f"{short} // {width} % {height}"), height, dy))
+            if dx:
+                ok.append(_within(self.of_rows(row, "x_at", f"{short} % {width}"), width, dx))
+        else:
+            step, length = str(dx), self.scalar("length")
+            ok.append(_within(self.of_rows(row, "position", f"{short} % {length}"), length, dx))
+        moved = self.of_rows(row, f"row{suffix}", f"{row} + {step}")
+        masked = self.of_rows(row, f"ok{suffix}", " & ".join(ok))
+        if row in self.fixed_rows:
+            self.fixed_rows.add(moved)
+        source = replace(at, row=Index(moved, rows=True, ok=masked), line=None)
         value = self.value(node.args[0], source)
         if self.is_plain_load(node.args[0]):
             return value
-        return Value(f"tl.where({' & '.join(masks)}, {value.code}, 0.0)", True, value.cols)
+        return Value(f"tl.where({masked}, {value.code}, 0.0)", True, value.cols)
 
-    _is_image = False
-
-    def use_image(self) -> None:
-        """Positions have two dimensions."""
-        self._is_image = True
-
-    def _within(self, row: str, what: str, step: int) -> str:
-        """Whether a row's neighbour lies in the same item."""
-        match what:
-            case "position":
-                place, extent = f"{row} % {self.scalar('length')}", "length"
-            case "column":
-                place, extent = f"{row} % {self.scalar('image_width')}", "image_width"
-            case _:
-                width, height = self.scalar("image_width"), self.scalar("image_height")
-                place, extent = f"{row} // {width} % {height}", height
-        return f"({place} >= {-step})" if step < 0 else f"({place} < {extent} - {step})"
+    def of_rows(self, row: str, wanted: str, code: str) -> str:
+        """A variable for what depends on the row alone: computed once, where the rows are the same in every loop."""
+        if row not in self.fixed_rows:
+            return self._shared(wanted, code)
+        if code not in self._scopes[0].codes:
+            with self.before():
+                self._scopes[0].codes[code] = self.assign(wanted, code)
+        return self._scopes[0].codes[code]
 
     def _shared(self, wanted: str, code: str) -> str:
         """One variable for equal code."""
@@ -432,6 +435,16 @@ class Values:
         scale = float_literal(1 / (1 - node["p"])) if node["p"] < 1 else "0.0"
         kept = f"tl.where({drawn} >= {node['p']!r}, {scale}, 0.0)"
         return Value(f"tl.where({self.scalar('training')} != 0, {kept}, 1.0)", True, True)
+
+
+def _signed(step: int) -> str:
+    """A step as a part of a name."""
+    return f"{'m' if step < 0 else 'p'}{abs(step)}"
+
+
+def _within(place: str, extent: str, step: int) -> str:
+    """Whether the neighbour of a place is within its item."""
+    return f"({place} >= {-step})" if step < 0 else f"({place} < {extent} - {step})"
 
 
 def _moved(at: At, step: str) -> At:

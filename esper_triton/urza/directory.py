@@ -8,20 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import itertools
 import json
 import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from esper_triton.contracts.errors import StoreUnavailable
 from esper_triton.contracts.manifest import sha256
+from esper_triton.urza.filesystem import on_network
+from esper_triton.urza.locks import HeldLock
 
-__all__ = ["Damage", "Directory", "object_parts"]
+__all__ = ["Damage", "Directory", "Objects", "object_parts"]
+
+# A file that was changed within one tick of its file system's clock keeps its times. What was changed so recently is
+# hashed again: two seconds is the coarsest tick there is (FAT), and enough for a clock that is set a little wrong.
+SETTLED_NS = 2_000_000_000
+_REMEMBERED = 4096
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # O_NONBLOCK: opening a named pipe that somebody left in the place of an object must not wait for a writer.
@@ -59,11 +68,27 @@ class Damage(Exception):
         self.expected, self.found, self.size_bytes, self.missing = expected, found, size_bytes, missing
 
 
+class Objects(Protocol):
+    """What a store needs of the place where its bytes are: content by digest, and nothing else.
+
+    Records, the audit log and locks stay in a directory; a shared place for objects needs only these.
+    """
+
+    def read_object(self, digest: str, what: str, *, limit_bytes: int) -> bytes:
+        """The bytes whose SHA-256 is `digest`. Raises Damage (missing ones too) and StoreUnavailable."""
+
+    def write_object(self, content: bytes, *, limit_bytes: int) -> str:
+        """Stores `content`, in the place of a damaged one too; returns its SHA-256. Raises StoreUnavailable."""
+
+
 class Directory:
-    """Files under `root`. `write` and `set_aside` may be called only inside `lock()`; reading needs no lock."""
+    """Files under `root`. What writes may be called only inside `lock()`, where it does not say otherwise; reading
+    needs no lock."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._verified: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._remembers: bool | None = None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -76,69 +101,167 @@ class Directory:
             made = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
             self.root.mkdir(parents=True, exist_ok=True)
             for folder in made:
-                with self._opened(os.open(folder.parent, _FOLDER)) as parent:
+                parent = os.open(folder.parent, _FOLDER)
+                try:
                     os.fsync(parent)
-            with self._folder(()) as root:
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                descriptor = os.open("lock", flags, 0o644, dir_fd=root)
-        with self._opened(descriptor):
-            with self._translated("be locked"):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            try:
-                with self._translated("be cleared of unfinished files"), self._folder(("tmp",), create=True) as tmp:
-                    for name in os.listdir(tmp):
-                        os.unlink(name, dir_fd=tmp)
-                yield
-            finally:
-                # Closing would not do: a child forked meanwhile would share the descriptor, and hold the lock with it.
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
+                finally:
+                    os.close(parent)
+        with self.hold(("lock",)):
+            with self._translated("be cleared of unfinished files"), self._folder(("tmp",), create=True) as tmp:
+                for name in os.listdir(tmp):
+                    os.unlink(name, dir_fd=tmp)
+            yield
 
-    def read(self, parts: tuple[str, ...], what: str, *, limit_bytes: int) -> bytes:
-        """The bytes of one regular file. Raises FileNotFoundError, Damage (not a file, too large), StoreUnavailable."""
+    def hold(self, parts: tuple[str, ...], *, shared: bool = False, wait: bool = True) -> HeldLock:
+        """Takes a lock on a file, made if need be; needs no other lock. Raises StoreUnavailable, and BlockingIOError
+        where `wait` is False and another has it."""
         *folders, name = parts
-        with self._translated("be read", missing_ok=True), self._folder(folders) as folder:
+        with self._translated("be opened for writing"), self._folder(folders, create=True) as folder:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(name, flags, 0o644, dir_fd=folder)
+        try:
+            return HeldLock(descriptor, shared=shared, wait=wait)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise StoreUnavailable(f"store {self.root} cannot be locked: {error.strerror or error}") from error
+
+    def same_file(self, parts: tuple[str, ...], descriptor: int) -> bool:
+        """Whether `descriptor` is of the file that has this name now."""
+        try:
+            with self._folder(parts[:-1]) as folder:
+                named = os.stat(parts[-1], dir_fd=folder, follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(named, os.fstat(descriptor))
+
+    def read(self, parts: tuple[str, ...], what: str, *, limit_bytes: int, touch_after_s: float | None = None) -> bytes:
+        """The bytes of one regular file. Raises FileNotFoundError, Damage (not a file, too large), StoreUnavailable.
+
+        touch_after_s: gives a file that was last written longer ago the present time, where this user may.
+        """
+        with self._translated("be read", missing_ok=True):
+            descriptor = self._open(parts, what)
             try:
-                descriptor = os.open(name, _READ, dir_fd=folder)
-            except OSError as error:
-                if error.errno == errno.ELOOP:
-                    raise Damage(parts, what, "is a symbolic link, which is never followed") from error
-                raise
-            with self._opened(descriptor):
-                found = os.fstat(descriptor)
-                if not stat.S_ISREG(found.st_mode):
-                    raise Damage(parts, what, "is not a regular file")
-                if found.st_size > limit_bytes:
-                    reason = f"is too large: {found.st_size} bytes, at most {limit_bytes} are allowed"
-                    raise Damage(parts, what, reason, size_bytes=found.st_size)
-                with open(descriptor, "rb", closefd=False) as file:
-                    return file.read(limit_bytes + 1)
+                content, found = self._content(descriptor, parts, what, limit_bytes)
+                if touch_after_s is not None and abs(time.time() - found.st_mtime) > touch_after_s:
+                    with contextlib.suppress(OSError):
+                        os.utime(descriptor)
+                return content
+            finally:
+                os.close(descriptor)
 
     def read_object(self, digest: str, what: str, *, limit_bytes: int) -> bytes:
-        """The bytes whose SHA-256 is `digest`, hashed on this call. Raises Damage, StoreUnavailable."""
+        """The bytes whose SHA-256 is `digest`. Raises Damage, StoreUnavailable.
+
+        They are hashed on this call, unless this process has hashed this very file before and it is unchanged since:
+        the same inode, size, time of change of content and of inode, the last of which no program can set. On a network
+        file system, whose times are another machine's, nothing is remembered.
+        """
         parts = object_parts(digest)
         try:
-            content = self.read(parts, what, limit_bytes=limit_bytes)
+            with self._translated("be read", missing_ok=True):
+                descriptor = self._open(parts, what)
+                try:
+                    began_ns = time.time_ns()
+                    content, before = self._content(descriptor, parts, what, limit_bytes)
+                    identity = _identity(before)
+                    if self._verified.get(digest) == identity == _identity(os.fstat(descriptor)):
+                        return content
+                    found = sha256(content)
+                    after = os.fstat(descriptor)
+                finally:
+                    os.close(descriptor)
         except FileNotFoundError:
             reason = f"is missing: no object has the SHA-256 {digest}"
             raise Damage(parts, what, reason, expected=digest, missing=True) from None
         except Damage as damage:
             damage.expected = digest
             raise
-        found = sha256(content)
         if found != digest:
+            self._verified.pop(digest, None)
             reason = f"is corrupt: SHA-256 expected {digest}, found {found} ({len(content)} bytes)"
             raise Damage(parts, what, reason, expected=digest, found=found, size_bytes=len(content))
+        settled = began_ns - max(before.st_mtime_ns, before.st_ctime_ns) > SETTLED_NS
+        if settled and identity == _identity(after) and self._may_remember():
+            self._verified[digest] = identity
+            if len(self._verified) > _REMEMBERED:
+                with contextlib.suppress(KeyError):  # another thread may have emptied it
+                    self._verified.popitem(last=False)
         return content
 
-    def names(self, folder: str) -> list[str]:
+    def forget_verified(self) -> None:
+        """Hashes every object again when it is read the next time."""
+        self._verified.clear()
+
+    def read_from(self, parts: tuple[str, ...], offset: int, what: str) -> bytes:
+        """The bytes of a file from an offset on; none where there is no file. Raises StoreUnavailable."""
+        try:
+            with self._translated("be read", missing_ok=True):
+                descriptor = self._open(parts, what)
+                try:
+                    size = self._regular(descriptor, parts, what).st_size
+                    chunks = []
+                    while offset < size and (chunk := os.pread(descriptor, size - offset, offset)):
+                        chunks.append(chunk)
+                        offset += len(chunk)
+                    return b"".join(chunks)
+                finally:
+                    os.close(descriptor)
+        except FileNotFoundError:
+            return b""
+        except Damage as damage:
+            raise StoreUnavailable(f"store {self.root}: {damage}; move it away") from damage
+
+    def stat(self, parts: tuple[str, ...]) -> os.stat_result | None:
+        """Of what has this name, `()` for the root; links are not followed. None where nothing has. Raises
+        StoreUnavailable."""
+        try:
+            with self._translated("be read", missing_ok=True), self._folder(parts[:-1]) as folder:
+                if not parts:
+                    return os.fstat(folder)
+                return os.stat(parts[-1], dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def names(self, *folders: str) -> list[str]:
         """Sorted names in a folder of the root; none where it has not been made. Raises StoreUnavailable."""
         try:
-            with self._translated("be listed", missing_ok=True), self._folder((folder,)) as opened:
+            with self._translated("be listed", missing_ok=True), self._folder(folders) as opened:
                 return sorted(os.listdir(opened))
         except FileNotFoundError:
             return []
 
-    def write(self, parts: tuple[str, ...], content: bytes) -> None:
+    def some_names(self, folder: str, *, at_most: int) -> list[str]:
+        """Names in a folder of the root, in no order and not all where there are more. Raises StoreUnavailable."""
+        try:
+            with (
+                self._translated("be listed", missing_ok=True),
+                self._folder((folder,)) as opened,
+                os.scandir(opened) as entries,
+            ):
+                return [entry.name for entry in itertools.islice(entries, at_most)]
+        except FileNotFoundError:
+            return []
+
+    def sizes(self, *folders: str) -> dict[str, os.stat_result]:
+        """The regular files of a folder by name. Raises StoreUnavailable."""
+        found = {}
+        try:
+            with (
+                self._translated("be listed", missing_ok=True),
+                self._folder(folders) as opened,
+                os.scandir(opened) as entries,
+            ):
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                        if entry.is_file(follow_symlinks=False):
+                            found[entry.name] = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            return {}
+        return found
+
+    def write(self, parts: tuple[str, ...], content: bytes, *, mode: int = 0o644) -> None:
         """Puts `content` in place in one step, on stable storage when this returns. Raises StoreUnavailable."""
         *folders, name = parts
         with (
@@ -148,16 +271,54 @@ class Directory:
         ):
             unfinished = secrets.token_hex(8)
             try:
-                with open(os.open(unfinished, _CREATE, 0o644, dir_fd=tmp), "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())  # before the rename: the name must never show bytes that are not there yet
+                descriptor = os.open(unfinished, _CREATE, mode, dir_fd=tmp)
+                try:
+                    _write_all(descriptor, content)
+                    os.fsync(descriptor)  # before the rename: the name must never show bytes that are not there yet
+                finally:
+                    os.close(descriptor)
                 os.replace(unfinished, name, src_dir_fd=tmp, dst_dir_fd=folder)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(unfinished, dir_fd=tmp)
                 raise
             os.fsync(folder)  # else a power cut could take the name back after a later file came to rely on it
+
+    def append(self, parts: tuple[str, ...], content: bytes, offset: int) -> None:
+        """Makes `content` what the file has from `offset` on, on stable storage when this returns: after a crash, a
+        beginning of it may be there. Raises StoreUnavailable."""
+        *folders, name = parts
+        with self._translated("be written"), self._folder(folders, create=True) as folder:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(name, flags, 0o644, dir_fd=folder)
+            try:
+                os.ftruncate(descriptor, offset)
+                os.lseek(descriptor, offset, os.SEEK_SET)
+                try:
+                    _write_all(descriptor, content)
+                    os.fsync(descriptor)
+                except OSError:
+                    with contextlib.suppress(OSError):  # a full disk: half a line would be in the way of the next
+                        os.ftruncate(descriptor, offset)
+                    raise
+            finally:
+                os.close(descriptor)
+            if offset == 0:
+                os.fsync(folder)
+
+    def remove(self, parts: tuple[str, ...]) -> bool:
+        """Removes one file; whether it was there. Durable once `sync` has returned. Raises StoreUnavailable."""
+        try:
+            with self._translated("be written", missing_ok=True), self._folder(parts[:-1]) as folder:
+                os.unlink(parts[-1], dir_fd=folder)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def sync(self, *folders: str) -> None:
+        """Puts the names in a folder on stable storage. Raises StoreUnavailable."""
+        with self._translated("be written"), self._folder(folders) as folder:
+            os.fsync(folder)
 
     def write_object(self, content: bytes, *, limit_bytes: int) -> str:
         """Stores `content`, in the place of a damaged one too, and returns its SHA-256. Raises StoreUnavailable."""
@@ -169,8 +330,7 @@ class Directory:
             self.set_aside(damage, None)
             self.write(parts, content)
             return digest
-        with self._translated("be written"), self._folder(parts[:-1]) as folder:
-            os.fsync(folder)  # its writer may have died between the rename and this
+        self.sync(*parts[:-1])  # its writer may have died between the rename and this
         return digest
 
     def set_aside(self, damage: Damage, artifact_id: str | None) -> Path | None:
@@ -200,9 +360,54 @@ class Directory:
         self.write(("quarantine", aside + ".json"), json.dumps(report, indent=1).encode())
         return self.root / "quarantine" / aside
 
+    @staticmethod
+    def _regular(descriptor: int, parts: tuple[str, ...], what: str) -> os.stat_result:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise Damage(parts, what, "is not a regular file")
+        return found
+
+    def _content(
+        self, descriptor: int, parts: tuple[str, ...], what: str, limit_bytes: int
+    ) -> tuple[bytes, os.stat_result]:
+        found = self._regular(descriptor, parts, what)
+        if found.st_size > limit_bytes:
+            reason = f"is too large: {found.st_size} bytes, at most {limit_bytes} are allowed"
+            raise Damage(parts, what, reason, size_bytes=found.st_size)
+        content = os.read(descriptor, found.st_size + 1)
+        while len(content) < found.st_size and (more := os.read(descriptor, found.st_size - len(content))):
+            content += more  # a read gives less than was asked for on some file systems, and of more than 2 GiB
+        return content, found
+
+    def _may_remember(self) -> bool:
+        if self._remembers is None:
+            self._remembers = not on_network(self.root)
+        return self._remembers
+
+    def _open(self, parts: tuple[str, ...], what: str) -> int:
+        """A descriptor to read one file by. Spelled out, since every load comes here several times."""
+        folder = os.open(self.root, _FOLDER)  # the root itself may be a link: the user named it
+        try:
+            for part in parts[:-1]:
+                try:
+                    inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+                except NotADirectoryError as error:
+                    raise self._not_a_folder(parts[:-1]) from error
+                os.close(folder)
+                folder = inner
+            return os.open(parts[-1], _READ, dir_fd=folder)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise Damage(parts, what, "is a symbolic link, which is never followed") from error
+            if error.errno == errno.ENXIO:  # a socket
+                raise Damage(parts, what, "is not a regular file") from error
+            raise
+        finally:
+            os.close(folder)
+
     @contextlib.contextmanager
-    def _folder(self, parts: tuple[str, ...] | list[str], *, create: bool = False) -> Iterator[int]:
-        descriptor = os.open(self.root, _FOLDER)  # the root itself may be a link: the user named it
+    def _folder(self, parts: Sequence[str], *, create: bool = False) -> Iterator[int]:
+        descriptor = os.open(self.root, _FOLDER)
         try:
             for part in parts:
                 try:
@@ -210,25 +415,20 @@ class Directory:
                 except FileNotFoundError:
                     if not create:
                         raise
-                    os.mkdir(part, dir_fd=descriptor)
+                    with contextlib.suppress(FileExistsError):  # another reader's, who needs no lock for its lease
+                        os.mkdir(part, dir_fd=descriptor)
                     os.fsync(descriptor)
                     inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
                 except NotADirectoryError as error:
-                    message = f"store {self.root}: {'/'.join(parts)} is a link or a file; a folder was expected"
-                    raise StoreUnavailable(message) from error
+                    raise self._not_a_folder(parts) from error
                 os.close(descriptor)
                 descriptor = inner
             yield descriptor
         finally:
             os.close(descriptor)
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _opened(descriptor: int) -> Iterator[int]:
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+    def _not_a_folder(self, parts: Sequence[str]) -> StoreUnavailable:
+        return StoreUnavailable(f"store {self.root}: {'/'.join(parts)} is a link or a file; a folder was expected")
 
     @contextlib.contextmanager
     def _translated(self, doing: str, *, missing_ok: bool = False) -> Iterator[None]:
@@ -240,3 +440,13 @@ class Directory:
             if missing_ok and isinstance(error, FileNotFoundError):
                 raise
             raise StoreUnavailable(f"store {self.root} cannot {doing}: {error.strerror or error}") from error
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]

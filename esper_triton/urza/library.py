@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from esper_triton.contracts.errors import (
     ArtifactNotFound,
-    ArtifactRefused,
     CorruptObject,
+    EsperError,
     InvalidCommit,
     StoreUnavailable,
-    nearest,
+    UntrustedArtifact,
 )
-from esper_triton.contracts.manifest import SCHEMA_VERSION, ArtifactId, KernelStatus, Manifest, sha256
+from esper_triton.contracts.lineage import Lineage
+from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
+from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
+from esper_triton.contracts.record import SCHEMA_VERSION, Figures, Record, Role
+from esper_triton.urza.archive import ArchiveReader, write_archive
+from esper_triton.urza.checks import check_commit, check_size
+from esper_triton.urza.collecting import Collected, Progress, all_objects, collect
 from esper_triton.urza.directory import Damage, Directory, object_parts
-from esper_triton.urza.requests import in_turn, recall, remember
+from esper_triton.urza.events import Event, Events
+from esper_triton.urza.index import Index, Row
+from esper_triton.urza.leases import Leases
+from esper_triton.urza.requests import recall, remember
+from esper_triton.urza.shelf import (
+    BLOB_LIMIT_BYTES,
+    Artifact,
+    Shelf,
+    is_id,
+)
+from esper_triton.urza.trust import Keys, Trust
+from esper_triton.urza.verifying import Verified, verify
 
-__all__ = ["Artifact", "Urza", "default_root"]
-
-# Bounds on what a reader takes into memory; far above any honest manifest, kernel or report.
-MANIFEST_LIMIT_BYTES = 1 << 20
-BLOB_LIMIT_BYTES = 256 << 20
-REF_LIMIT_BYTES = 65  # 64 hex digits and a newline
+__all__ = ["ALLOWED", "Artifact", "Imported", "Urza", "default_root"]
 
 ALLOWED: dict[KernelStatus, tuple[KernelStatus, ...]] = {
     KernelStatus.PENDING_BENCHMARKING: (KernelStatus.VALIDATED, KernelStatus.REJECTED),
@@ -39,64 +52,122 @@ ALLOWED: dict[KernelStatus, tuple[KernelStatus, ...]] = {
     KernelStatus.ARCHIVED: (),
 }
 
-_ARTIFACT_ID: TypeAdapter[str] = TypeAdapter(ArtifactId)
-_T = TypeVar("_T")
+_LINEAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """A committed artifact: its manifest, and the SHA-256 (hex) that the manifest was read by."""
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """Ids of an archive's artifacts: those stored as they were signed, those taken as unproven, and those of which the
+    store already had one, which it kept."""
 
-    manifest: Manifest
-    digest: str
-
-    @property
-    def id(self) -> str:
-        """`<blueprint[:12]>-<target>-<pipeline>-<build[:12]>`."""
-        return self.manifest.id
-
-    @property
-    def status(self) -> KernelStatus:
-        """The status when it was read."""
-        return self.manifest.status
+    taken: tuple[str, ...]
+    unproven: tuple[str, ...]
+    kept: tuple[str, ...]
 
 
 class Urza:
     """A store of artifacts in a directory, made on first use. Any number of processes may read and write at a time.
 
-        objects/ab/<62 hex>   blobs and manifests, each named by its SHA-256, never changed
-        refs/<artifact id>    the digest of the artifact's manifest: replacing this file is the commit
-        requests/             what requests were built as, by the SHA-256 of each
-        quarantine/           what did not have the bytes that it should have, each with a JSON report
-        tmp/, lock, building/ the writers'
+        objects/ab/<62 hex>    blobs and manifests, each named by its SHA-256, never changed
+        refs/<artifact id>     the signed record that names the artifact's manifest: replacing this file is the commit
+        audit.log              every change of status, each line bound to the one before it
+        keys/                  the two key pairs that this store signs with (see Keys)
+        pins/, lineages/       what garbage collection keeps; leases/, what live processes use
+        index/                 an SQLite file to answer questions from, made again where it is missing
+        quarantine/            what did not have the bytes that it should have, each with a JSON report
+        urza.json              the schema of all this
+        requests/              what requests were built as, by the SHA-256 of each
+        tmp/, lock, building/  the writers'
 
     What a concurrent reader may see: an artifact as one writer committed it, whole, or not at all. Objects are in place
-    before the ref that leads to them, a ref is replaced in one step, and objects are never rewritten, so there is no
-    moment at which one writer's manifest meets another's binary. Readers take no lock. Writers take turns.
+    before the record that leads to them, a record is replaced in one step, and objects are never rewritten, so there is
+    no moment at which one writer's manifest meets another's binary. Readers take no lock, but for the moment in which
+    they first lease an artifact. Writers take turns. The index follows the records at the next question.
 
     What survives a crash: every commit and change of status that had returned. One that had not is there as a whole, or
-    leaves objects that nothing refers to and a later commit uses. A power cut is a crash: data is synced before it is
-    named.
+    leaves objects that nothing refers to, which a later commit uses or a collection removes, and an entry of the audit
+    log, which the next writer declares void. A power cut is a crash: data is synced before it is named. Locks and
+    leases end with the process. Counts of uses, and when an artifact was last used, may be lost.
 
-    What is trusted: nothing that is read. Each call hashes what it reads. Bytes that do not match their name are moved
-    to quarantine and CorruptObject is raised; committing the same artifact again repairs it.
+    What is trusted: nothing that is read. Each call hashes what it reads (see Directory.read_object for what a process
+    may remember) and checks that the record is signed by a key that `trust` names for what it says: `forge` for an
+    unproven artifact, `prover` for a verdict. Bytes that do not match their name or signature are moved to quarantine
+    and CorruptObject is raised; committing the same artifact again repairs it.
+
+    What it does without: on a read-only or full disk, and without permission to write, everything can still be read and
+    asked; there are then no leases, no quarantine, and the index is in memory, and each of these is told once as an
+    event. What must write raises StoreUnavailable and leaves nothing half-written.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        """`root`: the directory, `~` expanded. Touches nothing on disk."""
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        trust: str | Trust = "local",
+        keys: str | Path | None = None,
+        roles: Iterable[Role | str] = tuple(Role),
+        max_bytes: int | None = None,
+    ) -> None:
+        """Touches nothing on disk.
+
+        Args:
+            root: the directory, `~` expanded. trust: `local` (what this store's own keys have signed), `unsigned-ok`
+                (what nobody has signed, too), or `keys:forge=HEX,prover=HEX` (what these public keys have signed; with
+                `local` among them, this store's as well).
+            keys: a folder for this store's key pairs outside of it; by default they are in `keys/`.
+            roles: as whom this object may sign; another may sign as others in the same store.
+            max_bytes: what `objects/` may hold; a commit that makes it more collects garbage down to it.
+
+        Raises ValueError where `trust` or `roles` is none, and StoreUnavailable for a URL.
+        """
+        if isinstance(root, str) and re.match(r"[a-z][a-z0-9+.-]*://", root):
+            raise StoreUnavailable(
+                f"{root!r} is a URL, and a store is a directory: stores elsewhere are not built yet. Carry artifacts "
+                "from one to another with `python -m esper_triton.urza export` and `import`"
+            )
         self.root = Path(os.path.abspath(Path(root).expanduser()))
+        self.max_bytes = max_bytes
+        self.trust = Trust.parse(trust) if isinstance(trust, str) else trust
+        folder = None if keys is None else Path(os.path.abspath(Path(keys).expanduser()))
         self._directory = Directory(self.root)
+        self._events = Events()
+        self._keys = Keys(self._directory, folder, [Role(role) for role in roles])
+        self._shelf = Shelf(self._directory, self.trust, self._keys, self._events)
+        self._leases = Leases(self._directory)
+        self._index = Index(
+            self._directory,
+            self._shelf.log,
+            self._row,
+            self._shelf.head,
+            self._shelf.ids,
+            lambda reason: self._degraded("index", reason),
+        )
+        self._said: set[str] = set()
+        self._unmeasured_bytes: int | None = None  # committed since `objects/` was last measured; None: never was
+        self._remade = (
+            str(self.root),
+            self.trust,
+            None if folder is None else str(folder),
+            self._keys.roles,
+            max_bytes,
+        )
 
     def __repr__(self) -> str:
         return f"Urza({str(self.root)!r})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is another object on the same directory: locks, leases and open files are not shared.
+        return _remake, self._remade
+
     def __contains__(self, artifact_id: object) -> bool:
         """Whether an artifact was committed under this id. Does not say that its bytes are still intact."""
-        return isinstance(artifact_id, str) and _is_id(artifact_id) and artifact_id in self._directory.names("refs")
+        return self._shelf.contains(artifact_id)
+
+    # ---- reading
 
     def ids(self) -> list[str]:
         """Ids of all committed artifacts, sorted. Raises StoreUnavailable."""
-        return [name for name in self._directory.names("refs") if _is_id(name)]
+        return self._shelf.ids()
 
     def object_path(self, digest: str) -> Path:
         """Where the object with this SHA-256 lies, if it does. For people and tools; `load` is what checks bytes."""
@@ -107,59 +178,181 @@ class Urza:
     def get(self, artifact_id: str) -> Artifact:
         """The artifact's manifest, verified; its blobs are not read.
 
-        Raises ArtifactNotFound, CorruptObject, StoreUnavailable, and ArtifactRefused where another release wrote it.
+        Raises ArtifactNotFound, CorruptObject, StoreUnavailable, UntrustedArtifact where nobody that counts has signed
+        it, and ArtifactRefused where another release wrote it.
         """
-        return self._repaired_or_refused(artifact_id, lambda: self._artifact(artifact_id))
+        return self._shelf.repaired_or_refused(artifact_id, lambda: self._shelf.artifact(artifact_id))
+
+    def record(self, artifact_id: str) -> Record:
+        """The artifact's record: its tags, figures and signature. Raises as `get` does."""
+        self.get(artifact_id)
+        return self._shelf.repaired_or_refused(artifact_id, lambda: self._shelf.record(artifact_id)[1])
 
     def load(self, artifact_id: str) -> tuple[Artifact, dict[str, bytes]]:
-        """The artifact and all its blobs by SHA-256, every one hashed on this call. Raises as `get` does."""
-        return self._repaired_or_refused(artifact_id, lambda: self._whole(artifact_id))
+        """The artifact and all its blobs by SHA-256, every one verified on this call. Raises as `get` does.
+
+        Leases it: no collection removes it while this object and this process live, or until `release`.
+        """
+        self._lease(artifact_id)
+        found = self._shelf.repaired_or_refused(artifact_id, lambda: self._shelf.whole(artifact_id, touch=True))
+        self._index.used(artifact_id)
+        return found
+
+    def release(self) -> None:
+        """Gives back what `load` has leased through this object."""
+        self._leases.release()
+
+    def close(self) -> None:
+        """`release`, and closes the index. The object can be used again."""
+        self.release()
+        self._index.close()
+
+    # ---- questions
+
+    def query(self, query: KernelQuery | None = None, /, **conditions: Any) -> list[KernelMatch]:
+        """The artifacts that fit, best first; conditions may be given as keywords: `query(target="cpu", limit=5)`.
+
+        Raises pydantic's ValidationError (a ValueError) on a condition that there is none, StoreUnavailable.
+        """
+        return self._index.query(query if query is not None else KernelQuery(**conditions))
+
+    def match(self, artifact_id: str) -> KernelMatch | None:
+        """One artifact as the index has it, with the count of its uses. Raises StoreUnavailable."""
+        return self._index.of(artifact_id)
+
+    def history(self, blueprint_or_artifact: str) -> list[Change]:
+        """Every change of status, oldest first, of an artifact, or of all that were made from a blueprint (its whole id
+        or at least its first 12 digits). Raises StoreUnavailable."""
+        if re.fullmatch(r"[0-9a-f]{12,64}", blueprint_or_artifact):
+            return self._index.history(None, blueprint_or_artifact)
+        return self._index.history([blueprint_or_artifact], None)
+
+    def rebuild_index(self, progress: Progress | None = None) -> int:
+        """Makes the index anew from records and manifests; returns how many artifacts it has. Not needed otherwise."""
+        return self._index.rebuild(progress)
+
+    def on_event(self, listener: Callable[[Event], object]) -> Callable[[], None]:
+        """Calls `listener` with every event of this object, in the thread where it happened and never inside of a lock.
+        Returns a function that ends it. What a listener raises is logged."""
+        return self._events.listen(listener)
+
+    # ---- writing
 
     def commit(self, manifest: Manifest, blobs: Mapping[str, bytes]) -> Artifact:
         """Stores an artifact: all of it becomes visible in one step, when this returns at the latest.
 
         `blobs` holds exactly the digests of `manifest.blobs`, by SHA-256. An intact artifact that is already there
-        under this id is kept and returned, with the status that it has; a damaged one is repaired, or replaced.
+        under this id is kept and returned, with the status that it has; a damaged one is repaired, or replaced, and so
+        is one that is not trusted. A new one is signed by the role that its status asks for.
+
         Raises InvalidCommit where they do not fit or another build has this id, ArtifactRefused where an artifact of
-        another release has it (in both cases nothing is written), and StoreUnavailable.
+        another release has it, NotAuthorized where this process may not sign it (nothing is written then), and
+        StoreUnavailable.
         """
-        content = manifest.canonical_bytes()
-        _check_commit(manifest, content, blobs)
-        with self._directory.lock():
-            stored = self._intact(manifest)
-            if stored is None:
-                for blob in blobs.values():
-                    self._directory.write_object(blob, limit_bytes=BLOB_LIMIT_BYTES)
-                # If blobs were all that it lacked, the stored manifest stands: its verdict was on these very bytes.
-                stored = self._intact(manifest)
-            return self._publish(manifest, content) if stored is None else stored
+        artifact, _ = self._commit(manifest, manifest.canonical_bytes(), blobs, None)
+        self._keep_within(sum(map(len, blobs.values())))
+        return artifact
 
-    def set_status(self, artifact_id: str, status: KernelStatus, report: bytes | None = None) -> Artifact:
-        """Gives an artifact a new status and, where given, a new report: a new manifest under the same id, in one step.
+    def set_status(
+        self,
+        artifact_id: str,
+        status: KernelStatus,
+        report: bytes | None = None,
+        *,
+        tags: Iterable[str] | None = None,
+        figures: Figures | None = None,
+    ) -> Artifact:
+        """Gives an artifact a new status and, where given, a new report, tags and figures, in one step.
 
-        The old manifest stays as an object. The status that it has already changes nothing.
-        Raises InvalidCommit where the move is not in `ALLOWED`, and as `get` does.
+        A new status or report is a new manifest under the same id; the old one stays as an object until a collection.
+        VALIDATED and REJECTED are signed by the prover, and so are tags and figures, which stay as they were where they
+        are not given. With the status that it has already, the report stays too: the first verdict counts.
+
+        Raises InvalidCommit where the move is not in `ALLOWED`, NotAuthorized, and as `get` does.
         """
         self.get(artifact_id)  # an unknown id must not make the directory, as the lock does
-        with self._directory.lock():
-            try:
-                artifact = self._artifact(artifact_id)
-            except Damage as damage:
-                raise self._refusal(artifact_id, damage, self._set_aside(artifact_id, damage)) from None
-            if status == artifact.status:
+
+        def read() -> tuple[Record, Artifact, bytes]:
+            _, record = self._shelf.record(artifact_id)
+            return record, self._shelf.artifact(artifact_id), self._shelf.manifest_bytes(record)
+
+        with self._shelf.lock():
+            record, artifact, content = self._shelf.read_or_set_aside(artifact_id, read)
+            new_tags = record.tags if tags is None else tuple(dict.fromkeys(tags))
+            new_figures = record.figures if figures is None else figures
+            same = (new_tags, new_figures) == (record.tags, record.figures)
+            if status == artifact.status and same:
                 return artifact
             allowed = ALLOWED[artifact.status]
-            if status not in allowed:
+            if status != artifact.status and status not in allowed:
                 moves = ", ".join(allowed) or "nothing; the status is final"
                 raise InvalidCommit(
                     f"artifact {artifact_id!r} cannot go from {artifact.status} to {status}; allowed: {moves}"
                 )
-            update: dict[str, object] = {"status": KernelStatus(status)}
-            if report is not None:
-                _check_size("the report", report, BLOB_LIMIT_BYTES)
-                update["report"] = self._directory.write_object(report, limit_bytes=BLOB_LIMIT_BYTES)
-            manifest = artifact.manifest.model_copy(update=update)
-            return self._publish(manifest, manifest.canonical_bytes())
+            manifest = artifact.manifest
+            if status != artifact.status:
+                update: dict[str, object] = {"status": KernelStatus(status)}
+                if report is not None:
+                    check_size("the report", report, BLOB_LIMIT_BYTES)
+                    update["report"] = sha256(report)
+                manifest = manifest.model_copy(update=update)
+                content = manifest.canonical_bytes()  # else it keeps its bytes: they may be of an older schema
+            try:
+                probe = Record(id=artifact_id, manifest=record.manifest, tags=new_tags, figures=new_figures)
+            except ValidationError as error:
+                raise InvalidCommit(f"artifact {artifact_id!r}: {error}") from error
+            self._shelf.signer(probe, manifest)  # before anything is written
+            if report is not None and manifest.report == sha256(report):
+                self._shelf.objects.write_object(report, limit_bytes=BLOB_LIMIT_BYTES)
+            return self._shelf.publish(
+                manifest,
+                content,
+                what="status" if status != artifact.status else "characterized",
+                before=artifact.manifest,
+                tags=probe.tags,
+                figures=probe.figures,
+            )
+
+    def characterize(self, artifact_id: str, *, tags: Iterable[str] | None = None, figures: Figures) -> Artifact:
+        """Gives an artifact that has a verdict the tags and figures that its prover found. Raises as `set_status`."""
+        return self.set_status(artifact_id, self.get(artifact_id).status, tags=tags, figures=figures)
+
+    def promote(self, artifact_id: str, report: bytes | None = None) -> Artifact:
+        """`set_status` to VALIDATED."""
+        return self.set_status(artifact_id, KernelStatus.VALIDATED, report)
+
+    def reject(self, artifact_id: str, report: bytes | None = None) -> Artifact:
+        """`set_status` to REJECTED."""
+        return self.set_status(artifact_id, KernelStatus.REJECTED, report)
+
+    def archive(self, artifact_id: str) -> Artifact:
+        """`set_status` to ARCHIVED: it is kept and no longer runs."""
+        return self.set_status(artifact_id, KernelStatus.ARCHIVED)
+
+    def sign(self, artifact_id: str) -> Artifact:
+        """Signs, with this store's keys, an artifact that nobody has signed: one that an older release stored.
+
+        For an artifact whose origin is known: what it says of itself is taken for true. Raises as `set_status` does,
+        and InvalidCommit where it has a signature, which is for `trust` to name.
+        """
+
+        def read() -> tuple[Record, Manifest, bytes]:
+            content, record = self._shelf.record(artifact_id)
+            return record, self._shelf.manifest(artifact_id, content, record), self._shelf.manifest_bytes(record)
+
+        self._shelf.repaired_or_refused(artifact_id, read)
+        with self._shelf.lock():
+            record, manifest, content = self._shelf.read_or_set_aside(artifact_id, read)
+            if record.signature is not None:
+                raise InvalidCommit(
+                    f"artifact {artifact_id!r} is signed, by {record.signature.role} key {record.signature.key[:16]}"
+                )
+            return self._shelf.publish(manifest, content, what="signed", before=manifest)
+
+    def is_unsigned(self, artifact_id: str) -> bool:
+        """Whether there is a record that nobody has signed. Raises as `get` does."""
+        record = self._shelf.repaired_or_refused(artifact_id, lambda: self._shelf.record(artifact_id)[1])
+        return record.signature is None
 
     def recall(self, request: str) -> bytes | None:
         """What `remember` has kept of the request with this SHA-256; None where that is nothing, or damaged. It is not
@@ -171,110 +364,233 @@ class Urza:
         remember(self._directory, request, content)
 
     @contextlib.contextmanager
-    def building(self, artifact_id: str) -> Iterator[Artifact | None]:
+    def building(self, artifact_id: str, *, wait: bool = True) -> Iterator[Artifact | None]:
         """One build of an artifact at a time, in all processes and threads: gives the artifact that is there, or None
-        to whoever is to build and commit it in this context; others wait. The lock ends with its holder.
+        to whoever is to build and commit it in this context; others wait, and are given what that one committed.
 
-        Raises as `load` does, but for artifacts that are missing or damaged: those are to be built.
+        The lock ends with its holder, who may die: the next in turn is then given None. Where there can be no lock, as
+        on a read-only disk, nobody waits. With `wait` False, BlockingIOError is raised where another builds it.
+
+        Raises as `load` does, but for artifacts that are missing, damaged or not trusted: those are to be built.
         """
-        if not _is_id(artifact_id):
+        if not is_id(artifact_id):
             self.get(artifact_id)  # says what is wrong with it
-        with in_turn(self._directory, artifact_id):
-            try:
-                existing = self.load(artifact_id)[0]
-            except (ArtifactNotFound, CorruptObject):
-                existing = None
+        parts = ("building", artifact_id)
+        existing = lock = None
+        try:
+            existing = self._existing(artifact_id)
+            if existing is None:
+                with self._shelf.lock():  # makes the directory
+                    pass
+                lock = self._directory.hold(parts, wait=wait)
+                # The one before may have removed the file, whose lock then keeps nobody out any more.
+                while lock.descriptor is None or not self._directory.same_file(parts, lock.descriptor):
+                    lock.release()
+                    lock = self._directory.hold(parts, wait=wait)
+        except StoreUnavailable as error:
+            self._degraded("building", f"others may build the same at this time: {error}")
+        if lock is None:
             yield existing
+            return
+        with lock:
+            try:
+                yield self._existing(artifact_id)
+            finally:
+                with contextlib.suppress(StoreUnavailable):
+                    if lock.descriptor is not None:
+                        self._directory.remove(parts)
 
-    def _publish(self, manifest: Manifest, content: bytes) -> Artifact:
-        digest = self._directory.write_object(content, limit_bytes=MANIFEST_LIMIT_BYTES)
-        self._directory.write(("refs", manifest.id), f"{digest}\n".encode())
-        return Artifact(manifest, digest)
+    # ---- space
 
-    def _artifact(self, artifact_id: str) -> Artifact:
-        # Where an object has the bytes that its name promises but isn't this artifact's manifest, it is the ref that is
-        # wrong: the object may be a sound part of another artifact, and must stay.
-        if not _is_id(artifact_id):
-            form = "<blueprint sha256[:12]>-<target>-<pipeline>-<build sha256[:12]>"
-            known = nearest(str(artifact_id), self.ids())
-            raise ArtifactNotFound(f"{artifact_id!r} is not an artifact id ({form}){known}")
-        ref = ("refs", artifact_id)
-        try:
-            line = self._directory.read(ref, "ref", limit_bytes=REF_LIMIT_BYTES)
-        except FileNotFoundError:
-            aside = [name for name in self._directory.names("quarantine") if name.startswith(artifact_id)]
-            hint = f"; its ref is in quarantine ({aside[-1]})" if aside else nearest(artifact_id, self.ids())
-            raise ArtifactNotFound(f"no artifact {artifact_id!r} in {self.root}{hint}") from None
-        if not re.fullmatch(rb"[0-9a-f]{64}\n", line):
-            reason = f"is corrupt: a SHA-256 was expected, found {line!r}"
-            raise Damage(ref, "ref", reason, found=sha256(line), size_bytes=len(line))
-        digest = line.decode("ascii").strip()
-        content = self._directory.read_object(digest, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
-        try:
-            manifest = _parse(content)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])[:80] or "the whole"
-            reason = f"names {digest}, which is not a valid manifest: {where}: {first['msg']}"
-            raise Damage(ref, "ref", reason, found=sha256(line), size_bytes=len(line)) from error
-        except _OtherSchema as error:
-            raise ArtifactRefused(f"artifact {artifact_id!r}: {error}") from None
-        if manifest.id != artifact_id:
-            reason = f"names the manifest of another artifact: expected {artifact_id!r}, found {manifest.id!r}"
-            raise Damage(ref, "ref", reason, found=sha256(line), size_bytes=len(line))
-        return Artifact(manifest, digest)
+    def pin(self, artifact_id: str) -> None:
+        """No collection removes it until `unpin`. Raises ArtifactNotFound, StoreUnavailable."""
+        self._shelf.record_exists(artifact_id)
+        with self._shelf.lock():
+            self._shelf.record_exists(artifact_id)
+            self._directory.write(("pins", artifact_id), b"")
 
-    def _whole(self, artifact_id: str) -> tuple[Artifact, dict[str, bytes]]:
-        artifact = self._artifact(artifact_id)
-        roles = _roles(artifact.manifest)
-        blobs = {
-            digest: self._directory.read_object(digest, roles[digest], limit_bytes=BLOB_LIMIT_BYTES)
-            for digest in artifact.manifest.blobs
-        }
-        return artifact, blobs
+    def unpin(self, artifact_id: str) -> bool:
+        """Whether it was pinned. Raises StoreUnavailable."""
+        if not is_id(artifact_id) or self._directory.stat(("pins", artifact_id)) is None:
+            return False
+        with self._shelf.lock():
+            return self._directory.remove(("pins", artifact_id))
+
+    def pins(self) -> list[str]:
+        """The ids that are pinned, sorted. Raises StoreUnavailable."""
+        return [name for name in self._directory.names("pins") if is_id(name)]
+
+    def name_lineage(self, name: str, lineage: Lineage) -> None:
+        """Keeps what a saved model has grown: no collection removes a VALIDATED artifact that `lineage` names until
+        `forget_lineage(name)`. A second call under one name replaces the first.
+
+        Raises ValueError where `name` is not of letters, digits, `_`, `.` and `-`, and StoreUnavailable.
+        """
+        if not _LINEAGE_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot name a lineage: letters, digits, '_', '.' and '-' can, 100 of them")
+        ids = sorted({entry.artifact_id for entry in lineage.seeds})
+        with self._shelf.lock():
+            self._directory.write(("lineages", name), "".join(f"{one}\n" for one in ids).encode())
+
+    def forget_lineage(self, name: str) -> bool:
+        """Whether there was one. Raises StoreUnavailable."""
+        if not _LINEAGE_NAME.fullmatch(name) or self._directory.stat(("lineages", name)) is None:
+            return False
+        with self._shelf.lock():
+            return self._directory.remove(("lineages", name))
+
+    def gc(self, max_bytes: int | None = None, *, dry_run: bool = False, progress: Progress | None = None) -> Collected:
+        """Removes what no artifact needs and, down to `max_bytes` (or the store's), artifacts; see `collect`."""
+        return collect(
+            self._shelf,
+            max_bytes=self.max_bytes if max_bytes is None else max_bytes,
+            dry_run=dry_run,
+            progress=progress,
+        )
+
+    # ---- the whole
+
+    def verify(self, progress: Progress | None = None) -> Verified:
+        """Reads every byte, signature and line of the audit log; changes nothing. See `verify`."""
+        return verify(self._shelf, progress)
+
+    def export(
+        self, path: str | Path, artifact_ids: Iterable[str] | None = None, progress: Progress | None = None
+    ) -> tuple[int, int]:
+        """Writes artifacts, by default all that are trusted, with their signatures into one archive, in one step.
+
+        Returns how many, and the archive's size in bytes. Raises as `load` does; there is then no archive.
+        """
+        ids = self.ids() if artifact_ids is None else list(dict.fromkeys(artifact_ids))
+        exported = 0
+
+        def whole(artifact_id: str) -> tuple[bytes, bytes, dict[str, bytes]]:
+            while True:
+                _, record = self._shelf.record(artifact_id)
+                artifact, blobs = self._shelf.whole(artifact_id)
+                if artifact.digest == record.manifest:  # else its status has changed in between
+                    record = record.model_copy(update={"schema_version": SCHEMA_VERSION})
+                    return record.canonical_bytes(), self._shelf.manifest_bytes(record), blobs
+
+        def parts() -> Iterator[tuple[bytes, bytes, dict[str, bytes]]]:
+            nonlocal exported
+            for artifact_id in ids:
+                try:
+                    yield self._shelf.repaired_or_refused(artifact_id, functools.partial(whole, artifact_id))
+                except (ArtifactNotFound, UntrustedArtifact):
+                    if artifact_ids is not None:
+                        raise
+                else:
+                    exported += 1
+
+        size_bytes = write_archive(Path(path), parts(), len(ids), progress)
+        return exported, size_bytes
+
+    def import_(self, path: str | Path, *, resign: bool = False, progress: Progress | None = None) -> Imported:
+        """Stores the artifacts of an archive, after the whole of it has been verified, each as it is signed.
+
+        One whose signer is not trusted is refused, and with it the archive; with `resign` it is stored as unproven and
+        signed by this store's forge: proving it runs its code, so its origin must be known. Of an artifact that the
+        store has, the store's is kept.
+
+        Raises ArchiveRefused, UntrustedArtifact, ArtifactRefused (nothing was stored), and as `commit` does.
+        """
+        trusted = self.trust.trusted(self._keys.public())
+        taken, unproven, kept = list[str](), list[str](), list[str]()
+        with ArchiveReader(Path(path)) as archive:
+            admitted = archive.admitted(
+                lambda record, manifest: self.trust.check(record, manifest, trusted), resign=resign
+            )
+            for count, one in enumerate(admitted, start=1):
+                blobs = {digest: archive.object(digest) for digest in one.digests}
+                _, new = self._commit(one.manifest, one.content, blobs, one.record)
+                (kept if not new else unproven if one.record is None else taken).append(one.manifest.id)
+                self._keep_within(sum(map(len, blobs.values())))
+                if progress is not None:
+                    progress(count, len(admitted))
+        return Imported(taken=tuple(taken), unproven=tuple(unproven), kept=tuple(kept))
+
+    # ---- inside
+
+    def _commit(
+        self, manifest: Manifest, content: bytes, blobs: Mapping[str, bytes], record: Record | None
+    ) -> tuple[Artifact, bool]:
+        check_commit(manifest, content, blobs)
+        with self._shelf.lock():
+            stored = self._intact(manifest)
+            if stored is not None:
+                return stored, False
+            if record is None:
+                self._shelf.signer(Record(id=manifest.id, manifest=sha256(content)), manifest)  # or nothing is written
+            for blob in blobs.values():
+                self._shelf.objects.write_object(blob, limit_bytes=BLOB_LIMIT_BYTES)
+            # If blobs were all that it lacked, the stored manifest stands: its verdict was on these very bytes.
+            stored = self._intact(manifest)
+            if stored is not None:
+                return stored, False
+            what = "committed" if record is None else "imported"
+            return self._shelf.publish(manifest, content, what=what, record=record), True
 
     def _intact(self, manifest: Manifest) -> Artifact | None:
         """The artifact stored under this id, None where there is none or it is damaged. Only under the lock."""
         try:
-            stored, _ = self._whole(manifest.id)
-        except ArtifactNotFound:
+            stored, _ = self._shelf.whole(manifest.id)
+        except (ArtifactNotFound, UntrustedArtifact):
             return None
         except Damage as damage:
-            self._set_aside(manifest.id, damage)
+            self._shelf.set_aside(manifest.id, damage)
             return None
-        for field in ("blueprint_id", "target", "pipeline", "toolchain", "dims", "dtype"):
-            found, offered = getattr(stored.manifest, field), getattr(manifest, field)
+        for name in ("blueprint_id", "target", "pipeline", "toolchain", "dims", "dtype"):
+            found, offered = getattr(stored.manifest, name), getattr(manifest, name)
             if found != offered:
                 raise InvalidCommit(
-                    f"artifact id {manifest.id!r} is taken by another build: {field} is {found!r} in the store and "
+                    f"artifact id {manifest.id!r} is taken by another build: {name} is {found!r} in the store and "
                     f"{offered!r} in the manifest offered"
                 )
         return stored
 
-    def _repaired_or_refused(self, artifact_id: str, read: Callable[[], _T]) -> _T:
-        """What `read` gives. On damage it is read once more under the lock: a writer may have repaired it since, and a
-        repaired file must not be set aside."""
+    def _existing(self, artifact_id: str) -> Artifact | None:
         try:
-            return read()
-        except Damage as error:
-            damage = error
+            return self.load(artifact_id)[0]
+        except (ArtifactNotFound, CorruptObject, UntrustedArtifact):
+            return None
+
+    def _lease(self, artifact_id: str) -> None:
+        if artifact_id in self._leases or "leases" in self._said or not is_id(artifact_id):
+            return
         try:
-            with self._directory.lock():
-                try:
-                    return read()
-                except Damage as error:
-                    damage = error
-                    note = self._set_aside(artifact_id, damage)
-        except StoreUnavailable as error:  # a store that cannot be written still refuses what is damaged
-            note = f"; it could not be moved to quarantine: {error}"
-        raise self._refusal(artifact_id, damage, note)
+            self._leases.take(artifact_id)
+        except StoreUnavailable as error:
+            if self.root.exists():  # a store that is not there has nothing to lease
+                self._degraded("leases", f"a collection may remove what this process uses: {error}")
 
-    def _set_aside(self, artifact_id: str, damage: Damage) -> str:
-        aside = self._directory.set_aside(damage, artifact_id)
-        return "" if aside is None else f"; moved to {aside}"
+    def _row(self, artifact_id: str) -> Row | None:
+        try:
+            content, record = self._shelf.record(artifact_id, check_signature=False)
+            manifest = self._shelf.manifest(artifact_id, content, record)
+        except (EsperError, Damage):
+            return None
+        sizes = [self._directory.stat(object_parts(digest)) for digest in (record.manifest, *manifest.blobs)]
+        return record, manifest, sum(found.st_size for found in sizes if found is not None)
 
-    def _refusal(self, artifact_id: str, damage: Damage, note: str) -> CorruptObject:
-        return CorruptObject(f"artifact {artifact_id!r}: {damage}{note}; compile it again to restore it")
+    def _keep_within(self, grown_bytes: int) -> None:
+        if self.max_bytes is None:
+            return
+        if self._unmeasured_bytes is not None:
+            self._unmeasured_bytes += grown_bytes
+            if self._unmeasured_bytes < self.max_bytes / 16:  # others commit too: measured often enough to be near
+                return
+        try:
+            if sum(all_objects(self._directory).values()) > self.max_bytes:
+                self.gc()
+            self._unmeasured_bytes = 0
+        except StoreUnavailable as error:  # the commit stands
+            self._degraded("max_bytes", f"the store may hold more than {self.max_bytes} bytes: {error}")
+
+    def _degraded(self, what: str, reason: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self._events.tell(Event(kind="degraded", artifact_id=None, message=reason, details={"what": what}))
 
 
 def default_root() -> Path:
@@ -282,77 +598,5 @@ def default_root() -> Path:
     return Path(os.environ.get("ESPER_URZA") or "~/.cache/esper/urza").expanduser()
 
 
-class _Schema(BaseModel):
-    schema_version: Annotated[str, Field(pattern=r"^[0-9]{1,6}\.[0-9]{1,6}$")]
-
-
-class _OtherSchema(Exception):
-    """A sound manifest of another release."""
-
-
-def _parse(content: bytes) -> Manifest:
-    """Raises pydantic's ValidationError, or _OtherSchema where the content is for another release to judge."""
-    version = _Schema.model_validate_json(content).schema_version
-    found, ours = _major_minor(version), _major_minor(SCHEMA_VERSION)
-    if found[0] < ours[0]:
-        raise _OtherSchema(
-            f"its manifest has schema {version}, older than {ours[0]}.x; compile it again into a new store"
-        )
-    upgrade = f"its manifest has schema {version}, newer than {SCHEMA_VERSION}; upgrade esper_triton"
-    if found[0] > ours[0]:
-        raise _OtherSchema(upgrade)
-    try:
-        return Manifest.model_validate_json(content)
-    except ValidationError:
-        if found > ours:  # the fault may be a field that came later
-            raise _OtherSchema(upgrade) from None
-        raise
-
-
-def _major_minor(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")
-    return int(major), int(minor)
-
-
-def _is_id(text: str) -> bool:
-    try:
-        _ARTIFACT_ID.validate_python(text, strict=True)
-    except ValidationError:
-        return False
-    return True
-
-
-def _roles(manifest: Manifest) -> dict[str, str]:
-    """What each blob is, by digest, for messages; where several kernels share one, the first is named."""
-    roles: dict[str, str] = {}
-    for name, kernel in manifest.kernels.items():
-        for role in ("binary", "ttir", "source"):
-            roles.setdefault(getattr(kernel, role), f"{role} of kernel {name!r}")
-    if manifest.report is not None:
-        roles.setdefault(manifest.report, "report")
-    return roles
-
-
-def _check_size(what: str, content: bytes, limit_bytes: int) -> None:
-    if len(content) > limit_bytes:
-        raise InvalidCommit(f"{what} has {len(content)} bytes; at most {limit_bytes} are allowed")
-
-
-def _check_commit(manifest: Manifest, content: bytes, blobs: Mapping[str, bytes]) -> None:
-    about = f"artifact {manifest.id!r}"
-    _check_size(f"{about}: the manifest", content, MANIFEST_LIMIT_BYTES)
-    try:
-        _parse(content)  # what this release could not read again must not be written
-    except (ValidationError, _OtherSchema) as error:
-        raise InvalidCommit(f"{about}: the manifest is not valid: {error}") from error
-    roles = _roles(manifest)
-    faults = [f"missing {roles[digest]} ({digest})" for digest in manifest.blobs if digest not in blobs]
-    faults += [f"unexpected blob {digest}" for digest in blobs if digest not in roles]
-    for digest in manifest.blobs:
-        if digest in blobs:
-            _check_size(f"{about}: {roles[digest]}", blobs[digest], BLOB_LIMIT_BYTES)
-            found = sha256(blobs[digest])
-            if found != digest:
-                faults.append(f"{roles[digest]}: SHA-256 expected {digest}, found {found}")
-    if faults:
-        raise InvalidCommit(f"{about}: the blobs do not fit the manifest: " + "; ".join(faults))
+def _remake(root: str, trust: Trust, keys: str | None, roles: tuple[Role, ...], max_bytes: int | None) -> Urza:
+    return Urza(root, trust=trust, keys=keys, roles=roles, max_bytes=max_bytes)

@@ -1,17 +1,12 @@
-"""What is kept of requests beside the artifacts: what each was built as, and whose turn it is to build it."""
+"""What is kept of requests beside the artifacts: what each was built as."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import re
-from collections.abc import Iterator
 
-from esper_triton.contracts.errors import StoreUnavailable
 from esper_triton.urza.directory import Damage, Directory
 
-__all__ = ["in_turn", "recall", "remember"]
+__all__ = ["recall", "remember"]
 
 _LIMIT_BYTES = 1 << 20
 
@@ -31,27 +26,6 @@ def remember(directory: Directory, request: str, content: bytes) -> None:
         raise ValueError(f"request {request}: {len(content)} bytes to remember; at most {_LIMIT_BYTES} are allowed")
     with directory.lock():
         directory.write(_place(request), content)
-
-
-@contextlib.contextmanager
-def in_turn(directory: Directory, name: str) -> Iterator[None]:
-    """Held by one process and thread at a time, for each name. It ends with its holder. Raises StoreUnavailable."""
-    with directory.lock():  # makes the root
-        pass
-    folder = directory.root / "building"
-    try:
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise StoreUnavailable(f"store {directory.root} cannot be locked: {error.strerror or error}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-    finally:
-        os.close(descriptor)
 
 
 def _place(request: str) -> tuple[str, str]:

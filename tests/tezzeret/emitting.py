@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ from esper_triton.tezzeret.emission import emit
 from esper_triton.tezzeret.reference import reference
 from esper_triton.tezzeret.rows import Tiles
 
-__all__ = ["EXTENTS", "agreement", "draw", "load", "source_of"]
+__all__ = ["EXTENTS", "agreement", "draw", "load", "source_of", "spread"]
 
 EXTENTS: dict[str, dict[str, int]] = {
     "rows": {},
@@ -63,6 +63,15 @@ def draw(
     return inputs, parameters, torch.randn(rows, widths["h"], generator=generator).to(dtype)
 
 
+def spread(rows: Tensor, gap: int) -> Tensor:
+    """The same rows in a wider matrix, with NaN before and after them."""
+    if not gap:
+        return rows
+    wide = torch.full((rows.shape[0], rows.shape[1] + gap), torch.nan, dtype=rows.dtype)
+    inner = wide[:, gap // 2 : gap // 2 + rows.shape[1]]
+    return inner.copy_(rows)
+
+
 def expected(
     blueprint: Blueprint,
     dims: Mapping[str, int],
@@ -95,13 +104,17 @@ def agreement(
     dtype: torch.dtype = torch.float32,
     alpha: float = 0.3,
     seed: int = 0,
+    gap: int = 0,
+    altered: Callable[[str, Tensor], Tensor] = lambda name, value: value,
 ) -> dict[str, float]:
     """For `out` and every gradient the largest error against float64, in units of what is allowed.
 
     Allowed is what torch itself, computing the reference in float32, is off by, ten times, and 16 roundings of the
-    largest value to the dtype.
+    largest value to the dtype. Inputs, which are `altered` by name, have `gap` elements of NaN between their rows.
     """
     inputs, parameters, grad_out = draw(blueprint, dims, rows, dtype, seed)
+    inputs = {name: spread(altered(name, value), gap) for name, value in inputs.items()}
+    grad_out = spread(grad_out, gap // 2)
     extents: dict[str, Any] = dict(EXTENTS[layout_of(blueprint.ops)])
     if "training" in module.forward.__code__.co_varnames:
         extents |= {"training": 0, "dropout_seed": torch.zeros(1, dtype=torch.int64)}

@@ -1,4 +1,4 @@
-"""Artifacts made by hand: a store does not care what its bytes are, so no compiler is needed here."""
+"""Fixtures of the store's tests. None of them needs a compiler."""
 
 from __future__ import annotations
 
@@ -6,76 +6,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import handmade
 import pytest
 
-from esper_triton.contracts.manifest import (
-    KernelRecord,
-    KernelStatus,
-    LaunchStep,
-    Manifest,
-    TargetSpec,
-    Toolchain,
-    sha256,
-)
+from esper_triton.contracts.manifest import Manifest
 from esper_triton.urza import Urza
-
-ARTIFACT_ID = "0123456789ab-cpu-standard-ba9876543210"
-SOURCE, TTIR, BINARY = b"def forward(): ...", b"module {}", b"\x7fELF forward"
-
-
-def _kernel(name: str, binary: bytes) -> KernelRecord:
-    return KernelRecord(
-        name=name,
-        symbol=name,
-        signature=("*fp32", "i32"),
-        constexprs={"BLOCK": 16},
-        num_warps=1,
-        num_stages=1,
-        shared_bytes=0,
-        source=sha256(SOURCE),
-        ttir=sha256(TTIR),
-        binary=sha256(binary),
-        binary_kind="o",
-    )
-
-
-def _make(
-    artifact_id: str = ARTIFACT_ID,
-    *,
-    binary: bytes = BINARY,
-    status: KernelStatus = KernelStatus.PENDING_BENCHMARKING,
-    created_at: str = "2025-01-01T00:00:00+00:00",
-    dims: dict[str, int] | None = None,
-) -> tuple[Manifest, dict[str, bytes]]:
-    """A manifest of one kernel and its blobs by digest."""
-    manifest = Manifest(
-        id=artifact_id,
-        blueprint_id="0123456789ab" + 52 * "0",
-        blueprint_name="adapter",
-        input="h",
-        target=TargetSpec(backend="cpu", arch="generic", features=("avx2",)),
-        pipeline="standard",
-        toolchain=Toolchain(triton="3.7.1", llvm="20", torch="2.13.0", python="3.11", esper_triton="0.1.0"),
-        dims={"d": 8} if dims is None else dims,
-        feature_dim="d",
-        dtype="float32",
-        parameters={},
-        saved={},
-        scratch={},
-        kernels={"forward": _kernel("forward", binary)},
-        forward=(LaunchStep(kernel="forward", arguments=("h", "rows"), grid=("rows", "1", "1")),),
-        backward=(),
-        created_at=created_at,
-        compile_seconds=0.5,
-        status=status,
-    )
-    return manifest, {sha256(blob): blob for blob in (SOURCE, TTIR, binary)}
 
 
 @pytest.fixture(scope="session")
 def make_artifact() -> Callable[..., tuple[Manifest, dict[str, bytes]]]:
-    """`make_artifact(artifact_id, binary=..., status=..., created_at=..., dims=...)`, every argument with a default."""
-    return _make
+    """`make_artifact(artifact_id, binary=..., status=..., created_at=..., ...)`, every argument with a default."""
+    return handmade.make_artifact
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +24,7 @@ def fsync_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test here cuts the power, and thousands of waits for the disk would be most of the time. One test checks that
     data is synced, and in which order."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr("esper_triton.urza.index.SYNCHRONOUS", "OFF")
 
 
 @pytest.fixture

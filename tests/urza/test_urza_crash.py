@@ -1,57 +1,62 @@
-"""Writers that die, disks that fail, and many writers at once: an artifact is whole or not there."""
+"""Writers that are killed, disks that fail, and many writers at once: an artifact is whole or not there."""
 
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from crash_points import EVERY_STEP, every_call
 
-from esper_triton.contracts.errors import ArtifactNotFound, CorruptObject, StoreUnavailable
+from esper_triton.contracts.errors import ArtifactNotFound, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
 from esper_triton.urza import Urza
 
-CALLS = ("open", "mkdir", "fsync", "replace", "rename", "unlink")
-EVERY_STEP = 1000  # far above the number of file operations in a commit
-
-
-class Died(BaseException):
-    """The process is gone: not an Exception, so nothing may handle it."""
+# At least so many file operations has each, and it is killed in every one. Right before an operation is nearly the same
+# as in the one before it, and is tried where most is at stake.
+POINTS = {
+    "commit": 120,
+    "commit into a new store": 190,
+    "change of status": 115,
+    "import": 120,
+    "collection": 100,
+    "pin": 25,
+    "load": 30,
+    "question": 35,
+    "refusal": 60,
+}
+DEATHS = [(name, "in") for name in POINTS] + [("commit", "before"), ("change of status", "before")]
+assert sum(POINTS[name] for name, _ in DEATHS) > 1000
 
 
 @contextmanager
-def failing(monkeypatch: pytest.MonkeyPatch, step: int, *, dies: bool, done: bool) -> Iterator[list[str]]:
-    """Lets the `step`-th file operation fail; yields the operations seen. Swallows the error, if it is the right one.
-
-    dies: this operation and all later ones raise Died, as nothing runs in a dead process. Otherwise this one alone
-        raises OSError, which a caller sees as StoreUnavailable.
-    done: the operation has taken effect when it fails.
-    """
+def failing_disk(monkeypatch: pytest.MonkeyPatch, step: int, *, done: bool) -> Iterator[list[str]]:
+    """Lets the `step`-th file operation raise OSError, after it has taken effect where `done`; yields the operations
+    seen. Swallows the StoreUnavailable that a caller then sees."""
     seen: list[str] = []
 
-    def wrapped(name: str, real: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object, **kwargs: object) -> object:
-            seen.append(name)
-            if len(seen) < step or (len(seen) > step and not dies):
-                return real(*args, **kwargs)
-            if done and len(seen) == step:
-                result = real(*args, **kwargs)
-                if name == "open":
-                    os.close(result)  # as the end of a process would
-            if dies:
-                raise Died
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        return call
+    def call(name: str, real: Callable[..., object], args: tuple, kwargs: dict) -> object:
+        seen.append(name)
+        if len(seen) != step:
+            return real(*args, **kwargs)
+        if done:
+            result = real(*args, **kwargs)
+            if name == "open":
+                os.close(result)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        for name in CALLS:
-            patch.setattr(os, name, wrapped(name, getattr(os, name)))
-        with suppress(Died if dies else StoreUnavailable):
+        for name, stand_in in every_call(call).items():
+            patch.setattr(os, name, stand_in)
+        with suppress(StoreUnavailable):
             yield seen
 
 
@@ -59,6 +64,7 @@ def test_data_is_on_the_disk_before_it_has_a_name_and_the_name_before_the_next_o
     manifest, blobs = make_artifact()
     synced: list[str] = []  # since the last name was given
     named: list[str] = []
+    before_the_last_name: list[str] = []
 
     def fsync(descriptor: int) -> None:
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -67,6 +73,7 @@ def test_data_is_on_the_disk_before_it_has_a_name_and_the_name_before_the_next_o
         if named:
             assert os.path.dirname(named[-1]) in synced, "the folder of the last name"
         assert os.path.join(os.readlink(f"/proc/self/fd/{src_dir_fd}"), source) in synced, "the bytes of this one"
+        before_the_last_name[:] = synced
         named.append(os.path.join(os.readlink(f"/proc/self/fd/{dst_dir_fd}"), target))
         synced.clear()
         real(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
@@ -75,22 +82,40 @@ def test_data_is_on_the_disk_before_it_has_a_name_and_the_name_before_the_next_o
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
     urza.commit(manifest, blobs)
-    assert named == [str(urza.object_path(digest)) for digest in (*blobs, manifest.digest)] + [
-        str(urza.root / "refs" / manifest.id)
-    ]
+    keys = [str(urza.root / "keys" / name) for name in ("forge.key", "prover.key", "public")]
+    assert named == [str(urza.root / "urza.json"), *keys] + [
+        str(urza.object_path(digest)) for digest in (*blobs, manifest.digest)
+    ] + [str(urza.root / "refs" / manifest.id)]
     assert str(urza.root / "refs") in synced
+    assert str(urza.root / "audit.log") in before_the_last_name, "the change was in the log before it was made"
 
 
-@pytest.mark.parametrize("done", [False, True], ids=["before the operation", "after the operation"])
-@pytest.mark.parametrize("dies", [False, True], ids=["the disk fails", "the process dies"])
-def test_a_commit_cut_short_at_any_step_is_whole_or_invisible_and_can_be_repeated(
-    tmp_path, make_artifact, monkeypatch, dies, done
-):
+@pytest.fixture
+def memory_path(tmp_path) -> Iterator[Path]:
+    """A folder in memory, where there can be one: hundreds of stores on a disk take minutes."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(("name", "when"), DEATHS)
+def test_a_process_that_is_killed_at_any_file_operation_leaves_all_or_nothing(memory_path, name, when):
+    script = Path(__file__).with_name("crash_points.py")
+    command = [sys.executable, "-W", "error", str(script), str(memory_path), name, when]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["points"] >= POINTS[name]
+    assert outcome["found"] == outcome["expected"]
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before an operation", "after an operation"])
+def test_a_disk_that_fails_at_any_step_of_a_commit_leaves_all_or_nothing(memory_path, make_artifact, monkeypatch, done):
     manifest, blobs = make_artifact()
     seen_outcomes = set()
     for step in range(1, EVERY_STEP):
-        root = tmp_path / str(step) / "urza"
-        with failing(monkeypatch, step, dies=dies, done=done) as seen:
+        root = memory_path / str(step) / "urza"
+        with failing_disk(monkeypatch, step, done=done) as seen:
             Urza(root).commit(manifest, blobs)
         if len(seen) < step:
             break
@@ -104,20 +129,22 @@ def test_a_commit_cut_short_at_any_step_is_whole_or_invisible_and_can_be_repeate
                 reopened.load(manifest.id)
         assert reopened.commit(manifest, blobs).manifest == manifest
         assert reopened.load(manifest.id)[1] == blobs
+        assert reopened.verify().faults == ()
         assert os.listdir(root / "tmp") == []
-    assert step > 30, "the operations of a commit were seen"
+    assert step > 100, "the operations of a commit were seen"
     assert seen_outcomes == {False, True}
 
 
-@pytest.mark.parametrize("dies", [False, True], ids=["the disk fails", "the process dies"])
-def test_a_change_of_status_cut_short_leaves_the_old_or_the_new_one(tmp_path, make_artifact, monkeypatch, dies):
+def test_a_disk_that_fails_at_any_step_of_a_change_of_status_leaves_the_old_or_the_new_one(
+    memory_path, make_artifact, monkeypatch
+):
     manifest, blobs = make_artifact()
     report = b"a report"
     seen_outcomes = set()
     for step in range(1, EVERY_STEP):
-        urza = Urza(tmp_path / str(step))
+        urza = Urza(memory_path / str(step))
         urza.commit(manifest, blobs)
-        with failing(monkeypatch, step, dies=dies, done=False) as seen:
+        with failing_disk(monkeypatch, step, done=False) as seen:
             urza.set_status(manifest.id, KernelStatus.VALIDATED, report)
         if len(seen) < step:
             break
@@ -126,24 +153,8 @@ def test_a_change_of_status_cut_short_leaves_the_old_or_the_new_one(tmp_path, ma
         validated = artifact.status is KernelStatus.VALIDATED
         assert found == (blobs | {sha256(report): report} if validated else blobs)
         assert urza.set_status(manifest.id, KernelStatus.VALIDATED, report).manifest.report == sha256(report)
+        assert urza.verify().faults == ()
     assert seen_outcomes == {KernelStatus.PENDING_BENCHMARKING, KernelStatus.VALIDATED}
-
-
-def test_setting_damage_aside_cut_short_still_refuses_it_and_is_repaired(tmp_path, make_artifact, monkeypatch):
-    manifest, blobs = make_artifact()
-    digest = manifest.kernels["forward"].binary
-    for step in range(1, EVERY_STEP):
-        urza = Urza(tmp_path / str(step))
-        urza.commit(manifest, blobs)
-        urza.object_path(digest).write_bytes(b"changed")
-        with failing(monkeypatch, step, dies=True, done=False) as seen, suppress(CorruptObject):
-            urza.load(manifest.id)
-            pytest.fail("damage was loaded")
-        if len(seen) < step:
-            break
-        assert urza.commit(manifest, blobs).manifest == manifest
-        assert urza.load(manifest.id)[1] == blobs
-    assert "quarantine" in os.listdir(urza.root)
 
 
 def commit_and_validate(root: Path, manifest: Manifest, blobs: dict[str, bytes], barrier, answers) -> None:

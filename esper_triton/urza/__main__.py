@@ -1,0 +1,359 @@
+"""`python -m esper_triton.urza`: what people ask of a store and do to it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pydantic import ValidationError
+
+from esper_triton.contracts.errors import EsperError, StoreUnavailable
+from esper_triton.contracts.manifest import KernelStatus
+from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
+from esper_triton.urza import Urza, default_root
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["main"]
+
+Progress = Callable[[int, int], None]
+
+_EXIT = """exit codes:
+  0  done; with `verify`, nothing is wrong
+  1  something is wrong with the store, an artifact or an archive
+  2  the command line is wrong, or the store or a file cannot be read or written
+"""
+_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage above it."""
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code that --help documents. An error is a line of stderr."""
+    options = _parser().parse_args(argv)
+    try:
+        store = Urza(options.urza or default_root(), trust=options.trust, keys=options.keys)
+    except (ValueError, StoreUnavailable) as error:
+        return _failed(error, 2)
+    command: Callable[[Urza, argparse.Namespace], int] = options.command
+    try:
+        return command(store, options)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        return _failed(ValueError(f"{'.'.join(map(str, first['loc']))} {first['input']!r}: {first['msg']}"), 2)
+    except EsperError as error:
+        return _failed(error, 2 if isinstance(error, StoreUnavailable) else 1)
+    finally:
+        store.close()
+
+
+def _failed(error: Exception, code: int) -> int:
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m esper_triton.urza",
+        description="Look into a store of compiled artifacts, check it, and keep it in order.",
+        epilog=_EXIT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "--urza", default=None, metavar="DIR", help="directory of the store; else $ESPER_URZA or ~/.cache/esper/urza"
+    )
+    common.add_argument(
+        "--trust", default="local", metavar="POLICY", help="local (default), unsigned-ok, or keys:prover=HEX,forge=HEX"
+    )
+    common.add_argument("--keys", metavar="DIR", help="where the store's own keys are, if not in its keys/")
+    common.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, run: Callable[[Urza, argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            parents=[common],
+            help=about,
+            description=about,
+            epilog=_EXIT,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        added.set_defaults(command=run)
+        return added
+
+    ls = add("ls", _ls, "the artifacts that fit, the fastest first")
+    ls.add_argument("--status", action="append", metavar="STATUS", help="VALIDATED and the like; all where not given")
+    ls.add_argument("--blueprint", metavar="SHA256", help="made from this blueprint")
+    ls.add_argument("--target", metavar="TARGET", help="cpu, cuda90, ...")
+    ls.add_argument("--tag", action="append", default=[], metavar="TAG", help="with this tag; may be repeated")
+    ls.add_argument("--limit", type=int, default=50, metavar="N", help="the most that are shown (50)")
+    show = add("show", _show, "one artifact: its manifest, record, signature and history")
+    show.add_argument("id", metavar="ID")
+    add("verify", _verify, "read every byte and signature, and the audit log from its first line")
+    gc = add("gc", _gc, "remove what no artifact needs and, down to --max-bytes, artifacts")
+    gc.add_argument("--max-bytes", type=_size, metavar="SIZE", help="such as 500M or 2G; of these least used ones go")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    pin = add("pin", _pin, "keep an artifact whatever gc is asked for; without ID, list those that are kept")
+    pin.add_argument("id", metavar="ID", nargs="?")
+    pin.add_argument("--remove", action="store_true", help="keep it no longer")
+    history = add("history", _history, "every change of status of an artifact, or of all of a blueprint's")
+    history.add_argument("id", metavar="ID|BLUEPRINT")
+    export = add("export", _export, "write artifacts, by default all, into one archive")
+    export.add_argument("file", metavar="FILE")
+    export.add_argument("ids", metavar="ID", nargs="*")
+    import_ = add("import", _import, "store the artifacts of an archive, after all of it has been verified")
+    import_.add_argument("file", metavar="FILE")
+    import_.add_argument(
+        "--resign",
+        action="store_true",
+        help="take what nobody trusted has signed, as unproven; proving it runs its code, so know where it is from",
+    )
+    sign = add("sign", _sign, "sign what an older release has stored, if you know it to be yours")
+    sign.add_argument("ids", metavar="ID", nargs="*", help="by default all that are not signed")
+    return parser
+
+
+def _ls(store: Urza, options: argparse.Namespace) -> int:
+    statuses = tuple(KernelStatus) if options.status is None else tuple(options.status)
+    query = KernelQuery(
+        statuses=statuses,
+        blueprint_id=options.blueprint,
+        target=options.target,
+        required=tuple(options.tag),
+        limit=options.limit,
+    )
+    found = store.query(query)
+    if options.json:
+        return _print_json({"artifacts": [match.model_dump(mode="json") for match in found]})
+    table = _table(("artifact", "blueprint", "status", "tags"), ("dims", "latency us", "bytes", "uses"))
+    for match in found:
+        table.add_row(match.id, match.blueprint_name, match.status.value, " ".join(match.tags), *_numbers(match))
+    _print(table)
+    shown = "" if len(found) < options.limit else f"; there may be more than --limit {options.limit}"
+    sys.stdout.write(f"{len(found)} artifacts in {store.root}{shown}\n")
+    return 0
+
+
+def _show(store: Urza, options: argparse.Namespace) -> int:
+    artifact, record = store.get(options.id), store.record(options.id)
+    changes = store.history(artifact.id)
+    match = store.match(artifact.id)
+    if options.json:
+        body = {
+            "digest": artifact.digest,
+            "manifest": artifact.manifest.model_dump(mode="json"),
+            "record": record.model_dump(mode="json"),
+            "pinned": artifact.id in store.pins(),
+            "uses": None if match is None else match.uses,
+            "lineages": [] if match is None else list(match.lineages),
+            "history": [change.model_dump(mode="json") for change in changes],
+        }
+        return _print_json(body)
+    manifest = artifact.manifest
+    table = _table(("", "what"), ())
+    figures = record.figures
+    signature = record.signature
+    for name, value in (
+        ("artifact", artifact.id),
+        ("manifest", artifact.digest),
+        ("blueprint", f"{manifest.blueprint_name} ({manifest.blueprint_id})"),
+        ("status", manifest.status.value),
+        ("signed by", "nobody" if signature is None else f"{signature.role}, key {signature.key}"),
+        ("tags", " ".join(record.tags) or "-"),
+        ("latency us", "-" if figures.latency_us is None else f"{figures.latency_us:,.1f}"),
+        ("memory bytes", "-" if figures.memory_bytes is None else f"{figures.memory_bytes:,}"),
+        ("target", f"{manifest.target.label} {manifest.target.arch}"),
+        ("dims", " ".join(f"{key}={size}" for key, size in manifest.dims.items()) + f" {manifest.dtype}"),
+        ("toolchain", " ".join(f"{key} {version}" for key, version in manifest.toolchain.model_dump().items())),
+        ("compiled", f"{manifest.created_at}, in {manifest.compile_seconds:.2f} s"),
+        ("kept", ", ".join(["pinned"] * (artifact.id in store.pins()) + list(match.lineages if match else ())) or "-"),
+        ("uses", "-" if match is None else f"{match.uses:,}"),
+    ):
+        table.add_row(name, value)
+    for kernel in manifest.kernels.values():
+        table.add_row(f"kernel {kernel.name}", f"{kernel.binary_kind} {kernel.binary}")
+    _print(table)
+    _print(_change_table(changes))
+    return 0
+
+
+def _verify(store: Urza, options: argparse.Namespace) -> int:
+    with _progress("verifying") as progress:
+        verified = store.verify(progress)
+    if options.json:
+        _print_json(asdict(verified))
+    else:
+        if verified.faults:
+            table = _table(("of", "fault"), ())
+            for fault in verified.faults:
+                table.add_row(fault.subject, fault.message)
+            _print(table)
+        sys.stdout.write(
+            f"{verified.artifacts} artifacts, {verified.objects} objects ({verified.size_bytes:,} bytes), "
+            f"{verified.entries} lines of the audit log: {len(verified.faults) or 'no'} "
+            f"{'fault' if len(verified.faults) == 1 else 'faults'}\n"
+        )
+    return 1 if verified.faults else 0
+
+
+def _gc(store: Urza, options: argparse.Namespace) -> int:
+    with _progress("collecting") as progress:
+        done = store.gc(options.max_bytes, dry_run=options.dry_run, progress=progress)
+    if options.json:
+        return _print_json(asdict(done))
+    table = _table(("artifact", "what became of it"), ())
+    for artifact_id in done.removed:
+        table.add_row(artifact_id, "would be removed" if done.dry_run else "removed")
+    for reason, ids in done.kept.items():
+        for artifact_id in ids:
+            table.add_row(artifact_id, f"kept: {reason}")
+    if table.row_count:
+        _print(table)
+    over = f", {done.over_bytes:,} more than allowed" if done.over_bytes else ""
+    sys.stdout.write(
+        f"{'would remove' if done.dry_run else 'removed'} {len(done.removed)} artifacts and {done.objects} objects, "
+        f"{done.freed_bytes:,} bytes; {done.kept_bytes:,} bytes are left{over}\n"
+    )
+    return 0
+
+
+def _pin(store: Urza, options: argparse.Namespace) -> int:
+    if options.id is not None and options.remove:
+        store.unpin(options.id)
+    elif options.id is not None:
+        store.pin(options.id)
+    pins = store.pins()
+    if options.json:
+        return _print_json({"pins": pins})
+    sys.stdout.write("".join(f"{pin}\n" for pin in pins) or "nothing is pinned\n")
+    return 0
+
+
+def _history(store: Urza, options: argparse.Namespace) -> int:
+    changes = store.history(options.id)
+    if not changes:
+        store.get(options.id)  # says that there is none
+    if options.json:
+        return _print_json({"history": [change.model_dump(mode="json") for change in changes]})
+    _print(_change_table(changes))
+    return 0
+
+
+def _export(store: Urza, options: argparse.Namespace) -> int:
+    with _progress("exporting") as progress:
+        count, size_bytes = store.export(options.file, options.ids or None, progress)
+    if options.json:
+        return _print_json({"file": options.file, "artifacts": count, "size_bytes": size_bytes})
+    sys.stdout.write(f"{count} artifacts, {size_bytes:,} bytes: {options.file}\n")
+    return 0
+
+
+def _import(store: Urza, options: argparse.Namespace) -> int:
+    with _progress("importing") as progress:
+        done = store.import_(options.file, resign=options.resign, progress=progress)
+    if options.json:
+        return _print_json(asdict(done))
+    for ids, what in ((done.taken, "stored"), (done.unproven, "stored as unproven"), (done.kept, "was there")):
+        sys.stdout.write("".join(f"{one} {what}\n" for one in ids))
+    return 0
+
+
+def _sign(store: Urza, options: argparse.Namespace) -> int:
+    ids = options.ids or [one for one in store.ids() if store.is_unsigned(one)]
+    with _progress("signing") as progress:
+        for count, artifact_id in enumerate(ids, start=1):
+            store.sign(artifact_id)
+            progress(count, len(ids))
+    if options.json:
+        return _print_json({"signed": ids})
+    sys.stdout.write("".join(f"{one} signed\n" for one in ids) or "every artifact is signed\n")
+    return 0
+
+
+# ---- printing
+
+
+def _print_json(body: dict[str, Any]) -> int:
+    sys.stdout.write(json.dumps(body, indent=1) + "\n")
+    return 0
+
+
+def _table(left: Sequence[str], right: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for column in left:
+        table.add_column(column, overflow="fold")
+    for column in right:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _change_table(changes: Sequence[Change]) -> Table:
+    table = _table(("when", "artifact", "what", "from", "to", "by"), ())
+    for change in changes:
+        table.add_row(
+            change.when[:19].replace("T", " "),
+            change.artifact_id,
+            change.what,
+            change.source or "-",
+            change.target or "-",
+            change.role or "-",
+        )
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    # Piped, a line must hold a whole id: rich would fold it at 80 columns.
+    Console(width=None if sys.stdout.isatty() else 180, markup=False, highlight=False).print(table)
+
+
+def _numbers(match: KernelMatch) -> Iterator[str]:
+    yield " ".join(f"{name}={size}" for name, size in match.dims.items())
+    yield "-" if match.figures.latency_us is None else f"{match.figures.latency_us:,.1f}"
+    yield f"{match.size_bytes:,}"
+    yield f"{match.uses:,}"
+
+
+@contextmanager
+def _progress(doing: str) -> Iterator[Progress]:
+    """A bar on stderr, where people look and pipes do not; it goes when the work is done."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(doing, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _size(text: str) -> int:
+    number, unit = (text[:-1], text[-1].lower()) if text[-1:].lower() in _UNITS else (text, "")
+    try:
+        size = int(number) * _UNITS.get(unit, 1)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 1000000, 500M or 2G")
+    return size
+
+
+if __name__ == "__main__":
+    sys.exit(main())
