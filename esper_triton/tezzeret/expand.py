@@ -95,19 +95,19 @@ def _elu(g: Graph, args: Sequence[Node], attrs: Mapping[str, Any]) -> Node:
 
 @_expansion("clamp")
 def _clamp(g: Graph, args: Sequence[Node], attrs: Mapping[str, Any]) -> Node:
-    """The derivative is 1 at the limits too, and 0 only beyond them."""
+    """The derivative is 1 at the limits too, and 0 beyond them and at NaN, as in torch."""
     (z,) = args
     out = z
-    beyond: list[tuple[str, Node]] = []
-    for name, closer, outside in (("min", "maximum", "lt"), ("max", "minimum", "gt")):
+    limits: list[tuple[str, Node]] = []
+    for name, closer, within in (("min", "maximum", "ge"), ("max", "minimum", "le")):
         if attrs[name] is not None:
             limit = g.const(attrs[name])
             out = g.pointwise(closer, out, limit)
-            beyond.append((outside, limit))
+            limits.append((within, limit))
 
     def vjp(grad: Node) -> tuple[Node | None, ...]:
-        for outside, limit in beyond:
-            grad = g.pointwise("where", g.pointwise(outside, z, limit), g.const(0.0), grad)
+        for within, limit in limits:
+            grad = g.pointwise("where", g.pointwise(within, z, limit), grad, g.const(0.0))
         return (grad,)
 
     g.vjps[out] = ((z,), vjp)

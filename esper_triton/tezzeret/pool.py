@@ -22,6 +22,7 @@ from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.errors import CompileError, EsperError, UnknownTarget
 from esper_triton.tezzeret.artifacts import Artifacts
 from esper_triton.tezzeret.process import WorkerGone, WorkerProcess
+from esper_triton.tezzeret.worker import store_text
 from esper_triton.urza import Artifact, Urza
 
 if TYPE_CHECKING:
@@ -120,7 +121,9 @@ class CompileTask:
             return True
 
     def _tell(self, stage: str, progress: float) -> None:
-        self.stage, self.progress = stage, max(self.progress, progress)
+        with self._guard:
+            if not self.done():
+                self.stage, self.progress = stage, max(self.progress, progress)
 
     def _succeed(self, outcomes: Iterable[Outcome]) -> None:
         with self._guard:
@@ -214,7 +217,7 @@ class Forge:
             "targets": names,
             "pipeline": pipeline,
             "budget_s": budget_s,
-            "store": str(store.root),
+            "store": store_text(store),
             "memory_limit": self.memory_limit,
             "cpu_limit": self.cpu_limit,
         }
@@ -291,7 +294,9 @@ class Forge:
     def _was_found(task: CompileTask) -> bool:
         """A hit is not worth a worker's start. It is looked for only where the compilers are there to ask which
         versions they are."""
-        if "triton" not in sys.modules or not task._begin(lambda: None):
+        if task.done():
+            return True
+        if "triton" not in sys.modules:
             return False
         from esper_triton.tezzeret.builds import stored
 

@@ -135,7 +135,6 @@ def test_no_address_that_grows_with_the_rows_is_computed_in_32_bits(
         assert not narrow_addresses(text, grids), f"{kernel}:\n{text}"
 
 
-@pytest.mark.xfail(strict=True, reason="an index of a parameter is 32 bits wide, however many elements it has")
 def test_a_weight_of_more_than_2_31_elements_is_addressed_in_64_bits(store: esper.Urza):
     dims = {"d_in": 65536, "d": 65536}
     artifact = esper.compile(

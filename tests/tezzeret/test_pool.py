@@ -19,6 +19,7 @@ from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.errors import BlueprintError, CompileError, ProofFailed, UnknownTarget
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.tezzeret.pool import CompileTask, Forge, TaskState
+from esper_triton.tezzeret.worker import store_of, store_text
 
 DIMS = {"d": 24, "r": 4}
 IMPORTS = "import torch\n"
@@ -81,6 +82,15 @@ def test_a_submitted_compile_ends_as_a_proven_artifact_and_the_next_one_is_a_hit
 
 async def _awaited(task: CompileTask) -> esper.Artifact:
     return await task
+
+
+def test_a_worker_signs_as_the_store_says(forge: Forge, adapter_path: Path, tmp_path: Path) -> None:
+    store = esper.Urza(tmp_path / "urza", keys=tmp_path / "elsewhere", max_bytes=1 << 30)
+    artifact = forge.submit(Blueprint.load(adapter_path), DIMS, urza=store).result()
+    assert store.load(artifact.id)[0].status is KernelStatus.VALIDATED  # signed by keys that this store trusts
+    assert (tmp_path / "elsewhere").is_dir()
+    assert not (tmp_path / "urza" / "keys").exists()
+    assert repr(store_of(store_text(store)).__reduce__()) == repr(store.__reduce__())
 
 
 def test_a_wait_that_is_cancelled_leaves_the_compile_alone(forge: Forge, adapter_path: Path, store: esper.Urza) -> None:
