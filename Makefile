@@ -38,6 +38,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m esper_triton.demo $(DEMO_ARGS)
 
 test: lint types $(PACKAGES)
+	@$(BIN)/python tests/oona/redis_server.py
 	@$(BIN)/python -m pytest -q -n $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 # The laws, and the benches as a table. Without a GPU every one of the tests would be skipped, and that is not a success.
@@ -74,7 +75,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    || { echo "error: $$found -m venv failed; on Debian and Ubuntu install the python3-venv package" >&2; exit 1; }; \
 	fi
 	@echo 'Setting up $(VENV) (once; some minutes) ...'
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev,demo]'
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev,demo,redis]'
 	@touch $@
 
 $(VENV)-matrix/%/.installed: $(STAMP)

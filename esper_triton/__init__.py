@@ -20,12 +20,14 @@ _HOME = {
     "KasminaStateLayout": "esper_triton.kasmina",
     "KernelCache": "esper_triton.kasmina",
     "MorphableModel": "esper_triton.model",
+    "Oona": "esper_triton.oona",
     "Policy": "esper_triton.kasmina",
     "SeedLifecycleState": "esper_triton.kasmina",
     "Urza": "esper_triton.urza",
     "attach": "esper_triton.model",
     "bake": "esper_triton.model",
     "compile": "esper_triton.compile",
+    "connect": "esper_triton.model",
     "esper_state_dict": "esper_triton.model",
     "load_esper_state_dict": "esper_triton.model",
     "load_model": "esper_triton.model",
@@ -45,6 +47,7 @@ __all__ = [
     "KasminaStateLayout",
     "KernelCache",
     "MorphableModel",
+    "Oona",
     "Policy",
     "SeedLifecycleState",
     "Urza",
@@ -52,6 +55,7 @@ __all__ = [
     "attach",
     "bake",
     "compile",
+    "connect",
     "esper_state_dict",
     "load_esper_state_dict",
     "load_model",
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
         MorphableModel,
         attach,
         bake,
+        connect,
         esper_state_dict,
         load_esper_state_dict,
         load_model,
@@ -80,6 +85,7 @@ if TYPE_CHECKING:
         unwrap,
         wrap,
     )
+    from esper_triton.oona import Oona
     from esper_triton.tezzeret.pool import Forge
     from esper_triton.urza import Artifact, Urza
 

@@ -777,7 +777,7 @@ def test_law_8_an_encoder_layers_fast_path_does_not_pass_over_an_active_seed(
     assert all(not m._forward_hooks for m in model.modules())
 
 
-# ---- Law 9: telemetry never costs training (what is measured in the layers; publishing comes with the bus)
+# ---- Law 9: telemetry never costs training
 
 
 def test_law_9_measuring_changes_no_bit_and_can_be_read_at_any_time(
@@ -809,3 +809,74 @@ def test_law_9_measuring_changes_no_bit_and_can_be_read_at_any_time(
         assert (latency is not None and latency > 0) is telemetry
     for measured, plain in zip(results[True], results[False], strict=True):
         assert torch.equal(measured, plain)
+
+
+class _Unpublishable:
+    """Raises whatever is asked of it."""
+
+    def __getattribute__(self, name: str) -> object:
+        raise RuntimeError("nothing can be had of this")
+
+
+@pytest.mark.parametrize("address", [None, "ws://127.0.0.1:9"])  # nothing listens at that port
+def test_law_9_publishing_raises_nothing_waits_for_nothing_and_counts_what_it_drops(
+    tmp_path: Path, address: str | None
+) -> None:
+    bound, count = 20, 500
+    telemetry, audit = "telemetry.seed.health", "audit.lifecycle"
+    with esper.Oona(address, journal=tmp_path, telemetry_bound=bound) as bus:
+        subscription = bus.subscribe("*", window=1) if address is None else None
+        strange: list[object] = [_Unpublishable(), object(), 7, None]
+        for payload in strange:
+            assert bus.publish(audit, payload) is True
+        for topic in ("no.topic", "", None, 7, [], _Unpublishable):
+            assert bus.publish(topic, {}) is False
+        # No lock of the bus is free: whoever waited for one would not come back.
+        held = [bus._starting, *(lane.dropped._lock for lane in bus._lanes.values())]
+        held += [] if subscription is None else [subscription._changed, bus._transport._lock]
+        got = [lock.acquire(blocking=lock is not bus._starting) for lock in held]
+        try:
+            for k in range(count):
+                assert bus.publish(telemetry, {"k": k}) is True
+                assert bus.publish(audit, {"k": k}) is True
+                assert len(bus._lanes[telemetry].buffer) <= bound
+        finally:
+            for lock, was_free in zip(held, got, strict=True):
+                if was_free:
+                    lock.release()
+        bus.close(0.2)
+    stats = bus.stats()
+    assert stats["unknown_topic"] == 6
+    assert stats["sent"][audit]["dropped"] == 0
+    assert stats["sent"][audit]["refused"] == len(strange)
+    # Everything is accounted for.
+    assert stats["sent"][audit]["sent"] + bus._pump.spilled == count
+    of = stats["sent"][telemetry]
+    assert of["sent"] + of["dropped"] == count
+
+
+def test_law_9_a_model_on_a_bus_computes_the_same_bits_whatever_becomes_of_the_bus(
+    adapter_store: Urza, adapter_for: Callable[..., str], tmp_path: Path
+) -> None:
+    artifact, results = adapter_for(D, R), {}
+    for address in (None, "ws://127.0.0.1:9", "none at all"):
+        torch.manual_seed(0)
+        host = nn.Sequential(nn.Linear(IN, D), nn.Linear(D, D))
+        model = esper.wrap(host, ["0"], seeds_per_layer=1, urza=adapter_store)
+        grow(model.kasmina_layers["0"], 0, artifact, alpha=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        bus = None if address == "none at all" else esper.Oona(address, journal=tmp_path)
+        remote = None if bus is None else esper.connect(model, bus, health_every=1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(3, IN)).square().sum().backward()
+            optimizer.step()
+            model.step_boundary()
+        model.epoch_boundary(1)
+        if remote is not None and bus is not None:
+            remote.close()
+            bus.close(0.2)
+        results[address] = [parameter.detach().clone() for parameter in model.parameters()]
+    for address in (None, "ws://127.0.0.1:9"):
+        for with_bus, without in zip(results[address], results["none at all"], strict=True):
+            assert torch.equal(with_bus, without)

@@ -14,6 +14,7 @@ __all__ = [
     "ArtifactNotFound",
     "ArtifactRefused",
     "BlueprintError",
+    "BusUnavailable",
     "CheckpointError",
     "CompileError",
     "CorruptObject",
@@ -22,6 +23,7 @@ __all__ = [
     "InvalidTransition",
     "LoadDeadlineExceeded",
     "LoadLost",
+    "MalformedMessage",
     "NonFiniteOutput",
     "NotAuthorized",
     "ProofFailed",
@@ -136,6 +138,14 @@ class LoadDeadlineExceeded(EsperError, TimeoutError):
 
 class LoadLost(EsperError, RuntimeError):
     """A background load that this process does not finish: it was forked meanwhile, or is ending."""
+
+
+class BusUnavailable(EsperError, ConnectionError):
+    """The hub or server of a bus cannot be reached, does not answer in time, or refuses this token."""
+
+
+class MalformedMessage(EsperError, ValueError):
+    """Bytes or values that are no message of the bus, or not one of the topic's model."""
 
 
 class NonFiniteOutput(EsperError, ArithmeticError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,7 @@ from esper_triton.contracts.expressions import evaluate
 from esper_triton.contracts.initial import fill_init
 
 __all__ = [
+    "ARTIFACT_ID",
     "ArtifactId",
     "Digest",
     "KernelRecord",
@@ -33,7 +35,8 @@ SCHEMA_VERSION = "1.2"
 LAUNCH_FORMAT = 1
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-ArtifactId = Annotated[str, Field(pattern=r"^[0-9a-f]{12}-[a-z0-9]+-[a-z]+-[0-9a-f]{12}$")]
+ARTIFACT_ID = re.compile(r"^[0-9a-f]{12}-[a-z0-9]+-[a-z]+-[0-9a-f]{12}$")
+ArtifactId = Annotated[str, Field(pattern=ARTIFACT_ID.pattern)]
 
 
 def sha256(content: bytes) -> str:

@@ -3,12 +3,13 @@ seeds have no kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 
-__all__ = ["MissObserver", "Observer", "SpecialisationMiss", "Transition"]
+__all__ = ["Boundary", "MissObserver", "Observer", "SpecialisationMiss", "Transition"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +40,16 @@ class SpecialisationMiss:
 
 
 MissObserver = Callable[[SpecialisationMiss], None]
+
+
+class Boundary(Protocol):
+    """What stands at the boundaries of a model, on the training thread."""
+
+    def before_boundary(self) -> None:
+        """Requests made here take effect at the boundary that follows at once."""
+
+    def after_boundary(self) -> None:
+        """What was asked for has taken effect."""
+
+    def begun_epoch(self, epoch: int, damaged: Mapping[str, tuple[str, ...]]) -> None:
+        """An epoch has begun, or has not since state arrays are damaged: their names, by layer."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from esper_triton.kasmina.events import MissObserver, Observer, SpecialisationMiss
+from esper_triton.kasmina.events import Boundary, MissObserver, Observer, SpecialisationMiss
 from esper_triton.kasmina.gates import Policy
 from esper_triton.kasmina.kinds import Chunking, Kind
 from esper_triton.kasmina.seed import Seed
@@ -59,6 +59,7 @@ class LayerRecord:
     deferred: bool = False  # every request waits for a boundary
     follows: bool = False  # another replica's queue decides, not this one's
     replicas: object | None = None  # what the replicas' boundaries go through (esper_triton.model.distributed)
+    boundary: Boundary | None = None  # what stands at the model's boundaries (esper_triton.model.remote)
     observers: list[Observer] = field(default_factory=list)
     miss_observers: list[MissObserver] = field(default_factory=list)
     misses_told: set[SpecialisationMiss] = field(default_factory=set)
@@ -86,6 +87,7 @@ _OF_THIS_OBJECT = frozenset(
         "deferred",
         "follows",
         "replicas",
+        "boundary",
         "observers",
         "miss_observers",
         "misses_told",

@@ -6,14 +6,17 @@ from esper_triton.model.checkpoint import esper_state_dict, load_esper_state_dic
 from esper_triton.model.distributed import Replicas, replicate
 from esper_triton.model.morphable import MorphableModel, seed_parameters, unwrap, wrap
 from esper_triton.model.optim import Attachment, attach
+from esper_triton.model.remote import Remote, connect
 from esper_triton.model.saving import load_model, save_model
 
 __all__ = [
     "Attachment",
     "MorphableModel",
+    "Remote",
     "Replicas",
     "attach",
     "bake",
+    "connect",
     "esper_state_dict",
     "load_esper_state_dict",
     "load_model",

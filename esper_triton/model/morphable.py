@@ -189,13 +189,18 @@ class MorphableModel(Adopted):
         default as `wrap` was told.
         """
         layers = list(self._distinct_layers())
+        boundary = next((layer._kasmina.boundary for layer in layers), None)
+        if boundary is not None:
+            boundary.before_boundary()
         replicas = next((layer._kasmina.replicas for layer in layers), None)
         if isinstance(replicas, Replicas):
             replicas.step_boundary(auto_advance=auto_advance)
-            return
-        for layer in layers:
-            auto = layer._kasmina.auto_advance if auto_advance is None else auto_advance
-            end_step(layer, auto_advance=auto)
+        else:
+            for layer in layers:
+                auto = layer._kasmina.auto_advance if auto_advance is None else auto_advance
+                end_step(layer, auto_advance=auto)
+        if boundary is not None:
+            boundary.after_boundary()
 
     def epoch_boundary(self, epoch: int) -> None:
         """Call it when `epoch` begins: embargoes are counted in epochs, and the state arrays are checked.
@@ -207,10 +212,15 @@ class MorphableModel(Adopted):
             raise ValueError(f"epoch must be at least 0, found {epoch}")
         damaged = {layer._kasmina.name: damaged_arrays(layer) for layer in self._distinct_layers()}
         damaged = {name: arrays for name, arrays in damaged.items() if arrays}
+        boundary = next((layer._kasmina.boundary for layer in self._distinct_layers()), None)
         if damaged:
+            if boundary is not None:
+                boundary.begun_epoch(epoch, damaged)
             raise StateCorruption(damaged)
         for layer in self._distinct_layers():
             begin_epoch(layer, epoch)
+        if boundary is not None:
+            boundary.begun_epoch(epoch, {})
 
     def restore_state(self) -> None:
         """Writes the state arrays of every layer again as the last commit did."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from esper_triton.tezzeret.fuse import Gradient, Kernel, space_of
 from esper_triton.tezzeret.graph import Node
 from esper_triton.tezzeret.rows import KernelSource, Surroundings, Writer, count_uses, described, power_of_2
-from esper_triton.tezzeret.values import At, Index
+from esper_triton.tezzeret.values import At, Index, far
 
 __all__ = ["write_columns", "write_pool"]
 
@@ -149,10 +149,8 @@ class _Columns:
             assert second is not None
             assert first.name is not None
             a, b = param["strides"]
-            where += [
-                f"{first.name}[:, None]" + ("" if a == 1 else f" * {a}"),
-                second.code + ("" if b == 1 else f" * {b}"),
-            ]
+            left, right = far(param, f"{first.name}[:, None]"), far(param, second.code)
+            where += [left + ("" if a == 1 else f" * {a}"), right + ("" if b == 1 else f" * {b}")]
             masks = [f"tl.trans({first.ok})"] if first.ok else []
             masks += [second.ok] if second.ok else []
         else:
@@ -160,7 +158,7 @@ class _Columns:
             # The elements of a view of several dimensions lie one after the other, or in one of its dimensions.
             wide = [stride for extent, stride in zip(param.shape, param["strides"], strict=True) if extent > 1]
             step = wide[-1] if wide else 1
-            where.append(along.code + ("" if step == 1 else f" * {step}"))
+            where.append(far(param, along.code) + ("" if step == 1 else f" * {step}"))
             masks = [along.ok] if along.ok else []
             if second is not None:
                 masks.append(f"(tl.program_id({1 if along is first else 0}) == 0)")

@@ -97,14 +97,16 @@ def _unary(slope: Callable[[Graph, Node, Node], Node]) -> Rule:
 
 
 def _chosen(better: str) -> Rule:
-    """Of maximum and minimum. Where both are equal each takes half, as in torch."""
+    """Of maximum and minimum. Where both are equal each takes half, and at NaN both take all, as in torch."""
 
     def rule(g: Graph, node: Node, grad: Node) -> tuple[Node | None, ...]:
         a, b = node.args
-        half = g.mul(g.const(0.5), g.pointwise("eq", a, b))
-        first = g.add(g.pointwise(better, a, b), half)
-        second = g.add(g.pointwise(better, b, a), half)
-        return g.mul(grad, first), g.mul(grad, second)
+        shared = g.pointwise("where", g.pointwise("eq", a, b), g.mul(g.const(0.5), grad), grad)
+        none = g.const(0.0)
+        return (
+            g.pointwise("where", g.pointwise(better, b, a), none, shared),
+            g.pointwise("where", g.pointwise(better, a, b), none, shared),
+        )
 
     return rule
 
@@ -137,8 +139,8 @@ def _gather(g: Graph, node: Node, grad: Node) -> tuple[Node | None, ...]:
 
 def _div(g: Graph, node: Node, grad: Node) -> tuple[Node | None, ...]:
     _, b = node.args
-    to_a = g.div(grad, b)
-    return to_a, None if b.op in ("const", "length") else g.unary("neg", g.mul(to_a, node))
+    to_b = None if b.op in ("const", "length") else g.unary("neg", g.mul(grad, g.div(node, b)))
+    return g.div(grad, b), to_b
 
 
 def _bmm(g: Graph, node: Node, grad: Node) -> tuple[Node | None, ...]:
@@ -162,7 +164,9 @@ _RULES: dict[str, Rule] = {
     "sigmoid": _unary(lambda g, a, y: g.mul(y, g.sub(g.const(1.0), y))),
     "softplus": _unary(lambda g, a, y: g.unary("sigmoid", a)),
     "erf": _unary(lambda g, a, y: g.mul(g.const(2 / math.sqrt(math.pi)), g.unary("exp", g.unary("neg", g.mul(a, a))))),
-    "relu": _unary(lambda g, a, y: g.pointwise("gt", a, g.const(0.0))),
+    "relu": lambda g, node, grad: (
+        g.pointwise("where", g.pointwise("le", node.args[0], g.const(0.0)), g.const(0.0), grad),
+    ),
     "maximum": _chosen("gt"),
     "minimum": _chosen("lt"),
     "where": lambda g, node, grad: (

@@ -220,7 +220,18 @@ def _backward(design: Design, h: Node, step: Node | None) -> tuple[dict[str, Nod
             zero = g.expand(g.const(0.0), node.level, node.shape)
             grads[name] = g.pointwise("where", is_off, g.const(0.0), terms[0] if terms else zero)
     gradients = [Gradient(view, tuple(terms)) for view, terms in leaves.items() if view.op == "param"]
+    reached_ones = {gradient.param["name"] for gradient in gradients}
+    for name, parameter in design.parameters.items():
+        if name not in reached_ones:  # only compared with, say
+            zeros = g.expand(g.const(0.0), "rows", (parameter.size,))
+            gradients.append(Gradient(parameter, (g.sum_rows(zeros),)))
     return grads, gradients
+
+
+_LARGER = """@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+"""
 
 
 def _tensor(one: Intermediate) -> Tensor:
@@ -229,6 +240,8 @@ def _tensor(one: Intermediate) -> Tensor:
 
 def _source(design: Design, sources: Sequence[KernelSource], emitted: Emitted) -> str:
     bodies = "\n\n".join(source.text for source in sources)
+    if "larger" in bodies:
+        bodies = f"{_LARGER}\n\n{bodies}"
     imports = ["import torch", "import triton", "import triton.language as tl"]
     if "libdevice." in bodies:
         imports.append("from triton.language.extra import libdevice")

@@ -47,7 +47,7 @@ EXPANSIONS |= {
     "silu": lambda g, args, attrs: g.mul(args[0], g.unary("sigmoid", args[0])),
     "sum": lambda g, args, attrs: g.rsum(args[0]),
     "mean": lambda g, args, attrs: g.rmean(args[0]),
-    "max": lambda g, args, attrs: g.rmax(args[0]),
+    "max": lambda g, args, attrs: g.rmax(args[0], nan=True),
     "pool_mean": lambda g, args, attrs: pool_mean(g, args[0]),
     "concat": lambda g, args, attrs: g.concat(*args),
     "slice": lambda g, args, attrs: g.slice(args[0], attrs["start"], attrs["stop"]),
@@ -83,18 +83,35 @@ def _leaky_relu(g: Graph, args: Sequence[Node], attrs: Mapping[str, Any]) -> Nod
 @_expansion("elu")
 def _elu(g: Graph, args: Sequence[Node], attrs: Mapping[str, Any]) -> Node:
     (z,) = args
-    below = g.mul(g.const(attrs["alpha"]), g.unary("expm1", g.pointwise("minimum", z, g.const(0.0))))
-    return g.pointwise("where", g.pointwise("gt", z, g.const(0.0)), z, below)
+    alpha, is_above = g.const(attrs["alpha"]), g.pointwise("gt", z, g.const(0.0))
+    low = g.pointwise("minimum", z, g.const(0.0))
+    out = g.pointwise("where", is_above, z, g.mul(alpha, g.unary("expm1", low)))
+    g.vjps[out] = (
+        (z,),
+        lambda grad: (g.pointwise("where", is_above, grad, g.mul(grad, g.mul(alpha, g.unary("exp", low)))),),
+    )
+    return out
 
 
 @_expansion("clamp")
 def _clamp(g: Graph, args: Sequence[Node], attrs: Mapping[str, Any]) -> Node:
+    """The derivative is 1 at the limits too, and 0 only beyond them."""
     (z,) = args
-    if attrs["min"] is not None:
-        z = g.pointwise("maximum", z, g.const(attrs["min"]))
-    if attrs["max"] is not None:
-        z = g.pointwise("minimum", z, g.const(attrs["max"]))
-    return z
+    out = z
+    beyond: list[tuple[str, Node]] = []
+    for name, closer, outside in (("min", "maximum", "lt"), ("max", "minimum", "gt")):
+        if attrs[name] is not None:
+            limit = g.const(attrs[name])
+            out = g.pointwise(closer, out, limit)
+            beyond.append((outside, limit))
+
+    def vjp(grad: Node) -> tuple[Node | None, ...]:
+        for outside, limit in beyond:
+            grad = g.pointwise("where", g.pointwise(outside, z, limit), g.const(0.0), grad)
+        return (grad,)
+
+    g.vjps[out] = ((z,), vjp)
+    return out
 
 
 @_expansion("softmax")

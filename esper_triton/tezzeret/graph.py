@@ -247,8 +247,9 @@ class Graph:
     def rsum(self, a: Node) -> Node:
         return a if a.width == 1 else self.node("rsum", (a,), a.level, (*a.shape[:-1], 1))
 
-    def rmax(self, a: Node) -> Node:
-        return a if a.width == 1 else self.node("rmax", (a,), a.level, (*a.shape[:-1], 1))
+    def rmax(self, a: Node, *, nan: bool = False) -> Node:
+        """The largest; with `nan`, NaN where there is one. (Without, a NaN is what goes last.)"""
+        return a if a.width == 1 else self.node("rmax", (a,), a.level, (*a.shape[:-1], 1), nan=nan)
 
     def rmean(self, a: Node) -> Node:
         return self.mul(self.rsum(a), self.const(1.0 / a.width))

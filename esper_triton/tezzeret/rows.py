@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from esper_triton.tezzeret.fuse import FULL_WIDTH, Kernel
 from esper_triton.tezzeret.graph import Node, reached
-from esper_triton.tezzeret.values import ZERO, At, Index, Tensor, Value, Values
+from esper_triton.tezzeret.values import ZERO, At, Index, Tensor, Value, Values, far
 
 __all__ = ["Constants", "KernelSource", "Surroundings", "Tiles", "Writer", "write_rows"]
 
@@ -124,7 +124,8 @@ class Writer(Values):
         """A block [n, k] of a weight as an operand, or [k, n] of a transposed one; in the order in which it lies."""
         (first, second), (a, b) = (k, n) if transposed else (n, k), node["strides"]
         assert first.name is not None
-        terms = [f"{first.name}[:, None]" + ("" if a == 1 else f" * {a}"), second.code + ("" if b == 1 else f" * {b}")]
+        left, right = far(node, f"{first.name}[:, None]"), far(node, second.code)
+        terms = [left + ("" if a == 1 else f" * {a}"), right + ("" if b == 1 else f" * {b}")]
         where = " + ".join([self.pointer(node["name"]), *filter(None, (str(node["offset"] or ""),)), *terms])
         masks = [f"tl.trans({first.ok})"] if first.ok else []
         masks += [second.ok] if second.ok else []
@@ -266,7 +267,7 @@ class _Rows:
         with self._chunks(width, depth=True) as last:
             for node in nodes:
                 code = self._reduced(node, last, width)
-                joined = f"{sums[node]} + {code}" if node.op == "rsum" else f"tl.maximum({sums[node]}, {code})"
+                joined = f"{sums[node]} + {code}" if node.op == "rsum" else f"larger({sums[node]}, {code})"
                 writer.line(f"{sums[node]} = {joined}")
         for node in nodes:
             writer.results[node] = Value(sums[node], rows=True)
@@ -276,6 +277,8 @@ class _Rows:
         at = self.at(operand, last)
         value = self.writer.zeroed(operand, at, rows=False) if node.op == "rsum" else self._lowest(operand, at)
         if value.cols:
+            if node.op == "rmax" and node["nan"]:
+                return f"tl.reduce({value.code}, 1, larger, keep_dims=True)"
             return f"{'tl.sum' if node.op == 'rsum' else 'tl.max'}({value.code}, axis=1, keep_dims=True)"
         terms = width if self.is_full(width) else self.block(width, depth=True)
         return f"({value.code} * {float(terms)})" if node.op == "rsum" else value.code

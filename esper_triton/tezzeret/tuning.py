@@ -185,7 +185,7 @@ def _nv_info(content: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _amd_kernel(elf: bytes) -> dict[str, int]:
-    import msgpack  # type: ignore[import-untyped]
+    import msgpack
 
     for _, kind, content in _sections(elf):
         if kind == 7 and content[12:18] == b"AMDGPU":  # a note

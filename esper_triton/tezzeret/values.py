@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from esper_triton.tezzeret.graph import Node
 
-__all__ = ["At", "Index", "Tensor", "Value", "Values", "float_literal"]
+__all__ = ["At", "Index", "Tensor", "Value", "Values", "far", "float_literal"]
 
 _LONGEST_EXPRESSION = 56
 
@@ -260,8 +260,8 @@ class Values:
             case "gather":
                 return self._gathered(node, at)
             case "onehot":
-                index = self.value(node.args[0], replace(at, inner=(*at.inner[:-1], ZERO)))
-                return Value(f"tl.where({index.code} == {at.inner[-1].code}, 1.0, 0.0)", True, True)
+                row, is_whole = self._entry(node.args[0], at)
+                return Value(f"tl.where({is_whole} & ({row} == {at.inner[-1].code}), 1.0, 0.0)", True, True)
             case "keep":
                 return self._keep(node, at)
             case "where" if node.args[0].op in _COMPARISONS and node.args[0] not in self.memory:
@@ -291,7 +291,8 @@ class Values:
         return self._loaded(self.pointer(tensor.name), parts, at, tensor.is_input_dtype)
 
     def _param(self, node: Node, at: At) -> Value:
-        parts = list(zip(at.inner, (str(s) for s in node["strides"]), strict=True))
+        inner = [replace(i, code=far(node, i.code)) for i in at.inner]
+        parts = list(zip(inner, (str(s) for s in node["strides"]), strict=True))
         where = self.pointer(node["name"])
         if node["offset"]:
             where = f"{where} + {node['offset']}"
@@ -417,13 +418,18 @@ class Values:
 
     def _gathered(self, node: Node, at: At) -> Value:
         table, index = node.args
-        found = self.value(index, replace(at, inner=(*at.inner[:-1], ZERO)))
-        row = self._shared("entry", f"{found.code}.to(tl.int64)")
+        row, is_whole = self._entry(index, at)
         count, (stride, step) = table.shape[0], table["strides"]
         where = f"{self.pointer(table['name'])} + {row} * {stride} + {at.inner[-1].code} * {step}"
-        masks = [f"({row} >= 0) & ({row} < {count})", *(m for m in (at.row.ok, at.inner[-1].ok) if m)]
+        masks = [f"{is_whole} & ({row} >= 0) & ({row} < {count})", *(m for m in (at.row.ok, at.inner[-1].ok) if m)]
         code = f"tl.load({where}, mask={' & '.join(masks)}, other=float('nan'))"
         return Value(code + ("" if self.dtype == "float32" else ".to(tl.float32)"), True, True)
+
+    def _entry(self, index: Node, at: At) -> tuple[str, str]:
+        """A table's row by the value that names it, and whether it does: it is no NaN."""
+        found = self.value(index, replace(at, inner=(*at.inner[:-1], ZERO))).code
+        is_number = f"({found} == {found})"
+        return self._shared("entry", f"tl.where({is_number}, {found}, -1.0).to(tl.int64)"), is_number
 
     def _keep(self, node: Node, at: At) -> Value:
         """The factor of dropout: 0 or 1 / (1 - p) in training, else 1. Drawn by philox from the element's position."""
@@ -435,6 +441,12 @@ class Values:
         scale = float_literal(1 / (1 - node["p"])) if node["p"] < 1 else "0.0"
         kept = f"tl.where({drawn} >= {node['p']!r}, {scale}, 0.0)"
         return Value(f"tl.where({self.scalar('training')} != 0, {kept}, 1.0)", True, True)
+
+
+def far(param: Node, code: str) -> str:
+    """An index of a parameter's dimension, in 64 bits where its elements are more than 32 bits count."""
+    last = param["offset"] + sum((e - 1) * s for e, s in zip(param.shape, param["strides"], strict=True))
+    return code if last < 2**31 or code == "0" else f"{code}.to(tl.int64)"
 
 
 def _signed(step: int) -> str:
