@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,8 +26,10 @@ class Forged:
 
 
 def forge(plan: Plan) -> Forged:
-    """Compiles every kernel of `plan`, side by side: most of the work is outside of the interpreter. The status says
-    that nothing is proven yet.
+    """Compiles every kernel of `plan`. The status says that nothing is proven yet.
+
+    One after the other: CPython 3.11 counts the depth of its parser for all threads together, so that Triton's front
+    end fails now and then where two threads parse (gh-106905). Processes compile side by side, see `pool`.
 
     No divisibility of strides or addresses is assumed, so one binary serves every view of a tensor; on a GPU that costs
     wide loads.
@@ -38,9 +38,7 @@ def forge(plan: Plan) -> Forged:
     """
     started = time.perf_counter()
     blobs: dict[str, bytes] = {}
-    with ThreadPoolExecutor(min(len(plan.kernels), os.cpu_count() or 1), "esper-forge") as threads:
-        made = list(threads.map(lambda kernel: _compile_kernel(plan, kernel, blobs), plan.kernels.values()))
-    records = dict(zip(plan.kernels, made, strict=True))
+    records = {name: _compile_kernel(plan, kernel, blobs) for name, kernel in plan.kernels.items()}
     blueprint = plan.blueprint
     manifest = Manifest(
         id=plan.artifact_id,
