@@ -36,8 +36,8 @@ def names(kind: str) -> list[str]:
 
 
 def refusal(store: Urza, error: EsperError) -> list[str]:
-    """Its class, and its message without what differs from run to run."""
-    text = str(error).replace(str(store.root.parent), "")
+    """Its class, and its message without what differs from run to run, and from one schema to the next."""
+    text = re.sub(r"\b[0-9a-f]{64}\b", "DIGEST", str(error).replace(str(store.root.parent), ""))
     return [type(error).__name__, re.sub(r"\.\d{18,20}\b", ".TIME", text)]
 
 
