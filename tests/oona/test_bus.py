@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
-from conftest import eventually
+from bus_servers import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Server, eventually
+from bus_servers import Server, eventually
 
 from esper_triton.contracts.envelope import COMMANDS, HEALTH, LIFECYCLE, RESULTS, SUBMITTED
 from esper_triton.oona import Oona

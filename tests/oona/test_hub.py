@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import msgpack
 import pytest
-from conftest import HubServer, eventually
+from bus_servers import HubServer, eventually
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from conftest import RedisServer, eventually
+from bus_servers import RedisServer, eventually
 
 from esper_triton.contracts.envelope import HEALTH, LIFECYCLE
 from esper_triton.oona import Limits, Oona
