@@ -61,7 +61,8 @@ class Oona:
     Args:
         address: see above. name: begins the sender's id. token: what the hub knows this process by.
         journal: the folder of the journals; `~/.cache/esper/oona` (or `ESPER_OONA`) by default.
-        telemetry_bound: messages of one topic that wait at most. kept_bound: as many for what is not telemetry, which
+        telemetry_bound: messages of one topic that wait at most. telemetry_bytes: the memory that they take about, at
+            most, while the hub is away. kept_bound: as many for what is not telemetry, which
             `publish` refuses beyond, when the journal is full too. journal_bytes: the size of a full journal.
         max_message_bytes: a larger message is refused.
         limits: what the bus within the process keeps.
@@ -77,6 +78,7 @@ class Oona:
         token: str | None = None,
         journal: str | os.PathLike[str] | None = None,
         telemetry_bound: int = 65536,
+        telemetry_bytes: int = 256 * 2**20,
         kept_bound: int = 100_000,
         journal_bytes: int = 256 * 2**20,
         max_message_bytes: int = 8 * 2**20,
@@ -91,6 +93,7 @@ class Oona:
         self.address = address
         self._bounds = telemetry_bound, kept_bound
         self._journal_bytes, self._max_message_bytes = journal_bytes, max_message_bytes
+        self._telemetry_bytes = telemetry_bytes
         default = os.environ.get("ESPER_OONA") or Path.home() / ".cache" / "esper" / "oona"
         # One folder for each address: what was meant for one hub must not be sent to another.
         self._folder = Path(journal if journal is not None else default) / _folder_name(address)
@@ -120,6 +123,7 @@ class Oona:
             journal,
             journal_bytes=self._journal_bytes,
             max_message_bytes=self._max_message_bytes,
+            telemetry_bytes=self._telemetry_bytes,
         )
         self._runs = False
 
