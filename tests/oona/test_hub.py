@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from esper_triton.contracts.envelope import COMMANDS, HEALTH, LIFECYCLE, RESULTS, Envelope
 from esper_triton.contracts.errors import BusUnavailable
 from esper_triton.oona import Oona
+from esper_triton.oona.hub import Hub
 from esper_triton.oona.tokens import Tokens
 from esper_triton.oona.wire import FRAME_LIMIT, pack, pack_frame, unpack_frame
 
@@ -328,3 +330,28 @@ def test_a_message_that_is_too_large_is_refused_and_those_behind_it_arrive(
         delivery = subscription.get(20.0)
         assert delivery.envelope.payload == {"k": 1}
     assert bus.stats()["sent"][LIFECYCLE]["refused"] == 2
+
+
+async def test_a_hub_that_cannot_write_stops_and_its_senders_keep_what_it_has_not_confirmed(
+    scratch: Path, bus_to: Callable[..., Oona], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(state=scratch / "state")
+    server = HubServer(scratch)
+    await hub.start("127.0.0.1", server.port)
+
+    def full(*message: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(hub._store, "add", full)
+    bus = bus_to(server)
+    bus.publish(LIFECYCLE, {"k": 1})
+    await asyncio.wait_for(hub.stopped.wait(), 20.0)
+    assert hub.failed
+    await hub.stop()
+    await asyncio.to_thread(eventually, lambda: bus.stats()["journal"]["messages"] == 1)
+    again = Hub(state=scratch / "state")
+    await again.start("127.0.0.1", server.port)
+    await asyncio.to_thread(eventually, lambda: bus.stats()["sent"][LIFECYCLE]["sent"] == 1)
+    assert again._exchange.stats()["topics"][LIFECYCLE]["messages"] == 1
+    await asyncio.to_thread(bus.close)
+    await again.stop()
