@@ -37,6 +37,7 @@ _ONWARDS = {
     _S.FINE_TUNING: _S.FOSSILIZED,
 }
 _REMEMBERED = 10_000
+_PER_BOUNDARY = 256  # commands; the rest waits for the next one, so that nobody can stop the training with many
 _log = logging.getLogger("esper_triton.model")
 
 
@@ -115,7 +116,10 @@ class Remote:
     def before_boundary(self) -> None:
         """Gives the layers the commands that have come since the last time."""
         self._entered.clear()
-        while (delivery := self._commands.poll()) is not None:
+        for _ in range(_PER_BOUNDARY):
+            delivery = self._commands.poll()
+            if delivery is None:
+                return
             try:
                 self._take(delivery)
             except Exception as error:  # a command must not end the training, whatever it meets

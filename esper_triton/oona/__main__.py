@@ -19,9 +19,7 @@ from esper_triton.oona.exchange import Limits
 from esper_triton.oona.hub import Hub
 from esper_triton.oona.tokens import Tokens
 
-_EPILOG = (
-    """The token of `stats` is taken from the environment variable ESPER_OONA_TOKEN, where others cannot see it."""
-)
+_EPILOG = "The token of stats and forget is taken from the environment variable ESPER_OONA_TOKEN, where nobody sees it."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--telemetry-hours", type=float, default=72.0, help="how long telemetry is kept")
     stats = commands.add_parser("stats", help="print a hub's counters as JSON")
     stats.add_argument("address", help="ws://host:port")
-    stats.add_argument("--tls-ca", type=Path, help="PEM certificates to trust")
+    forget = commands.add_parser("forget", help="end a group that will not come back, with all that is kept for it")
+    for command in (stats, forget):
+        command.add_argument("--tls-ca", type=Path, help="PEM certificates to trust")
+    forget.add_argument("address", help="ws://host:port")
+    forget.add_argument("group", help="its name, as stats prints it")
     return parser
 
 
@@ -51,9 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        if options.command == "stats":
-            return _stats(options)
-        return asyncio.run(_serve(options))
+        return asyncio.run(_serve(options)) if options.command == "serve" else _ask(options)
     except (OSError, ValueError, sqlite3.Error, BusUnavailable) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -97,12 +97,15 @@ async def _serve(options: argparse.Namespace) -> int:
     return 1 if hub.failed else 0
 
 
-def _stats(options: argparse.Namespace) -> int:
+def _ask(options: argparse.Namespace) -> int:
     from esper_triton.oona.websocket import WebSocketTransport
 
     transport = WebSocketTransport(options.address, token=os.environ.get("ESPER_OONA_TOKEN"), tls_ca=options.tls_ca)
     try:
-        sys.stdout.write(json.dumps(transport.hub_stats(), indent=2) + "\n")
+        if options.command == "forget":
+            transport.forget(options.group)
+        else:
+            sys.stdout.write(json.dumps(transport.hub_stats(), indent=2) + "\n")
     finally:
         transport.close()
     return 0

@@ -6,6 +6,7 @@ import _thread
 import atexit
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from esper_triton.oona.local import LocalTransport
 from esper_triton.oona.pump import Pump
 from esper_triton.oona.subscription import Delivery, Gap, Subscription
 from esper_triton.oona.transport import Transport
+from esper_triton.oona.wire import check_message_limit
 
 __all__ = ["ANSWERS", "Oona"]
 
@@ -51,7 +53,7 @@ class Oona:
     `publish` leaves a message in a lane and returns; a thread of the bus, which is there from the first message on,
     sends it. While the hub or server is away telemetry waits in its lane, where the oldest is dropped and counted, and
     everything else goes to a journal on the disk, from where it is sent in order when the way is free. A journal that
-    a process has left behind is sent by the next one that uses the same folder.
+    a process has left behind is sent by the next one with the same folder and address.
 
     Delivery is at least once, in order for each sender and topic. After a fork the child's bus is a new sender, and has
     no subscriptions.
@@ -59,7 +61,8 @@ class Oona:
     Args:
         address: see above. name: begins the sender's id. token: what the hub knows this process by.
         journal: the folder of the journals; `~/.cache/esper/oona` (or `ESPER_OONA`) by default.
-        telemetry_bound: messages of one topic that wait at most. kept_bound: as many for what is not telemetry, which
+        telemetry_bound: messages of one topic that wait at most. telemetry_bytes: the memory that they take about, at
+            most, while the hub is away. kept_bound: as many for what is not telemetry, which
             `publish` refuses beyond, when the journal is full too. journal_bytes: the size of a full journal.
         max_message_bytes: a larger message is refused.
         limits: what the bus within the process keeps.
@@ -75,6 +78,7 @@ class Oona:
         token: str | None = None,
         journal: str | os.PathLike[str] | None = None,
         telemetry_bound: int = 65536,
+        telemetry_bytes: int = 256 * 2**20,
         kept_bound: int = 100_000,
         journal_bytes: int = 256 * 2**20,
         max_message_bytes: int = 8 * 2**20,
@@ -84,12 +88,15 @@ class Oona:
     ) -> None:
         if telemetry_bound < 1 or kept_bound < 1:
             raise ValueError(f"bounds must be at least 1, found {telemetry_bound} and {kept_bound}")
+        check_message_limit(max_message_bytes)
         self.name = name
         self.address = address
         self._bounds = telemetry_bound, kept_bound
         self._journal_bytes, self._max_message_bytes = journal_bytes, max_message_bytes
+        self._telemetry_bytes = telemetry_bytes
         default = os.environ.get("ESPER_OONA") or Path.home() / ".cache" / "esper" / "oona"
-        self._folder = Path(journal if journal is not None else default)
+        # One folder for each address: what was meant for one hub must not be sent to another.
+        self._folder = Path(journal if journal is not None else default) / _folder_name(address)
         self._make_transport = functools.partial(
             _transport, address, token=token, limits=limits, tls_ca=tls_ca, lease_s=lease_s
         )
@@ -116,6 +123,7 @@ class Oona:
             journal,
             journal_bytes=self._journal_bytes,
             max_message_bytes=self._max_message_bytes,
+            telemetry_bytes=self._telemetry_bytes,
         )
         self._runs = False
 
@@ -334,6 +342,10 @@ def _transport(
 
         return RedisTransport(address, password=token, limits=limits, lease_s=lease_s)
     raise ValueError(f"the address of a bus begins with ws://, wss:// or redis://, found {address!r}")
+
+
+def _folder_name(address: str | None) -> str:
+    return hashlib.sha256((address or "").rstrip("/").encode()).hexdigest()[:16]
 
 
 def _after_fork() -> None:

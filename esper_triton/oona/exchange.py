@@ -22,15 +22,16 @@ class Limits:
     group has still to read stays, and nothing more is taken in beyond these limits.
 
     Attributes:
-        telemetry_age_s: 72 hours by default. telemetry_messages, telemetry_bytes, messages, bytes: of one topic.
+        telemetry_age_s: 72 hours by default; what is not telemetry goes after as long, unless some group has still to
+            read it. telemetry_messages, telemetry_bytes, messages, bytes: of one topic.
         absent_s: how long the place of a subscriber without a group is kept after it has gone.
     """
 
     telemetry_age_s: float = 72 * 3600.0
     telemetry_messages: int = 200_000
     telemetry_bytes: int = 256 * 2**20
-    messages: int = 1_000_000
-    bytes: int = 1024 * 2**20
+    messages: int = 250_000
+    bytes: int = 256 * 2**20
     absent_s: float = 600.0
 
 

@@ -19,7 +19,7 @@ from esper_triton.contracts.errors import MalformedMessage
 from esper_triton.oona.exchange import Consumer, Exchange, Group, Limits, Place, Taken
 from esper_triton.oona.hub_store import HubStore
 from esper_triton.oona.tokens import ANYBODY, Role, Tokens
-from esper_triton.oona.wire import pack_frame, unpack, unpack_frame
+from esper_triton.oona.wire import FRAME_LIMIT, check_message_limit, pack_frame, unpack, unpack_frame
 
 __all__ = ["Hub"]
 
@@ -55,7 +55,10 @@ class Hub:
         state: the folder of the file; without one, everything ends with the process.
         tokens: who may connect; None lets anybody do anything.
         heartbeat_s: a client that does not answer for so long is dead, and what it held is delivered again.
-        max_message_bytes: larger ones are refused; a frame may have twice as much.
+        max_message_bytes: larger ones are refused; at most `MESSAGE_LIMIT`, which is 16 MiB.
+        durable: wait for the disk, so that a failure of the power loses nothing either.
+
+    Raises ValueError for the size of messages, sqlite3.Error for a file that is in use or damaged.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Hub:
         max_message_bytes: int = 8 * 2**20,
         durable: bool = False,
     ) -> None:
+        check_message_limit(max_message_bytes)
         self.stopped = asyncio.Event()
         self.failed = False
         self._exchange = Exchange(limits)
@@ -116,9 +120,10 @@ class Hub:
             return web.Response(status=401, text="a valid token is needed, as Authorization: Bearer ...\n")
         if request.headers.get("Upgrade", "").lower() != "websocket":
             return web.Response(status=426, text="this is a hub of esper_triton's bus; it speaks WebSocket\n")
-        socket = web.WebSocketResponse(
-            heartbeat=self._heartbeat_s, max_msg_size=2 * self._max_message_bytes, compress=False
-        )
+        if "Origin" in request.headers:
+            # Any page that somebody has open may connect to this machine, and a hub without tokens trusts it.
+            return web.Response(status=403, text="browsers are not served here\n")
+        socket = web.WebSocketResponse(heartbeat=self._heartbeat_s, max_msg_size=FRAME_LIMIT, compress=False)
         await socket.prepare(request)
         client = _Client(role, socket)
         self._clients.add(client)

@@ -46,7 +46,7 @@ class Lane:
 
     def __init__(self, topic: str, bound: int) -> None:
         self.topic = topic
-        self.bound = bound
+        self.bound = self.most = bound
         self.is_telemetry = is_telemetry(topic)
         self.buffer: deque[Handed] = deque()
         self.dropped = Tally()
@@ -60,6 +60,12 @@ class Lane:
         except IndexError:  # the pump has taken all of it meanwhile
             return
         self.dropped.add()
+
+    def hold_at_most(self, bound: int) -> None:
+        """From now on at most so many wait, and never more than at first; the oldest of those beyond are dropped."""
+        self.bound = max(1, min(bound, self.most))
+        while len(self.buffer) > self.bound:
+            self.drop_oldest()
 
     def take(self) -> tuple[int, Handed] | None:
         """The oldest message with its sequence number; None where there is none. The pump alone calls this."""

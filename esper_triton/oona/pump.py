@@ -26,6 +26,9 @@ _BATCH_BYTES = 2**20
 _YIELD_EVERY = 64  # messages, after which another thread may have the interpreter
 _BUSY_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 2.0
+_AWAY_PAUSE_S = 0.05
+_WEIGH_EVERY_S = 1.0
+_TIMES_PACKED = 4  # of its bytes, what a message takes as Python's objects
 
 
 class Pump:
@@ -44,6 +47,7 @@ class Pump:
         *,
         journal_bytes: int,
         max_message_bytes: int,
+        telemetry_bytes: int,
     ) -> None:
         self.sender_id = sender_id
         self.sent = dict.fromkeys(lanes, 0)
@@ -60,6 +64,7 @@ class Pump:
         self._orphans: list[Journal] | None = None  # None: not looked for yet
         self._again: list[Outgoing] = []  # sent, perhaps, and to be sent again
         self._pause_s, self._try_at = 0.05, 0.0
+        self._telemetry_bytes, self._weighed_at = telemetry_bytes, 0.0
 
     @property
     def has_work(self) -> bool:
@@ -79,14 +84,18 @@ class Pump:
             waits = any(not is_telemetry(message.topic) for message in self._again)
             if self._journal is not None and (self.away or len(self._journal)) and not waits:
                 self._spill()
-            if self.away and (left := self._try_at - time.monotonic()) > 0:
-                return left
+            if self.away:
+                self._bound_telemetry()
+                if (left := self._try_at - time.monotonic()) > 0:
+                    return min(left, _AWAY_PAUSE_S)
             try:
                 worked = self._send_next()
             except ConnectionError as error:
                 return self._lost(error)
             if self.away:
                 self._note("bus_is_back")
+                for lane in self._lanes:
+                    lane.bound = lane.most
             self.away, self._pause_s = False, 0.05
             return _BUSY_PAUSE_S if worked else None
         finally:
@@ -220,7 +229,19 @@ class Pump:
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
         pause_s *= random.uniform(0.5, 1.0)  # or all senders of a hub would be back in one moment
         self._try_at = time.monotonic() + pause_s
-        return min(pause_s, 0.05)  # lanes are looked at more often than the hub
+        return min(pause_s, _AWAY_PAUSE_S)  # lanes are looked at more often than the hub
+
+    def _bound_telemetry(self) -> None:
+        """Messages of a large model are large, and may wait for days: by the newest one, as many stay in each lane as
+        have room."""
+        if time.monotonic() - self._weighed_at < _WEIGH_EVERY_S:
+            return
+        self._weighed_at = time.monotonic()
+        for lane in self._lanes:
+            if lane.is_telemetry:
+                with contextlib.suppress(Exception):  # none is there, or it is no message: that is told when it is sent
+                    size = len(pack({"topic": lane.topic, "payload": plain(lane.buffer[-1][0])}))
+                    lane.hold_at_most(self._telemetry_bytes // (_TIMES_PACKED * size))
 
     def _keep(self, batch: list[Outgoing]) -> list[Outgoing]:
         """Writes what is not telemetry to the journal, and returns the rest. What came out of a journal is there."""

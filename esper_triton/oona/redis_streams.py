@@ -45,9 +45,8 @@ for i = 1, #KEYS, 2 do
   local at = 3 + (i - 1) * 2
   local topic, sequence, content = ARGV[at], tonumber(ARGV[at + 1]), ARGV[at + 2]
   local last = tonumber(redis.call('HGET', KEYS[i + 1], topic) or '-1')
-  local known = last >= 0
   if sequence > last then
-    if known and sequence > last + 1 then redis.call('HINCRBY', 'esper:gaps', topic, sequence - last - 1) end
+    if sequence > last + 1 then redis.call('HINCRBY', 'esper:gaps', topic, sequence - last - 1) end
     if ARGV[at + 3] == '1' then
       redis.call('XADD', KEYS[i], 'MAXLEN', '~', ARGV[1], '*', 'e', content)
     else
@@ -217,6 +216,7 @@ class _Reader:
             except redis.ResponseError as error:
                 # The server was started again without what it had: the groups are made anew, from the earliest.
                 self.reason, self._start = str(error), "earliest"
+                _log.warning("%s", json.dumps({"event": "redis_refused", "reason": self.reason}))
                 self.placed.clear()
                 self._stopping.wait(pause_s)
             except (redis.RedisError, OSError) as error:

@@ -23,7 +23,7 @@ from esper_triton.contracts.errors import BusUnavailable, MalformedMessage
 from esper_triton.oona.exchange import Place, Start
 from esper_triton.oona.subscription import Delivery, Subscription
 from esper_triton.oona.transport import Outgoing
-from esper_triton.oona.wire import pack_frame, unpack, unpack_frame
+from esper_triton.oona.wire import FRAME_LIMIT, pack_frame, unpack, unpack_frame
 
 __all__ = ["WebSocketTransport"]
 
@@ -31,7 +31,6 @@ _log = logging.getLogger("esper_triton.oona")
 _ANSWER_S = 15.0
 _CONNECT_S = 5.0
 _LONGEST_PAUSE_S = 2.0
-_FRAME_LIMIT = 64 * 2**20
 
 
 class _Refused(Exception):
@@ -210,7 +209,7 @@ class WebSocketTransport:
                 try:
                     async with asyncio.timeout(_CONNECT_S):
                         socket = await session.ws_connect(
-                            self._address, heartbeat=10.0, max_msg_size=_FRAME_LIMIT, ssl=tls, compress=0
+                            self._address, heartbeat=10.0, max_msg_size=FRAME_LIMIT, ssl=tls, compress=0
                         )
                 except (aiohttp.ClientError, OSError, TimeoutError) as error:
                     self._reason = _reason(error)

@@ -22,7 +22,19 @@ from esper_triton.contracts.events import (
 )
 from esper_triton.contracts.health import HealthFrame
 
-__all__ = ["MODELS", "faults", "pack", "pack_frame", "parse", "plain", "unpack", "unpack_frame"]
+__all__ = [
+    "FRAME_LIMIT",
+    "MESSAGE_LIMIT",
+    "MODELS",
+    "check_message_limit",
+    "faults",
+    "pack",
+    "pack_frame",
+    "parse",
+    "plain",
+    "unpack",
+    "unpack_frame",
+]
 
 MODELS: Mapping[str, type[Message]] = {
     topics.HEALTH: HealthFrame,
@@ -36,6 +48,18 @@ MODELS: Mapping[str, type[Message]] = {
     topics.LIFECYCLE: TransitionEvent,
 }
 """What the payload of each topic is."""
+
+MESSAGE_LIMIT = 16 * 2**20
+"""Bytes of one message that can be allowed."""
+FRAME_LIMIT = 3 * MESSAGE_LIMIT
+"""Bytes of a frame. A batch has one message more than fits, at most, so that no sender can make a frame that its hub
+takes for an attack, and send it again for ever."""
+
+
+def check_message_limit(limit_bytes: int) -> None:
+    """Raises ValueError for a limit that frames have no room for."""
+    if not 1 <= limit_bytes <= MESSAGE_LIMIT:
+        raise ValueError(f"max_message_bytes is from 1 to {MESSAGE_LIMIT}, found {limit_bytes}")
 
 
 def faults(error: ValidationError) -> str:

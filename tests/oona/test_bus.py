@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
-from conftest import eventually
+from bus_servers import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,6 +86,12 @@ def test_publishing_to_no_topic_raises_nothing_and_is_counted(bus: Oona, what: o
     assert bus.stats()["unknown_topic"] == 1
 
 
+class AwayServer:
+    """Nobody listens there."""
+
+    address = "ws://127.0.0.1:9"
+
+
 class _Bad(Mapping[str, object]):
     def __getitem__(self, key: str) -> object:
         raise RuntimeError("no values today")
@@ -141,6 +147,18 @@ def test_the_publisher_drops_the_oldest_telemetry_and_receivers_see_a_gap_of_as_
         assert counts["sent"] + counts["dropped"] == sent + 1
         assert counts["sent"] == len(found) + 1
         assert subscription.missing == counts["dropped"] == sum(gap.missing for gap in gaps)
+
+
+def test_large_telemetry_that_waits_for_a_hub_has_a_bound_in_bytes_too(bus_to: Callable[..., Oona]) -> None:
+    bus = bus_to(AwayServer(), telemetry_bytes=400_000)
+    count, large = 100, {"values": "x" * 10_000}  # four times its bytes: room for nine
+    bus.publish(HEALTH, {})
+    eventually(lambda: bus.stats()["away"])
+    for _ in range(count):
+        bus.publish(HEALTH, large)
+    eventually(lambda: len(bus._lanes[HEALTH].buffer) == 9)
+    bus.close(0.1)
+    assert bus.stats()["sent"][HEALTH]["dropped"] == count + 1
 
 
 def test_what_must_not_be_lost_is_refused_when_its_lane_is_full_and_nothing_is_dropped() -> None:

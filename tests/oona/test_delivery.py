@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Server, eventually
+from bus_servers import Server, eventually
 
 from esper_triton.contracts.envelope import COMMANDS, HEALTH, LIFECYCLE, RESULTS, SUBMITTED
 from esper_triton.oona import Oona
@@ -191,7 +191,7 @@ def test_a_journal_that_a_killed_process_left_is_sent_by_the_next(
         subscription.ack(delivery)
         found.append(delivery.envelope.payload["k"])
     assert found == list(range(701))
-    eventually(lambda: not list((scratch / "journal").glob("dead*")))
+    eventually(lambda: not list((scratch / "journal").rglob("dead*")))
 
 
 def test_a_slow_consumer_does_not_slow_the_others_or_the_sender(server: Server, bus_to: Callable[..., Oona]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import HubServer, eventually
+from bus_servers import HubServer, eventually
 from torch import nn
 
 import esper_triton as esper
