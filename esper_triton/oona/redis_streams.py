@@ -26,6 +26,8 @@ from esper_triton.oona.wire import unpack
 
 try:
     import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
 except ImportError as missing:
     raise ImportError("a bus over Redis needs the package redis: pip install 'esper-triton[redis]'") from missing
 
@@ -77,7 +79,11 @@ class RedisTransport:
         self._limits = limits or Limits()
         self._lease_s = lease_s
         options: dict[str, Any] = {} if password is None else {"password": password}
-        self._redis = redis.Redis.from_url(address, socket_timeout=10.0, socket_connect_timeout=3.0, **options)
+        # The client must not try again by itself: what an answer held that was lost, only `_read_again` finds.
+        once = Retry(NoBackoff(), 0)
+        self._redis = redis.Redis.from_url(
+            address, socket_timeout=10.0, socket_connect_timeout=3.0, retry=once, **options
+        )
         self._publish = self._redis.register_script(_PUBLISH)
         self._readers: dict[Subscription, _Reader] = {}
         self._lock = threading.Lock()
@@ -196,6 +202,7 @@ class _Reader:
         self._streams = {_stream(topic): topic for topic in subscription.topics}
         self._positions: dict[str, str] = {}
         self._looked_at = time.monotonic()
+        self._missed = False  # whether the server may have given this member messages that did not arrive
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -220,6 +227,7 @@ class _Reader:
                 self.placed.clear()
                 self._stopping.wait(pause_s)
             except (redis.RedisError, OSError) as error:
+                self._missed = True
                 self.reason = f"{type(error).__name__}: {error}"
                 self._stopping.wait(pause_s)
                 pause_s = min(2 * pause_s, 1.0)
@@ -246,6 +254,9 @@ class _Reader:
             self._looked_at = time.monotonic()
             self._keep_alive(group)
             self._claim(group)
+        if group is not None and self._missed:
+            self._read_again(group)
+            self._missed = False
         room = self._subscription.window - len(self._subscription.held())
         if room <= 0:
             self.freed.wait(0.1)
@@ -296,10 +307,27 @@ class _Reader:
 
     def _keep_alive(self, group: str) -> None:
         """What is held here is being worked on, however long that takes."""
-        for stream in self._streams:
+        held = {delivery.place for delivery in self._subscription.held()}
+        for stream, topic in self._streams.items():
             mine = self._mine(stream, group)
-            if mine:
-                self._redis.xclaim(stream, group, self._name, 0, mine, justid=True)
+            worked_on = [entry for entry in mine if Place(topic, entry.decode()) in held]
+            if worked_on:
+                self._redis.xclaim(stream, group, self._name, 0, worked_on, justid=True)
+            self._missed |= len(worked_on) < len(mine)
+
+    def _read_again(self, group: str) -> None:
+        """What the server has given to this member and was not acknowledged: an answer may have been lost with the
+        connection. What did arrive is recognised."""
+        for stream, topic in self._streams.items():
+            after = "0"
+            while True:
+                found = self._redis.xreadgroup(group, self._name, {stream: after}, count=_BATCH)
+                entries = [entry for _, entries in found or [] for entry in entries]
+                if not entries:
+                    break
+                after = entries[-1][0].decode()
+                self._offer(stream, [(entry, fields) for entry, fields in entries if fields], attempt=1)
+                self.acks.extend(Place(topic, entry.decode()) for entry, fields in entries if not fields)  # trimmed
 
     def _claim(self, group: str) -> None:
         for stream in self._streams:

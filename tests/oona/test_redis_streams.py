@@ -54,6 +54,25 @@ def test_groups_are_made_anew_on_a_server_that_has_lost_them(
         assert subscription.get(20.0).envelope.payload == {"k": 1}
 
 
+def test_what_the_server_gave_in_an_answer_that_was_lost_is_read_again(
+    redis_server: RedisServer, bus_to: Callable[..., Oona]
+) -> None:
+    bus = bus_to(redis_server, lease_s=12.0)
+    with bus.subscribe(LIFECYCLE, "group", window=1) as subscription:
+        bus.publish(LIFECYCLE, {"k": 0})
+        first = subscription.get(10.0)
+        bus.publish(LIFECYCLE, {"k": 1})
+        assert bus.flush()
+        # As this member, and the answer goes nowhere.
+        name = bus._transport._readers[subscription]._name
+        lost = bus._transport._redis.xreadgroup("group", name, {f"esper:{LIFECYCLE}": ">"})
+        assert len(lost[0][1]) == 1
+        subscription.ack(first)
+        delivery = subscription.get(9.0)  # before its lease is over, when anybody might claim it
+        assert delivery is not None
+        assert delivery.envelope.payload == {"k": 1}
+
+
 def test_gaps_and_lag_are_in_the_counters(redis_server: RedisServer, bus_to: Callable[..., Oona]) -> None:
     bus = bus_to(redis_server, telemetry_bound=5)
     with bus.subscribe(LIFECYCLE, "group", window=2) as subscription:
