@@ -214,7 +214,7 @@ class Forge:
             "targets": names,
             "pipeline": pipeline,
             "budget_s": budget_s,
-            "store": str(store.root),
+            "store": store.location,
             "memory_limit": self.memory_limit,
             "cpu_limit": self.cpu_limit,
         }
