@@ -69,7 +69,9 @@ def _opened(root: str | Path, options: argparse.Namespace, **more: Any) -> Urza:
             token = options.token_file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise StoreUnavailable(f"token file {options.token_file} cannot be read: {error}") from error
-    store = Urza(root, token=token, ca=options.ca, cache=options.cache, **more)
+    if str(root).startswith(("https://", "http://")):
+        more |= {"token": token, "ca": options.ca}
+    store = Urza(root, cache=options.cache, **more)
     store.on_event(lambda event: sys.stderr.write(f"note: {event.message}\n") if event.kind == "degraded" else None)
     return store
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,34 +23,23 @@ from esper_triton.contracts.errors import (
 from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
 from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
 from esper_triton.contracts.record import Figures, Record, Role
+from esper_triton.urza.cached import CachedUrza, Unreachable, cache_root
 from esper_triton.urza.checks import check_commit, check_size
-from esper_triton.urza.directory import Damage
-from esper_triton.urza.incoming import Incoming, sweep
-from esper_triton.urza.library import Urza
+from esper_triton.urza.incoming import Incoming
 from esper_triton.urza.shelf import (
     BLOB_LIMIT_BYTES,
-    MANIFEST_LIMIT_BYTES,
     Artifact,
-    OtherSchema,
-    parse_manifest,
-    parse_record,
 )
 from esper_triton.urza.trust import Trust
-from esper_triton.urza.wire import MissingThere, Patience, Server, Unreachable
+from esper_triton.urza.wire import Answer, MissingThere, Patience, Server
 
 __all__ = ["RemoteUrza", "cache_root"]
 
 _ABANDONED_S = 7 * 86400.0
 
 
-class RemoteUrza(Urza):
-    """A store behind a server, and a directory (`root`) that caches what was read from it.
-
-    `get` and `load` ask the server which record an artifact has, at most every `fresh_s` seconds, and fetch what the
-    cache lacks: every object is hashed, and signature and trust are checked here, whatever the server says. An artifact
-    comes into the cache as a whole. Where the server cannot be reached, what the cache has is served, and told once as
-    an event (`degraded`); what it lacks raises Unreachable, a StoreUnavailable. A server can give an old record of an
-    artifact, rightly signed as that is, and nothing here can tell.
+class RemoteUrza(CachedUrza):
+    """A store behind a server; see CachedUrza for what is kept here.
 
     `commit`, `set_status` and what is made of them are done by the server, which signs them if the token allows.
     `query`, `history` and `ids` ask it, and the cache while it cannot be reached. Pins, lineages, leases, `gc`,
@@ -89,9 +76,8 @@ class RemoteUrza(Urza):
             raise ValueError(f"{url!r}: a server signs with its own keys; keys= is for a directory")
         token = os.environ.get("ESPER_URZA_TOKEN") if token is None else token
         self._server = Server(url, token=token or None, ca=ca, patience=patience)
-        self._fresh_s = fresh_s
-        self._asked: dict[str, float] = {}
-        self._keys_known = self._swept = False
+        self._begin(self._server.url, fresh_s)
+        self._keys_known = False
         super().__init__(cache or cache_root(self._server.url), trust=trust, roles=(), max_bytes=max_bytes)
         self._options: dict[str, Any] = {
             "trust": self.trust,
@@ -102,9 +88,6 @@ class RemoteUrza(Urza):
             "patience": patience,
             "fresh_s": fresh_s,
         }
-
-    def __repr__(self) -> str:
-        return f"Urza({self._server.url!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (self._server.url, self._options)
@@ -120,10 +103,6 @@ class RemoteUrza(Urza):
             return False
         return True
 
-    @property
-    def location(self) -> str:
-        return self._server.url
-
     def close(self) -> None:
         super().close()
         self._server.close()
@@ -138,22 +117,6 @@ class RemoteUrza(Urza):
             return super().ids()
         return sorted(map(str, found))
 
-    def get(self, artifact_id: str) -> Artifact:
-        self._fetch(artifact_id)
-        try:
-            return super().get(artifact_id)
-        except CorruptObject:
-            self._fetch(artifact_id, again=True)
-            return super().get(artifact_id)
-
-    def load(self, artifact_id: str) -> tuple[Artifact, dict[str, bytes]]:
-        self._fetch(artifact_id)
-        try:
-            return super().load(artifact_id)
-        except CorruptObject:
-            self._fetch(artifact_id, again=True)
-            return super().load(artifact_id)
-
     def query(self, query: KernelQuery | None = None, /, **conditions: Any) -> list[KernelMatch]:
         asked = query if query is not None else KernelQuery(**conditions)
         try:
@@ -165,10 +128,6 @@ class RemoteUrza(Urza):
             return super().query(asked)
         except (ValidationError, KeyError, TypeError) as error:
             raise StoreUnavailable(f"{self._server.url}: its answer to a query is not one: {error}") from error
-
-    def match(self, artifact_id: str) -> KernelMatch | None:
-        self._fetch(artifact_id)
-        return super().match(artifact_id)
 
     def history(self, blueprint_or_artifact: str) -> list[Change]:
         try:
@@ -200,15 +159,11 @@ class RemoteUrza(Urza):
             except MissingThere:  # a collection there was faster
                 if last:
                     raise
-        self._take(manifest.id, answer.json())
+        self._take(manifest.id, self._record_of(answer))
         return self.get(manifest.id)
 
     def take_signed(self, manifest: Manifest, content: bytes, blobs: Mapping[str, bytes], record: Record) -> Artifact:
         return self.push(manifest, content, blobs, record)
-
-    def whole(self, artifact_id: str) -> tuple[Record, bytes, Manifest, dict[str, bytes]]:
-        self.load(artifact_id)
-        return super().whole(artifact_id)
 
     def set_status(
         self,
@@ -230,7 +185,7 @@ class RemoteUrza(Urza):
             body["figures"] = figures.model_dump(mode="json")
         path = f"/v1/artifacts/{quote(artifact_id, safe='')}/status"
         answer = self._server.ask("POST", path, json.dumps(body).encode())
-        self._take(artifact_id, answer.json())
+        self._take(artifact_id, self._record_of(answer))
         return self.get(artifact_id)
 
     def sign(self, artifact_id: str) -> Artifact:
@@ -245,81 +200,20 @@ class RemoteUrza(Urza):
                 return
         self._server.ask("PUT", path, content)
 
-    def _fetch(self, artifact_id: str, *, again: bool = False) -> None:
-        """Makes the cache's record of an artifact the server's, with all that it names."""
-        now = time.monotonic()
-        if not again and now - self._asked.get(artifact_id, -1e9) < self._fresh_s and super().__contains__(artifact_id):
-            return
+    def _ask_record(self, artifact_id: str, known: str | None) -> bytes | None:
+        headers = {} if known is None else {"If-None-Match": f'"{known}"'}
         path = f"/v1/artifacts/{quote(artifact_id, safe='')}"
-        cached = None if again else self._shelf.head(artifact_id) if super().__contains__(artifact_id) else None
-        headers = {} if cached is None else {"If-None-Match": f'"{cached}"'}
-        try:
-            answer = self._server.ask("GET", path, headers=headers, accept=(200, 304))
-            if answer.status != 304:
-                self._take(artifact_id, answer.json(), again=again)
-        except Unreachable as error:
-            if not super().__contains__(artifact_id):
-                raise Unreachable(f"artifact {artifact_id!r} is not in the cache, {self.root}: {error}") from error
-            self._offline(error)
-            return
-        except InvalidCommit:  # not an id: the cache says so
-            return
-        except ArtifactNotFound:
-            if super().__contains__(artifact_id):
-                self.drop(artifact_id)
-            raise
-        self._asked[artifact_id] = now
+        answer = self._server.ask("GET", path, headers=headers, accept=(200, 304))
+        return None if answer.status == 304 else self._record_of(answer)
 
-    def _take(self, artifact_id: str, answer: Any, *, again: bool = False) -> None:
-        """Fetches what the server's answer of an artifact names, checks all of it, and puts it into the cache."""
-        about = f"{self._server.url}: artifact {artifact_id!r}"
+    def _record_of(self, answer: Answer) -> bytes:
         try:
-            content = Record.model_validate_json(json.dumps(answer["record"])).canonical_bytes()
-            record = parse_record(content, artifact_id)
+            return Record.model_validate_json(json.dumps(answer.json()["record"])).canonical_bytes()
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptObject(f"{about}: its record is corrupt: {error}") from error
-        except OtherSchema as error:
-            raise ArtifactRefused(f"{about}: {error}") from None
-        self._know_keys()
-        stored = self._object(record.manifest, MANIFEST_LIMIT_BYTES)
-        try:
-            manifest = parse_manifest(stored)
-        except ValidationError as error:
-            raise CorruptObject(f"{about}: its manifest is not one: {error}") from error
-        except OtherSchema as error:
-            raise ArtifactRefused(f"{about}: {error}") from None
-        if manifest.id != artifact_id:
-            raise CorruptObject(f"{about}: it was given the manifest of {manifest.id!r}")
-        try:
-            self.check_trust(record, manifest)
-        except UntrustedArtifact as error:
-            raise UntrustedArtifact(f"{self._server.url}: {error}") from error
-        blobs = {digest: self._object(digest, BLOB_LIMIT_BYTES) for digest in manifest.blobs}
-        try:
-            self.take(manifest, stored, blobs, record)
-        except InvalidCommit as error:  # another build under the id, which the server has removed since
-            self.drop(artifact_id)
-            self.take(manifest, stored, blobs, record)
-            del error
-        self._asked[artifact_id] = time.monotonic()
-        self._keep_within(sum(map(len, blobs.values())))
+            raise CorruptObject(f"{self._server.url}: a record in its answer is corrupt: {error}") from error
 
-    def _object(self, digest: str, limit_bytes: int) -> bytes:
-        with contextlib.suppress(Damage):
-            return self.directory.read_object(digest, "object", limit_bytes=limit_bytes)
-        if not self._swept:
-            self._swept = True
-            sweep(self.directory, _ABANDONED_S)
-        with Incoming(self.directory, digest) as incoming:
-            try:
-                return self.directory.read_object(digest, "object", limit_bytes=limit_bytes)  # another was faster
-            except Damage as damage:
-                if not damage.missing:
-                    with self._shelf.lock():
-                        self.directory.set_aside(damage, None)
-            self._server.download(digest, incoming, limit_bytes)
-            incoming.finish()
-        return self.directory.read_object(digest, "object", limit_bytes=limit_bytes)
+    def _download(self, digest: str, incoming: Incoming, limit_bytes: int) -> None:
+        self._server.download(digest, incoming, limit_bytes)
 
     def _know_keys(self) -> None:
         """Where the trust policy has `local`: keeps the server's public keys when it is first asked, and raises
@@ -346,17 +240,6 @@ class RemoteUrza(Urza):
                     self.directory.remove(("keys", "public"))
                     raise StoreUnavailable(f"{self._server.url}: its public keys are not of 64 hex digits")
         self._keys_known = True
-
-    def _offline(self, error: Unreachable) -> None:
-        if not self.root.exists():
-            raise error  # no answer is not the answer that there is nothing
-        self._degraded("offline", f"the cache is used alone: {error}")
-
-
-def cache_root(url: str) -> Path:
-    """The cache of a URL: `urza-<12 hex>` in `$ESPER_CACHE`, else in `~/.cache/esper`."""
-    folder = Path(os.environ.get("ESPER_CACHE") or "~/.cache/esper").expanduser()
-    return folder / f"urza-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
 def _remake(url: str, options: Mapping[str, Any]) -> RemoteUrza:

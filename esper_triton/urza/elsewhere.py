@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper_triton.contracts.errors import StoreUnavailable
-
 if TYPE_CHECKING:
     from esper_triton.urza.library import Urza
 
@@ -15,7 +13,7 @@ __all__ = ["elsewhere"]
 
 
 def elsewhere(root: str | Path) -> type[Urza] | None:
-    """The class for a URL; None for a directory. Raises StoreUnavailable."""
+    """The class for a URL; None for a directory."""
     found = re.match(r"([a-z][a-z0-9+.-]*)://", root) if isinstance(root, str) else None
     if found is None:
         return None
@@ -23,7 +21,6 @@ def elsewhere(root: str | Path) -> type[Urza] | None:
         from esper_triton.urza.client import RemoteUrza
 
         return RemoteUrza
-    raise StoreUnavailable(
-        f"{root!r}: stores at {found[1]}:// are not built; a directory and https:// (`python -m esper_triton.urza "
-        "serve`) are"
-    )
+    from esper_triton.urza.shared import SharedUrza
+
+    return SharedUrza

@@ -27,19 +27,16 @@ from esper_triton.contracts.errors import (
     StoreUnavailable,
     UntrustedArtifact,
 )
+from esper_triton.urza.cached import Unreachable
 from esper_triton.urza.incoming import Incoming
 
-__all__ = ["Answer", "Patience", "Server", "Unreachable"]
+__all__ = ["Answer", "Patience", "Server"]
 
 _ANSWER_LIMIT_BYTES = 64 << 20
 _PIECE_BYTES = 256 << 10
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _T = TypeVar("_T")
 _AGAIN = frozenset({408, 429, 502, 503, 504})
-
-
-class Unreachable(StoreUnavailable):
-    """The server does not answer, or its breaker is open. What the cache has can still be had."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,10 +30,11 @@ from esper_triton.contracts.manifest import KernelStatus, sha256
 from esper_triton.contracts.record import Figures
 from esper_triton.urza import Event, Urza
 from esper_triton.urza.__main__ import main
+from esper_triton.urza.cached import Unreachable
 from esper_triton.urza.client import RemoteUrza
 from esper_triton.urza.directory import Directory
 from esper_triton.urza.incoming import Incoming, sweep
-from esper_triton.urza.wire import Server, Unreachable
+from esper_triton.urza.wire import Server
 
 OTHER_ID = "0123456789ab-cpu-standard-ba9876543211"
 BIG = os.urandom(1 << 20)
