@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import ssl
@@ -365,14 +366,15 @@ def test_every_request_is_answered_as_documented(
 
 @given(content=st.binary(max_size=200))
 @settings(max_examples=60, deadline=None)
-def test_what_is_no_http_is_answered_with_400_or_not_at_all(fuzzed: Loopback, content: bytes):
+def test_what_is_no_http_is_answered_with_400_or_waits_for_more(fuzzed: Loopback, content: bytes):
     with socket.create_connection(("127.0.0.1", fuzzed.port), timeout=10) as plain:
         plain.sendall(content + b"\r\n\r\n")
-        plain.shutdown(socket.SHUT_WR)
+        plain.settimeout(0.1)
         answer = b""
-        while piece := plain.recv(4096):
-            answer += piece
-    assert answer == b"" or answer.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4"))
+        with contextlib.suppress(TimeoutError):  # it waits for more
+            while piece := plain.recv(4096):
+                answer += piece
+    assert answer == b"" or answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.0 400 "))
     assert fuzzed.ask("GET", "/health")[0] == 200
 
 
