@@ -108,6 +108,7 @@ def runner_of(store: Urza, tokens: Sequence[Token], limits: Limits | None = None
         access_log=None,
         keepalive_timeout=60,
         shutdown_timeout=5.0,
+        lingering_time=2.0,  # for whoever sends on after a refusal, which a connection closed at once could lose
         auto_decompress=False,
     )
 

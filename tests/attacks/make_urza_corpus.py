@@ -9,8 +9,8 @@
     stores/*/          files and links, each laid over the base
     requests/*         each sent to a server of an empty store, as it is
 
-What each is refused with stands in `urza/refusals.json`, and of requests in `urza/request-refusals.json`. The keys are those of the seeds below, so the same files come
-out each time.
+What each is refused with stands in `urza/refusals.json`, and of requests in `urza/request-refusals.json`. The keys are
+those of the seeds below, so the same files come out each time.
 """
 
 from __future__ import annotations
