@@ -17,8 +17,8 @@ from esper_triton.contracts.errors import EsperError, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
 from esper_triton.urza import Urza, default_root
+from esper_triton.urza.carrying import Imported, carry
 from esper_triton.urza.elsewhere import elsewhere
-from esper_triton.urza.library import Imported
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -350,8 +350,6 @@ def _pull(store: Urza, options: argparse.Namespace) -> int:
 
 
 def _carry(store: Urza, options: argparse.Namespace, *, push: bool) -> int:
-    from esper_triton.urza.carrying import carry
-
     try:
         if elsewhere(options.other) is not None and elsewhere(options.urza or "") is not None:
             raise ValueError(f"{store.location} and {options.other} are both URLs; one of two must be a directory")

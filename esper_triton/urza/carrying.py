@@ -1,16 +1,80 @@
-"""`push` and `pull`: artifacts from one store to another, each as it is signed."""
+"""Artifacts from one store to another, each as it is signed: at once, or by an archive."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from esper_triton.contracts.errors import ArtifactNotFound, UntrustedArtifact
 from esper_triton.contracts.manifest import KernelStatus, Manifest
-from esper_triton.urza.library import Imported, Urza
+from esper_triton.contracts.record import Record
+from esper_triton.urza.archive import Admitted, ArchiveReader, write_archive
 
-__all__ = ["carry"]
+if TYPE_CHECKING:
+    from esper_triton.urza.library import Urza
+
+__all__ = ["Imported", "carry", "export_archive", "import_archive"]
 
 _PENDING = (KernelStatus.PENDING_BENCHMARKING, KernelStatus.PENDING_HARDWARE)
+
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """Ids of artifacts that were carried: those stored as they were signed, those taken as unproven, and those of which
+    the store already had one, which it kept."""
+
+    taken: tuple[str, ...]
+    unproven: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+def import_archive(
+    path: Path,
+    check: Callable[[Record, Manifest], None],
+    add: Callable[[Admitted, dict[str, bytes]], bool],
+    *,
+    resign: bool,
+    progress: Progress | None,
+) -> Imported:
+    """Gives `add`, which says whether it was new, each artifact of an archive, after `check` has taken all of them. See
+    `Urza.import_`."""
+    taken, unproven, kept = list[str](), list[str](), list[str]()
+    with ArchiveReader(path) as archive:
+        admitted = archive.admitted(check, resign=resign)
+        for count, one in enumerate(admitted, start=1):
+            new = add(one, {digest: archive.object(digest) for digest in one.digests})
+            (kept if not new else unproven if one.record is None else taken).append(one.manifest.id)
+            if progress is not None:
+                progress(count, len(admitted))
+    return Imported(taken=tuple(taken), unproven=tuple(unproven), kept=tuple(kept))
+
+
+def export_archive(
+    store: Urza, path: Path, artifact_ids: Iterable[str] | None, progress: Progress | None
+) -> tuple[int, int]:
+    """How many artifacts were written, and the archive's size in bytes. See `Urza.export`."""
+    ids = store.ids() if artifact_ids is None else list(dict.fromkeys(artifact_ids))
+    exported = 0
+
+    def parts() -> Iterator[tuple[bytes, bytes, dict[str, bytes]]]:
+        nonlocal exported
+        for artifact_id in ids:
+            try:
+                record, content, _, blobs = store.whole(artifact_id)
+            except (ArtifactNotFound, UntrustedArtifact):
+                if artifact_ids is not None:
+                    raise
+                continue
+            yield record.canonical_bytes(), content, blobs
+            exported += 1
+
+    size_bytes = write_archive(path, parts(), len(ids), progress)
+    return exported, size_bytes
 
 
 def carry(
@@ -19,7 +83,7 @@ def carry(
     artifact_ids: Iterable[str] | None = None,
     *,
     resign: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Imported:
     """Stores artifacts of `source`, by default all that it trusts, in `target`, one after the other.
 

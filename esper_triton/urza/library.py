@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from esper_triton.contracts.lineage import Lineage
 from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
 from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
 from esper_triton.contracts.record import SCHEMA_VERSION, Figures, Record, Role
-from esper_triton.urza.archive import ArchiveReader, write_archive
+from esper_triton.urza.archive import Admitted
+from esper_triton.urza.carrying import Imported, export_archive, import_archive
 from esper_triton.urza.checks import check_commit, check_size
 from esper_triton.urza.collecting import Collected, Progress, all_objects, collect
 from esper_triton.urza.directory import Damage, Directory, object_parts
@@ -53,16 +53,6 @@ ALLOWED: dict[KernelStatus, tuple[KernelStatus, ...]] = {
 }
 
 _LINEAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Imported:
-    """Ids of an archive's artifacts: those stored as they were signed, those taken as unproven, and those of which the
-    store already had one, which it kept."""
-
-    taken: tuple[str, ...]
-    unproven: tuple[str, ...]
-    kept: tuple[str, ...]
 
 
 class Urza:
@@ -544,23 +534,7 @@ class Urza:
 
         Returns how many, and the archive's size in bytes. Raises as `load` does; there is then no archive.
         """
-        ids = self.ids() if artifact_ids is None else list(dict.fromkeys(artifact_ids))
-        exported = 0
-
-        def parts() -> Iterator[tuple[bytes, bytes, dict[str, bytes]]]:
-            nonlocal exported
-            for artifact_id in ids:
-                try:
-                    record, content, _, blobs = self.whole(artifact_id)
-                    yield record.canonical_bytes(), content, blobs
-                except (ArtifactNotFound, UntrustedArtifact):
-                    if artifact_ids is not None:
-                        raise
-                else:
-                    exported += 1
-
-        size_bytes = write_archive(Path(path), parts(), len(ids), progress)
-        return exported, size_bytes
+        return export_archive(self, Path(path), artifact_ids, progress)
 
     def import_(self, path: str | Path, *, resign: bool = False, progress: Progress | None = None) -> Imported:
         """Stores the artifacts of an archive, after the whole of it has been verified, each as it is signed.
@@ -572,19 +546,19 @@ class Urza:
         Raises ArchiveRefused, UntrustedArtifact, ArtifactRefused (nothing was stored), and as `commit` does.
         """
         trusted = self.trust.trusted(self._keys.public())
-        taken, unproven, kept = list[str](), list[str](), list[str]()
-        with ArchiveReader(Path(path)) as archive:
-            admitted = archive.admitted(
-                lambda record, manifest: self.trust.check(record, manifest, trusted), resign=resign
-            )
-            for count, one in enumerate(admitted, start=1):
-                blobs = {digest: archive.object(digest) for digest in one.digests}
-                _, new = self._commit(one.manifest, one.content, blobs, one.record)
-                (kept if not new else unproven if one.record is None else taken).append(one.manifest.id)
-                self._keep_within(sum(map(len, blobs.values())))
-                if progress is not None:
-                    progress(count, len(admitted))
-        return Imported(taken=tuple(taken), unproven=tuple(unproven), kept=tuple(kept))
+
+        def add(one: Admitted, blobs: dict[str, bytes]) -> bool:
+            _, new = self._commit(one.manifest, one.content, blobs, one.record)
+            self._keep_within(sum(map(len, blobs.values())))
+            return new
+
+        return import_archive(
+            Path(path),
+            lambda record, manifest: self.trust.check(record, manifest, trusted),
+            add,
+            resign=resign,
+            progress=progress,
+        )
 
     # ---- inside
 
