@@ -14,7 +14,10 @@ import json
 import os
 import platform
 import random
+import secrets
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -210,6 +213,8 @@ def measure(root: Path, samples: int) -> list[dict[str, Any]]:
             first.append(timed(lambda one=one, fresh=fresh: fresh.load(one)))  # type: ignore[misc]
             fresh.close()
         row(f"load 64 KiB, {what}", first, goal_us)
+    for what, times_us in over_http(root, cold).items():
+        row(f"load 64 KiB over HTTP on loopback, {what}", times_us)
     missing = "0123456789ab-cpu-standard-ba9876543210"
     row("ask for one that is not there", [timed(lambda: missing in store) for _ in range(samples)])
 
@@ -228,6 +233,39 @@ def measure(root: Path, samples: int) -> list[dict[str, Any]]:
         rows.append({"what": what, "median_us": once, "low_us": once, "high_us": once, "goal_us": None})
     store.close()
     return rows
+
+
+def over_http(root: Path, ids: list[str]) -> dict[str, list[float]]:
+    """Loads by a client of `python -m esper_triton.urza serve`, without TLS: into an empty cache, and again from the
+    cache, after the server has been asked whether it is still right, and without asking it."""
+    token = secrets.token_urlsafe(32)
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder) / "tokens"
+        tokens.touch(mode=0o600)
+        tokens.write_text(f"read {token}\n")
+        command = [sys.executable, "-m", "esper_triton.urza", "serve", "--json", "--port", "0", "--rate", "100000"]
+        server = subprocess.Popen(
+            [*command, "--token-file", str(tokens), "--urza", str(root)], stdout=subprocess.PIPE, text=True
+        )
+        assert server.stdout is not None
+        try:
+            url = json.loads(server.stdout.readline())["url"]
+            store = Urza(url, token=token, cache=Path(folder) / "cache", fresh_s=0.0)
+            lazy = Urza(url, token=token, cache=Path(folder) / "cache", fresh_s=1e9)
+            found: dict[str, list[float]] = {"cold": [], "warm": [], "warm, not asking": []}
+            for one in ids:
+                found["cold"].append(timed(lambda one=one: store.load(one)))  # type: ignore[misc]
+                store.load(one)
+                found["warm"].append(timed(lambda one=one: store.load(one)))  # type: ignore[misc]
+                lazy.load(one)
+                found["warm, not asking"].append(timed(lambda one=one: lazy.load(one)))  # type: ignore[misc]
+            store.close()
+            lazy.close()
+            return found
+        finally:
+            server.terminate()
+            server.wait()
+            server.stdout.close()
 
 
 def main() -> None:

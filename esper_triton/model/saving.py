@@ -7,7 +7,9 @@ import datetime
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 import secrets
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import esper_triton
-from esper_triton.contracts.errors import CheckpointError
+from esper_triton.contracts.errors import CheckpointError, StoreUnavailable
 from esper_triton.contracts.lineage import SCHEMA_VERSION, Lineage, LineageEntry
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
@@ -29,6 +31,7 @@ from esper_triton.urza import Urza
 
 __all__ = ["load_model", "save_model"]
 
+_logger = logging.getLogger(__name__)
 _LINEAGE = "lineage.json"
 _PATTERN = "weights-*.pt"
 _UNFINISHED = ".esper-"
@@ -43,6 +46,9 @@ def save_model(model: nn.Module, directory: str | Path) -> Path:
 
     Replacing `lineage.json` is the commit: a reader, or whoever comes after a crash, finds the model that was saved
     before or this one, whole. The weights of the one before are removed then. Two that save at once take turns.
+
+    In the stores of its layers the artifacts of the lineage are then named under this directory, so that no collection
+    removes them (`Urza.name_lineage`); where a store cannot be written, a warning is logged.
 
     Raises ValueError where the model has no seeds, OSError where the directory cannot be written; what was there before
     is still there then.
@@ -70,6 +76,7 @@ def save_model(model: nn.Module, directory: str | Path) -> Path:
         for old in directory.glob(_PATTERN):
             if old.name != name:
                 old.unlink()
+        _keep(model, directory, lineage)
     return directory / _LINEAGE
 
 
@@ -95,6 +102,22 @@ def load_model(directory: str | Path, model: _M, urza: Urza | None = None, *, mi
     model.load_state_dict(weights)
     prepared.apply()
     return model
+
+
+def _keep(model: nn.Module, directory: Path, lineage: Lineage) -> None:
+    """Names the lineage in every store that the model's layers load from."""
+    path = directory.resolve()
+    place = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
+    name = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', path.name).lstrip('_.-')[:60] or 'model'}-{place}"
+    layers = [module._kasmina.urza for module in model.modules() if isinstance(module, KasminaLayer)]
+    for store in {urza.location: urza for urza in layers if urza is not None}.values():
+        try:
+            if lineage.seeds:
+                store.name_lineage(name, lineage)
+            else:
+                store.forget_lineage(name)
+        except StoreUnavailable as error:
+            _logger.warning("a collection may remove what the model saved in %s has grown: %s", directory, error)
 
 
 def _entries(model: nn.Module) -> Iterator[LineageEntry]:

@@ -85,7 +85,10 @@ def run_job(job: dict[str, Any], answer: Any) -> list[dict[str, Any]]:
 
 
 def store_text(store: Urza) -> dict[str, Any]:
-    """A store's options in JSON's types, for `store_of` in another process: it has to sign and to trust alike."""
+    """A store's options in JSON's types, for `store_of` in another process: it has to sign and to trust alike. One that
+    is elsewhere is opened by its URL, with what the environment says of it."""
+    if "://" in store.location:
+        return {"location": store.location}
     _, (root, trust, keys, roles, max_bytes) = store.__reduce__()
     return {
         "root": root,
@@ -105,6 +108,8 @@ def store_of(text: dict[str, Any]) -> Urza:
     from esper_triton.contracts.record import Role
     from esper_triton.urza import Trust, Urza
 
+    if "location" in text:
+        return Urza(text["location"])
     keys = {Role(role): frozenset(known) for role, known in text["trust"]["keys"].items()}
     trust = Trust(local=text["trust"]["local"], unsigned=text["trust"]["unsigned"], keys=keys)
     return Urza(

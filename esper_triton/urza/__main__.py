@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import ValidationError
@@ -16,6 +17,8 @@ from esper_triton.contracts.errors import EsperError, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
 from esper_triton.urza import Urza, default_root
+from esper_triton.urza.carrying import Imported, carry
+from esper_triton.urza.elsewhere import elsewhere
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code that --help documents. An error is a line of stderr."""
     options = _parser().parse_args(argv)
     try:
-        store = Urza(options.urza or default_root(), trust=options.trust, keys=options.keys)
+        store = _opened(options.urza or default_root(), options, trust=options.trust, keys=options.keys)
     except (ValueError, StoreUnavailable) as error:
         return _failed(error, 2)
     command: Callable[[Urza, argparse.Namespace], int] = options.command
@@ -55,6 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, 2 if isinstance(error, StoreUnavailable) else 1)
     finally:
         store.close()
+
+
+def _opened(root: str | Path, options: argparse.Namespace, **more: Any) -> Urza:
+    if elsewhere(root) is None:
+        return Urza(root, **more)
+    token = None
+    if options.token_file is not None:
+        try:
+            token = options.token_file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StoreUnavailable(f"token file {options.token_file} cannot be read: {error}") from error
+    if str(root).startswith(("https://", "http://")):
+        more |= {"token": token, "ca": options.ca}
+    store = Urza(root, cache=options.cache, **more)
+    store.on_event(lambda event: sys.stderr.write(f"note: {event.message}\n") if event.kind == "degraded" else None)
+    return store
 
 
 def _failed(error: Exception, code: int) -> int:
@@ -72,13 +91,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     common = _Parser(add_help=False)
     common.add_argument(
-        "--urza", default=None, metavar="DIR", help="directory of the store; else $ESPER_URZA or ~/.cache/esper/urza"
+        "--urza",
+        default=None,
+        metavar="DIR|URL",
+        help="the store: a directory or https://...; else $ESPER_URZA or ~/.cache/esper/urza",
     )
     common.add_argument(
         "--trust", default="local", metavar="POLICY", help="local (default), unsigned-ok, or keys:prover=HEX,forge=HEX"
     )
     common.add_argument("--keys", metavar="DIR", help="where the store's own keys are, if not in its keys/")
     common.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    common.add_argument(
+        "--cache", type=Path, metavar="DIR", help="of a URL; else one in $ESPER_CACHE or ~/.cache/esper"
+    )
+    common.add_argument("--ca", type=Path, metavar="FILE", help="certificates to trust for a URL, not the system's")
+    common.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="with the token for a URL, else in $ESPER_URZA_TOKEN; for serve: ROLE[,ROLE] TOKEN on each line, where "
+        "ROLE is read, write or validate",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, run: Callable[[Urza, argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
@@ -121,6 +154,27 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="take what nobody trusted has signed, as unproven; proving it runs its code, so know where it is from",
     )
+    for name, run, about in (
+        ("push", _push, "store this store's artifacts, by default all, in another: a URL or a directory"),
+        ("pull", _pull, "store another's artifacts, by default all, in this store"),
+    ):
+        carried = add(name, run, about)
+        carried.add_argument("other", metavar="DIR|URL")
+        carried.add_argument("ids", metavar="ID", nargs="*")
+        carried.add_argument("--other-trust", default="local", metavar="POLICY", help="as --trust, of the other store")
+        carried.add_argument(
+            "--resign",
+            action="store_true",
+            help="what the receiver does not trust is taken as unproven; proving it runs its code",
+        )
+    serve = add("serve", _serve, "let other machines read and write the store, over HTTPS")
+    serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8443, help="8443; 0 takes one that is free")
+    serve.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain (PEM)")
+    serve.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key (PEM)")
+    serve.add_argument("--insecure", action="store_true", help="other addresses without TLS: tokens can be read there")
+    serve.add_argument("--max-object", type=_size, default=256 << 20, metavar="SIZE", help="the largest object (256M)")
+    serve.add_argument("--rate", type=float, default=200.0, metavar="N", help="requests a second of each token (200)")
     sign = add("sign", _sign, "sign what an older release has stored, if you know it to be yours")
     sign.add_argument("ids", metavar="ID", nargs="*", help="by default all that are not signed")
     return parser
@@ -264,6 +318,10 @@ def _export(store: Urza, options: argparse.Namespace) -> int:
 def _import(store: Urza, options: argparse.Namespace) -> int:
     with _progress("importing") as progress:
         done = store.import_(options.file, resign=options.resign, progress=progress)
+    return _print_carried(done, options)
+
+
+def _print_carried(done: Imported, options: argparse.Namespace) -> int:
     if options.json:
         return _print_json(asdict(done))
     for ids, what in ((done.taken, "stored"), (done.unproven, "stored as unproven"), (done.kept, "was there")):
@@ -280,6 +338,67 @@ def _sign(store: Urza, options: argparse.Namespace) -> int:
     if options.json:
         return _print_json({"signed": ids})
     sys.stdout.write("".join(f"{one} signed\n" for one in ids) or "every artifact is signed\n")
+    return 0
+
+
+def _push(store: Urza, options: argparse.Namespace) -> int:
+    return _carry(store, options, push=True)
+
+
+def _pull(store: Urza, options: argparse.Namespace) -> int:
+    return _carry(store, options, push=False)
+
+
+def _carry(store: Urza, options: argparse.Namespace, *, push: bool) -> int:
+    try:
+        if elsewhere(options.other) is not None and elsewhere(options.urza or "") is not None:
+            raise ValueError(f"{store.location} and {options.other} are both URLs; one of two must be a directory")
+        other = _opened(options.other, options, trust=options.other_trust)
+    except ValueError as error:
+        return _failed(error, 2)
+    try:
+        with _progress("pushing" if push else "pulling") as progress:
+            source, target = (store, other) if push else (other, store)
+            done = carry(source, target, options.ids or None, resign=options.resign, progress=progress)
+    finally:
+        other.close()
+    return _print_carried(done, options)
+
+
+def _serve(store: Urza, options: argparse.Namespace) -> int:
+    import ssl
+
+    from esper_triton.urza.server import Limits, serve
+    from esper_triton.urza.tokens import read_tokens
+
+    def announce(url: str) -> None:
+        sys.stdout.write(json.dumps({"url": url}) + "\n" if options.json else f"serving {store.root} at {url}\n")
+        sys.stdout.flush()
+
+    try:
+        if elsewhere(store.location) is not None:
+            raise ValueError(f"{store.location}: only a directory can be served")
+        if options.token_file is None:
+            raise ValueError("--token-file is needed: a server without tokens would answer nobody")
+        if (options.tls_cert is None) != (options.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key are needed together")
+        if options.tls_cert is None and options.host not in ("127.0.0.1", "::1", "localhost") and not options.insecure:
+            raise ValueError(
+                f"--host {options.host} needs --tls-cert and --tls-key, or --insecure behind a proxy's TLS"
+            )
+        if not options.rate > 0:
+            raise ValueError(f"--rate {options.rate}: a number above 0 was expected")
+        tokens = read_tokens(options.token_file)
+        tls = None
+        if options.tls_cert is not None:
+            tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            tls.load_cert_chain(options.tls_cert, options.tls_key)
+        limits = Limits(object_bytes=options.max_object, per_second=options.rate, burst=max(1, int(options.rate * 5)))
+        serve(store, tokens, host=options.host, port=options.port, tls=tls, limits=limits, announce=announce)
+    except StoreUnavailable:
+        raise
+    except (OSError, ValueError, OverflowError) as error:
+        return _failed(error, 2)
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -189,6 +190,53 @@ class Directory:
                 with contextlib.suppress(KeyError):  # another thread may have emptied it
                     self._verified.popitem(last=False)
         return content
+
+    def open_object(self, digest: str, what: str, *, limit_bytes: int) -> tuple[int, int]:
+        """A descriptor of the object, for its owner to close, and its size in bytes, after it has been hashed, a piece
+        at a time, as `read_object` does. Raises as that does."""
+        parts = object_parts(digest)
+        try:
+            with self._translated("be read", missing_ok=True):
+                descriptor = self._open(parts, what)
+        except FileNotFoundError:
+            reason = f"is missing: no object has the SHA-256 {digest}"
+            raise Damage(parts, what, reason, expected=digest, missing=True) from None
+        try:
+            with self._translated("be read"):
+                began_ns = time.time_ns()
+                before = self._regular(descriptor, parts, what)
+                if before.st_size > limit_bytes:
+                    reason = f"is too large: {before.st_size} bytes, at most {limit_bytes} are allowed"
+                    raise Damage(parts, what, reason, expected=digest, size_bytes=before.st_size)
+                identity = _identity(before)
+                if self._verified.get(digest) == identity:
+                    return descriptor, before.st_size
+                hashed, offset = hashlib.sha256(), 0
+                while piece := os.pread(descriptor, 1 << 20, offset):
+                    hashed.update(piece)
+                    offset += len(piece)
+                found = hashed.hexdigest()
+                if found != digest:
+                    self._verified.pop(digest, None)
+                    reason = f"is corrupt: SHA-256 expected {digest}, found {found} ({offset} bytes)"
+                    raise Damage(parts, what, reason, expected=digest, found=found, size_bytes=offset)
+                settled = began_ns - max(before.st_mtime_ns, before.st_ctime_ns) > SETTLED_NS
+                if settled and identity == _identity(os.fstat(descriptor)) and self._may_remember():
+                    self._verified[digest] = identity
+            return descriptor, before.st_size
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def move(self, source: tuple[str, ...], target: tuple[str, ...]) -> None:
+        """Gives a file, synced already, another name, in place of what has it. Raises StoreUnavailable."""
+        with (
+            self._translated("be written"),
+            self._folder(source[:-1]) as old,
+            self._folder(target[:-1], create=True) as new,
+        ):
+            os.replace(source[-1], target[-1], src_dir_fd=old, dst_dir_fd=new)
+            os.fsync(new)
 
     def forget_verified(self) -> None:
         """Hashes every object again when it is read the next time."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,12 @@ from esper_triton.contracts.lineage import Lineage
 from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
 from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
 from esper_triton.contracts.record import SCHEMA_VERSION, Figures, Record, Role
-from esper_triton.urza.archive import ArchiveReader, write_archive
+from esper_triton.urza.archive import Admitted
+from esper_triton.urza.carrying import Imported, export_archive, import_archive
 from esper_triton.urza.checks import check_commit, check_size
 from esper_triton.urza.collecting import Collected, Progress, all_objects, collect
 from esper_triton.urza.directory import Damage, Directory, object_parts
+from esper_triton.urza.elsewhere import elsewhere
 from esper_triton.urza.events import Event, Events
 from esper_triton.urza.index import Index, Row
 from esper_triton.urza.leases import Leases
@@ -53,16 +53,6 @@ ALLOWED: dict[KernelStatus, tuple[KernelStatus, ...]] = {
 }
 
 _LINEAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Imported:
-    """Ids of an archive's artifacts: those stored as they were signed, those taken as unproven, and those of which the
-    store already had one, which it kept."""
-
-    taken: tuple[str, ...]
-    unproven: tuple[str, ...]
-    kept: tuple[str, ...]
 
 
 class Urza:
@@ -99,6 +89,10 @@ class Urza:
     event. What must write raises StoreUnavailable and leaves nothing half-written.
     """
 
+    def __new__(cls, root: str | Path, **_: Any) -> Urza:
+        kind = elsewhere(root) if cls is Urza else None
+        return object.__new__(cls if kind is None else kind)
+
     def __init__(
         self,
         root: str | Path,
@@ -107,8 +101,10 @@ class Urza:
         keys: str | Path | None = None,
         roles: Iterable[Role | str] = tuple(Role),
         max_bytes: int | None = None,
+        **elsewhere_only: Any,
     ) -> None:
-        """Touches nothing on disk.
+        """Touches nothing on disk. A URL as the root makes another kind of store, with options of its own: `https://`
+        a RemoteUrza, and any other that fsspec knows, such as `s3://`, a SharedUrza.
 
         Args:
             root: the directory, `~` expanded. trust: `local` (what this store's own keys have signed), `unsigned-ok`
@@ -118,13 +114,11 @@ class Urza:
             roles: as whom this object may sign; another may sign as others in the same store.
             max_bytes: what `objects/` may hold; a commit that makes it more collects garbage down to it.
 
-        Raises ValueError where `trust` or `roles` is none, and StoreUnavailable for a URL.
+        Raises ValueError where `trust` or `roles` is none, TypeError for an option that a directory does not have, and
+        StoreUnavailable for a URL that nothing here can open.
         """
-        if isinstance(root, str) and re.match(r"[a-z][a-z0-9+.-]*://", root):
-            raise StoreUnavailable(
-                f"{root!r} is a URL, and a store is a directory: stores elsewhere are not built yet. Carry artifacts "
-                "from one to another with `python -m esper_triton.urza export` and `import`"
-            )
+        if elsewhere_only:
+            raise TypeError(f"store {root}: {', '.join(sorted(elsewhere_only))} are for a URL, and this is a directory")
         self.root = Path(os.path.abspath(Path(root).expanduser()))
         self.max_bytes = max_bytes
         self.trust = Trust.parse(trust) if isinstance(trust, str) else trust
@@ -154,6 +148,11 @@ class Urza:
 
     def __repr__(self) -> str:
         return f"Urza({str(self.root)!r})"
+
+    @property
+    def location(self) -> str:
+        """What `Urza` was opened with: a directory or a URL."""
+        return str(self.root)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is another object on the same directory: locks, leases and open files are not shared.
@@ -400,6 +399,80 @@ class Urza:
                     if lock.descriptor is not None:
                         self._directory.remove(parts)
 
+    # ---- what a server and a cache do with what is signed elsewhere
+
+    @property
+    def directory(self) -> Directory:
+        """What lies under `root`, by digest and by name, with no check but of digests."""
+        return self._directory
+
+    @property
+    def public_keys(self) -> dict[Role, str]:
+        """This store's own public keys (hex), none before it has signed anything. Raises StoreUnavailable."""
+        return self._keys.public()
+
+    def check_trust(self, record: Record, manifest: Manifest) -> None:
+        """Raises UntrustedArtifact where this store's policy does not take `record`, rightly signed, for `manifest`."""
+        self.trust.check(record, manifest, self.trust.trusted(self._keys.public()))
+
+    def take(
+        self,
+        manifest: Manifest,
+        content: bytes,
+        blobs: Mapping[str, bytes],
+        record: Record,
+        allowed: Mapping[KernelStatus, Iterable[KernelStatus]] | None = None,
+    ) -> Artifact:
+        """Stores an artifact as `record`, which names `content`, the bytes of `manifest`, is signed elsewhere, and
+        whose signature and trust were checked.
+
+        One that is there under this id is replaced; with `allowed`, only where its status may become that of
+        `manifest`, or has the same manifest and other tags, figures or signature, and else it is kept. Raises as
+        `commit` does.
+        """
+        check_commit(manifest, content, blobs)
+        with self._shelf.lock():
+            stored = self._intact(manifest)
+            before = None
+            if stored is not None:
+                before = stored.manifest
+                same = self._shelf.head(manifest.id) == sha256(record.canonical_bytes())
+                if same or (
+                    allowed is not None
+                    and manifest.status not in allowed[stored.status]
+                    and not (stored.digest == record.manifest and record.is_characterized)
+                ):
+                    return stored
+            for blob in blobs.values():
+                self._shelf.objects.write_object(blob, limit_bytes=BLOB_LIMIT_BYTES)
+            return self._shelf.publish(manifest, content, what="imported", before=before, record=record)
+
+    def take_signed(self, manifest: Manifest, content: bytes, blobs: Mapping[str, bytes], record: Record) -> Artifact:
+        """`take`, where the status allows it, after the trust policy has. Raises as it does, UntrustedArtifact."""
+        self.check_trust(record, manifest)
+        artifact = self.take(manifest, content, blobs, record, ALLOWED)
+        self._keep_within(sum(map(len, blobs.values())))
+        return artifact
+
+    def whole(self, artifact_id: str) -> tuple[Record, bytes, Manifest, dict[str, bytes]]:
+        """An artifact's record, the bytes of its manifest, that, and its blobs, all of one moment. Raises as `load`."""
+
+        def read() -> tuple[Record, bytes, Manifest, dict[str, bytes]]:
+            while True:
+                _, record = self._shelf.record(artifact_id)
+                artifact, blobs = self._shelf.whole(artifact_id)
+                if artifact.digest == record.manifest:  # else its status has changed in between
+                    record = record.model_copy(update={"schema_version": SCHEMA_VERSION})
+                    return record, self._shelf.manifest_bytes(record), artifact.manifest, blobs
+
+        return self._shelf.repaired_or_refused(artifact_id, read)
+
+    def drop(self, artifact_id: str) -> None:
+        """Takes an artifact's record away, where there is one. Raises StoreUnavailable."""
+        with self._shelf.lock():
+            if self._shelf.contains(artifact_id):
+                self._shelf.remove(artifact_id, None)
+
     # ---- space
 
     def pin(self, artifact_id: str) -> None:
@@ -461,30 +534,7 @@ class Urza:
 
         Returns how many, and the archive's size in bytes. Raises as `load` does; there is then no archive.
         """
-        ids = self.ids() if artifact_ids is None else list(dict.fromkeys(artifact_ids))
-        exported = 0
-
-        def whole(artifact_id: str) -> tuple[bytes, bytes, dict[str, bytes]]:
-            while True:
-                _, record = self._shelf.record(artifact_id)
-                artifact, blobs = self._shelf.whole(artifact_id)
-                if artifact.digest == record.manifest:  # else its status has changed in between
-                    record = record.model_copy(update={"schema_version": SCHEMA_VERSION})
-                    return record.canonical_bytes(), self._shelf.manifest_bytes(record), blobs
-
-        def parts() -> Iterator[tuple[bytes, bytes, dict[str, bytes]]]:
-            nonlocal exported
-            for artifact_id in ids:
-                try:
-                    yield self._shelf.repaired_or_refused(artifact_id, functools.partial(whole, artifact_id))
-                except (ArtifactNotFound, UntrustedArtifact):
-                    if artifact_ids is not None:
-                        raise
-                else:
-                    exported += 1
-
-        size_bytes = write_archive(Path(path), parts(), len(ids), progress)
-        return exported, size_bytes
+        return export_archive(self, Path(path), artifact_ids, progress)
 
     def import_(self, path: str | Path, *, resign: bool = False, progress: Progress | None = None) -> Imported:
         """Stores the artifacts of an archive, after the whole of it has been verified, each as it is signed.
@@ -496,19 +546,19 @@ class Urza:
         Raises ArchiveRefused, UntrustedArtifact, ArtifactRefused (nothing was stored), and as `commit` does.
         """
         trusted = self.trust.trusted(self._keys.public())
-        taken, unproven, kept = list[str](), list[str](), list[str]()
-        with ArchiveReader(Path(path)) as archive:
-            admitted = archive.admitted(
-                lambda record, manifest: self.trust.check(record, manifest, trusted), resign=resign
-            )
-            for count, one in enumerate(admitted, start=1):
-                blobs = {digest: archive.object(digest) for digest in one.digests}
-                _, new = self._commit(one.manifest, one.content, blobs, one.record)
-                (kept if not new else unproven if one.record is None else taken).append(one.manifest.id)
-                self._keep_within(sum(map(len, blobs.values())))
-                if progress is not None:
-                    progress(count, len(admitted))
-        return Imported(taken=tuple(taken), unproven=tuple(unproven), kept=tuple(kept))
+
+        def add(one: Admitted, blobs: dict[str, bytes]) -> bool:
+            _, new = self._commit(one.manifest, one.content, blobs, one.record)
+            self._keep_within(sum(map(len, blobs.values())))
+            return new
+
+        return import_archive(
+            Path(path),
+            lambda record, manifest: self.trust.check(record, manifest, trusted),
+            add,
+            resign=resign,
+            progress=progress,
+        )
 
     # ---- inside
 

@@ -7,9 +7,10 @@
     manifests/*        each as the artifact's manifest, under its true digest, in a store that takes unsigned records
     archives/*.tar     each imported into a store that trusts the keys of the base
     stores/*/          files and links, each laid over the base
+    requests/*         each sent to a server of an empty store, as it is
 
-What each is refused with stands in `urza/refusals.json`. The keys are those of the seeds below, so the same files come
-out each time.
+What each is refused with stands in `urza/refusals.json`, and of requests in `urza/request-refusals.json`. The keys are
+those of the seeds below, so the same files come out each time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from urza_requests import requests
 
 from esper_triton.contracts.manifest import (
     KernelRecord,
@@ -325,8 +327,8 @@ def stores() -> Iterator[tuple[str, dict[str, bytes | Path]]]:
 
 
 def write(folder: Path) -> None:
-    """Replaces what is in `folder`, but for `refusals.json`."""
-    for name in ("base", "records", "manifests", "archives", "stores"):
+    """Replaces what is in `folder`, but for the refusals."""
+    for name in ("base", "records", "manifests", "archives", "stores", "requests"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
     def put(path: Path, content: bytes | Path) -> None:
@@ -342,6 +344,7 @@ def write(folder: Path) -> None:
         ("records", "", records),
         ("manifests", "", manifests),
         ("archives", ".tar", archives),
+        ("requests", "", requests),
     ]
     for kind, suffix, made in kinds:
         for name, content in made():

@@ -15,7 +15,7 @@ from seeding import copy_artifact, grow
 from torch import nn
 
 import esper_triton as esper
-from esper_triton.contracts.errors import CheckpointError
+from esper_triton.contracts.errors import CheckpointError, StoreUnavailable
 from esper_triton.contracts.lineage import Lineage, LineageEntry
 from esper_triton.kasmina import SeedLifecycleState
 from esper_triton.model import saving
@@ -59,6 +59,34 @@ def test_a_saved_model_is_loaded_with_its_seeds(adapter_store: Urza, small: str,
     x = torch.randn(3, 6)
     assert torch.equal(other(x), model(x))
     assert [layer.seed_state(0) for layer in other.kasmina_layers.values()] == [S.FOSSILIZED, S.GRAFTING]
+
+
+def test_what_a_saved_model_has_grown_is_not_collected(
+    adapter_store: Urza, small: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Urza(tmp_path / "urza")
+    copy_artifact(adapter_store, store, small)
+    model = grown(store, small)
+    esper.save_model(model, tmp_path / "out")
+    match = store.match(small)
+    assert match is not None
+    assert len(match.lineages) == 1
+    assert match.lineages[0].startswith("out-")
+    del model
+    store.release()
+    kept = store.gc(0, dry_run=True).kept
+    assert any(small in ids for ids in kept.values())
+    esper.save_model(net(store), tmp_path / "out")
+    match = store.match(small)
+    assert match is not None
+    assert match.lineages == ()
+
+    def full(*_: object) -> None:
+        raise StoreUnavailable("the disk is full")
+
+    monkeypatch.setattr(store, "name_lineage", full)
+    esper.save_model(grown(store, small), tmp_path / "out")
+    assert "the disk is full" in caplog.text
 
 
 def test_lineage_has_the_fossilised_seeds_alone_and_nothing_invented(

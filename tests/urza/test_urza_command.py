@@ -173,12 +173,17 @@ def test_keys_outside_of_the_store_are_named(run, tmp_path, make_artifact):
     assert run("show", manifest.id, "--keys", str(tmp_path / "keys"), root=urza.root)[0] == 0
 
 
-def test_a_url_is_2(run, tmp_path, monkeypatch):
+def test_a_url_that_nothing_answers_is_2(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for url in ("https://example.org/urza", "s3://bucket/prefix"):
+    monkeypatch.setenv("ESPER_CACHE", str(tmp_path / "cache"))
+    for url, message in (
+        ("https://localhost:1/urza", "https://localhost:1/urza does not answer after 5 attempts"),
+        ("http://example.org", "only https is asked on another machine"),
+        ("gopher://bucket/prefix", "'gopher://bucket/prefix'"),
+    ):
         code, out, err = run("ls", root=url)
         assert (code, out) == (2, "")
-        assert f"'{url}' is a URL, and a store is a directory" in err
+        assert message in err
     assert os.listdir() == []
 
 
