@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 MATRIX := 3.6.0 3.8.0 3.9.0
 MATRIX_VENVS := $(MATRIX:%=$(VENV)-matrix/%)
 STAMP := $(VENV)/.installed
-# Packages that tests/third_party, tests/company and tests/s3 run besides. Each list stands there in copy once they are all there.
+# Packages that tests/third_party, tests/company and tests/s3 run besides. Each list stands there in copy once they are
+# all there.
 PACKAGES := $(VENV)/third_party/requirements.txt $(VENV)/company/requirements.txt $(VENV)/s3/requirements.txt
 DEMO_ARGS ?=
 PYTEST_ARGS ?=

@@ -22,6 +22,7 @@ from esper_triton.contracts.errors import (
 from esper_triton.contracts.manifest import Manifest, sha256
 from esper_triton.contracts.query import KernelMatch
 from esper_triton.contracts.record import Record
+from esper_triton.urza.carrying import Imported, Progress
 from esper_triton.urza.directory import Damage
 from esper_triton.urza.incoming import Incoming, sweep
 from esper_triton.urza.library import Urza
@@ -107,6 +108,17 @@ class CachedUrza(Urza, abc.ABC):
     def whole(self, artifact_id: str) -> tuple[Record, bytes, Manifest, dict[str, bytes]]:
         self.load(artifact_id)
         return super().whole(artifact_id)
+
+    # ---- writing
+
+    def sign(self, artifact_id: str) -> Artifact:
+        raise InvalidCommit(f"artifact {artifact_id!r}: sign it in the store that has it, which {self._where} is not")
+
+    def import_(self, path: str | Path, *, resign: bool = False, progress: Progress | None = None) -> Imported:
+        raise InvalidCommit(
+            f"archive {path}: an archive is imported into a directory, and from there pushed to {self._where}; nothing "
+            "of it was stored"
+        )
 
     # ---- inside
 

@@ -42,8 +42,8 @@ class RemoteUrza(CachedUrza):
     """A store behind a server; see CachedUrza for what is kept here.
 
     `commit`, `set_status` and what is made of them are done by the server, which signs them if the token allows.
-    `query`, `history` and `ids` ask it, and the cache while it cannot be reached. Pins, lineages, leases, `gc`,
-    `verify` and `export` are of the cache.
+    `query`, `history` and `ids` ask it, and the cache while it cannot be reached. Pins, lineages, leases, `gc`
+    and `verify` are of the cache.
     """
 
     def __init__(
@@ -187,9 +187,6 @@ class RemoteUrza(CachedUrza):
         answer = self._server.ask("POST", path, json.dumps(body).encode())
         self._take(artifact_id, self._record_of(answer))
         return self.get(artifact_id)
-
-    def sign(self, artifact_id: str) -> Artifact:
-        raise InvalidCommit(f"artifact {artifact_id!r}: sign it where the store is; {self._server.url} does not")
 
     # ---- inside
 

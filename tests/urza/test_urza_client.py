@@ -131,6 +131,17 @@ def test_errors_of_the_server_are_those_of_a_store(client: RemoteUrza, server: L
         client.promote(ARTIFACT_ID)
 
 
+def test_what_only_a_directory_can_do_is_refused(client: RemoteUrza, urza: Urza, tmp_path: Path):
+    client.commit(*make_artifact())
+    with pytest.raises(InvalidCommit, match="sign it in the store that has it"):
+        client.sign(ARTIFACT_ID)
+    assert client.export(tmp_path / "archive.tar")[0] == 1
+    with pytest.raises(InvalidCommit, match="imported into a directory, and from there pushed"):
+        client.import_(tmp_path / "archive.tar")
+    with pytest.raises(ValueError, match="keys= is for a directory"):
+        Urza(client.location, keys=tmp_path / "keys")
+
+
 def test_without_the_server_what_is_here_is_served(client: RemoteUrza, server: Loopback, urza: Urza):
     client.commit(*make_artifact())
     client.promote(ARTIFACT_ID)

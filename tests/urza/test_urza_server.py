@@ -230,6 +230,40 @@ def test_a_record_that_is_signed_elsewhere_is_taken_only_where_it_is_trusted(
     assert urza.get(manifest.id).status is KernelStatus.VALIDATED
 
 
+def test_a_record_that_nobody_signed_needs_the_role_that_may_say_anything(urza: Urza, tmp_path: Path):
+    server = Loopback(Urza(urza.root, trust="unsigned-ok"), tmp_path)
+    try:
+        manifest, blobs = make_artifact(status=KernelStatus.VALIDATED)
+        content = manifest.canonical_bytes()
+        put_all(server, {**blobs, sha256(content): content})
+        record = Record(id=manifest.id, manifest=sha256(content)).model_dump(mode="json")
+        body = json.dumps({"manifest": sha256(content), "record": record}).encode()
+        assert server.error("POST", "/v1/artifacts", body, "write") == (403, "forbidden")
+        assert server.ask("POST", "/v1/artifacts", body, "validate")[0] == 201
+    finally:
+        server.stop()
+
+
+def test_a_reader_that_takes_nothing_is_cut_off(urza: Urza, tmp_path: Path):
+    content = b"x" * (32 << 20)
+    server = Loopback(urza, tmp_path, tls=False, limits=Limits(per_second=1e6, burst=10**6, piece_s=0.2))
+    try:
+        assert server.ask("PUT", f"/v1/objects/{sha256(content)}", content)[0] == 201
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as plain:
+            plain.sendall(
+                f"GET /v1/objects/{sha256(content)} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
+                f"{TOKENS['read']}\r\n\r\n".encode()
+            )
+            time.sleep(1.0)
+            got = 0
+            with contextlib.suppress(ConnectionResetError):
+                while piece := plain.recv(1 << 20):
+                    got += len(piece)
+        assert got < len(content)
+    finally:
+        server.stop()
+
+
 def test_a_commit_names_what_is_missing(server: Loopback, urza: Urza):
     manifest, blobs = make_artifact()
     content = manifest.canonical_bytes()
