@@ -622,10 +622,10 @@ def test_law_6_whatever_changes_the_code_changes_the_artifacts_id(
     with monkeypatch.context() as patch:
         patch.setattr("esper_triton.cpu.host.cpu_features", lambda: cpu_features()[1:])
         keys["features"] = key()
-    known = planning._toolchain
+    known = planning.toolchain_of
     for part in ("triton", "llvm", "torch"):
         with monkeypatch.context() as patch:
-            patch.setattr(planning, "_toolchain", lambda t, part=part: known(t).model_copy(update={part: "0.0.1"}))
+            patch.setattr(planning, "toolchain_of", lambda t, part=part: known(t).model_copy(update={part: "0.0.1"}))
             keys[part] = key()
     assert key() == keys["as it is"]
     assert len(set(keys.values())) == len(keys), keys

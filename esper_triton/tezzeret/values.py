@@ -17,6 +17,11 @@ from esper_triton.tezzeret.graph import Node
 __all__ = ["At", "Index", "Tensor", "Value", "Values", "far", "float_literal"]
 
 _LONGEST_EXPRESSION = 56
+# What the kernels' own lines call things.
+_NAMES_OF_KERNELS = frozenset(
+    "row row_ok line line_ok item position positions rows batch length image_height image_width training alpha "
+    "tl triton torch libdevice larger".split()
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class Values:
         """Of sums and products, by whoever has computed them."""
         self._indent = 1
         self._scopes: list[_Scope] = [_Scope()]
-        self._taken: set[str] = set()
+        self._taken: set[str] = set(_NAMES_OF_KERNELS)
         self._narrow: dict[str, str] = {}  # of loaded values: the variable before it was made float32
 
     # ---- lines
