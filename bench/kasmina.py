@@ -17,8 +17,6 @@ import copy
 import gc
 import json
 import logging
-import os
-import platform
 import resource
 import shutil
 import statistics
@@ -37,6 +35,7 @@ import torch
 from kasmina_hosts import HOSTS, Transformer
 from rich.console import Console
 from rich.table import Table
+from tables import markdown
 from torch import nn
 from torch.nn import functional as F
 
@@ -468,31 +467,6 @@ def table(title: str, rows: list[dict[str, Any]]) -> None:
     console.print(shown)
 
 
-def markdown(parts: dict[str, list[dict[str, Any]]], device: str) -> str:
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    if device == "cuda":
-        machine += f", {torch.cuda.get_device_name()}"
-    lines = [
-        "# What Kasmina costs",
-        "",
-        "Made by `bench/kasmina.py --output docs`, which says how it measures. "
-        f"{machine}; OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}.",
-    ]
-    for name, rows in parts.items():
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            "| " + " | ".join(rows[0]) + " |",
-            "| " + " | ".join("---" for _ in rows[0]) + " |",
-        ]
-        lines += [
-            "| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |"
-            for row in rows
-        ]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas, of {','.join(PARTS)}")
@@ -515,7 +489,9 @@ def main() -> None:
     parts = {name: rows for name in PARTS if name in chosen if (rows := globals()[name](options))}
     if options.output:
         (options.output / "kasmina.json").write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
-        (options.output / "kasmina-speed.md").write_text(markdown(parts, options.device), encoding="utf-8")
+        gpu = torch.cuda.get_device_name() if options.device == "cuda" else ""
+        page = markdown("What Kasmina costs", "kasmina.py", parts, digits=4, device=gpu)
+        (options.output / "kasmina-speed.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

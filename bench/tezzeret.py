@@ -12,8 +12,6 @@ take at least a millisecond. Rows are 32 positions an item for attention, and im
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import statistics
 import tempfile
@@ -25,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from tables import markdown
 from tezzeret_modules import CASES, Case
 from torch import Tensor, nn
 
@@ -187,25 +186,6 @@ def summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def markdown(parts: dict[str, list[dict[str, Any]]]) -> str:
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    lines = ["# Speed of emitted kernels", "", "Made by `bench/tezzeret.py --output docs`, which says how it measures. "
-             f"{machine}; OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}."]  # fmt: skip
-    for name, rows in parts.items():
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            "| " + " | ".join(rows[0]) + " |",
-            "| " + " | ".join("---" for _ in rows[0]) + " |",
-        ]
-        lines += [
-            "| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()) + " |"
-            for row in rows
-        ]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default=",".join(CASES), help="blueprints, with commas")
@@ -230,7 +210,9 @@ def main() -> None:
         console.print(shown)
     if options.output:
         (options.output / "tezzeret.json").write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
-        (options.output / "tezzeret-speed.md").write_text(markdown(parts), encoding="utf-8")
+        (options.output / "tezzeret-speed.md").write_text(
+            markdown("Speed of emitted kernels", "tezzeret.py", parts, digits=3), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -19,12 +19,6 @@ def _narrowed(tensor: Tensor, around: Surroundings) -> str:
     return "" if tensor.is_input_dtype or around.dtype == "float32" else f".to(tl.{around.dtype})"
 
 
-def _template(writer: Writer, text: str) -> None:
-    """Lines of a kernel's body, dedented."""
-    for line in text.strip("\n").split("\n"):
-        writer.line(line) if line else writer.lines.append("")
-
-
 # ---- products of two activations
 
 
@@ -43,9 +37,7 @@ def write_bmm(kernel: Kernel, name: str, around: Surroundings) -> KernelSource:
     a_at = _element(writer, a, around, "product", "m[:, None]", "k[None, :]", count)
     b_at = _element(writer, b, around, "product", "k[:, None]", "n[None, :]", count)
     narrow_a, narrow_b = (_narrowed(around.memory[untransposed(node)], around) for node in (a, b))
-    _template(
-        writer,
-        f"""
+    body = f"""
 product = tl.program_id(0).to(tl.int64)
 m = tl.program_id(1) * {block["M"]} + tl.arange(0, {block["M"]})
 n = tl.program_id(2) * {block["N"]} + tl.arange(0, {block["N"]})
@@ -57,8 +49,9 @@ for start in range(0, {k}, {block["K"]}):
     out = {writer.dot("a", "b", "out")}
 inside = (m[:, None] < {m}) & (n[None, :] < {n})
 tl.store({writer.pointer(out.name)} + product * {m * n} + m[:, None] * {n} + n[None, :], out, mask=inside)
-""",
-    )
+"""
+    for line in body.strip().split("\n"):
+        writer.line(line)
     rows = "batch" if kernel.space[0] == "batch" else "rows"
     text = writer.function(
         name, [f"A tile of {out.name} [{rows}, {', '.join(map(str, target.shape))}], a product of a batch."]

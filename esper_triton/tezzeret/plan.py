@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 import esper_triton
 from esper_triton.contracts.blueprint import EXTENTS, Blueprint, DTypeName, LaunchSpec
+from esper_triton.contracts.dims import dim_faults
 from esper_triton.contracts.errors import BlueprintError, CompileError, nearest
 from esper_triton.contracts.expressions import ExpressionError, evaluate, symbols
 from esper_triton.contracts.manifest import (
@@ -82,7 +83,7 @@ def plan_build(
     """
     import triton
 
-    faults = [*_pipeline_faults(pipeline), *_dim_faults(blueprint, dims), *_dtype_faults(dtype)]
+    faults = [*_pipeline_faults(pipeline), *dim_faults(blueprint.dims, dims), *_dtype_faults(dtype)]
     _raise(blueprint, faults)  # what follows needs the numbers
     request = blueprint
     choice = choice or first_choice(request, target, dims, pipeline)
@@ -166,18 +167,6 @@ def _raise(blueprint: Blueprint, faults: list[str]) -> None:
 
 def _pipeline_faults(pipeline: str) -> list[str]:
     return [] if pipeline in PIPELINES else [f"unknown pipeline {pipeline!r}{nearest(pipeline, PIPELINES)}"]
-
-
-def _dim_faults(blueprint: Blueprint, dims: Mapping[str, int]) -> list[str]:
-    faults = [f"unknown dim {name!r}{nearest(name, blueprint.dims)}" for name in dims if name not in blueprint.dims]
-    for name, limits in blueprint.dims.items():
-        if name not in dims:
-            faults.append(f"dim {name!r} is missing; it takes {limits.min} to {limits.max}")
-        elif isinstance(dims[name], bool) or not isinstance(dims[name], int):
-            faults.append(f"dim {name!r} is {dims[name]!r}, an integer is expected")
-        elif not limits.min <= dims[name] <= limits.max:
-            faults.append(f"dim {name!r} is {dims[name]}, expected {limits.min} to {limits.max}")
-    return faults
 
 
 def _dtype_faults(dtype: str) -> list[str]:
