@@ -63,6 +63,8 @@ def _nonzero(ranges: Ranges, value: Value, axis: int) -> Any | None:
         op = op.operands[0].defining_op
     if op is None:
         return None
+    mask: Value | None
+    other: Value | None
     if op.name == "arith.select":
         mask, _, other = op.operands
     elif op.name == "tt.load":
