@@ -106,6 +106,21 @@ def test_a_pipeline_leaves_the_artifacts_of_the_others_alone_when_it_fails(
     assert store.load(fast.id)[0] == fast[0]
 
 
+@pytest.mark.parametrize("pipeline", ["fast", "standard"])
+def test_blocks_are_as_small_as_a_target_needs_them(
+    graph: Blueprint, store: Urza, pipeline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = esper.compile(graph, dims=DIMS, targets="cuda:90", pipeline=pipeline, urza=store)
+    needed = max(kernel.shared_bytes for kernel in alone.manifest.kernels.values())
+    another = Urza(store.root.parent / "another")
+    monkeypatch.setattr(forge, "shared_memory_limit", lambda _: needed - 1)
+    smaller = esper.compile(graph, dims=DIMS, targets="cuda:90", pipeline=pipeline, urza=another)
+    assert max(kernel.shared_bytes for kernel in smaller.manifest.kernels.values()) < needed
+    assert smaller.id != alone.id
+    first, then = (record_of(request_of(graph, "cuda:90", pipeline), urza).chosen.tiles for urza in (store, another))
+    assert then.cols < first.cols
+
+
 def test_standard_takes_what_is_faster_and_the_same_again_after_its_artifact_is_lost(
     graph: Blueprint, store: Urza, monkeypatch: pytest.MonkeyPatch
 ) -> None:
