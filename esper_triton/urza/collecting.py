@@ -12,10 +12,11 @@ from esper_triton.contracts.errors import ArtifactNotFound, ArtifactRefused, Sto
 from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
 from esper_triton.urza.audit import parse_entry
 from esper_triton.urza.directory import Damage, Directory, object_parts
+from esper_triton.urza.keeping import named_by_lineages
 from esper_triton.urza.leases import gate, leased
 from esper_triton.urza.shelf import Shelf
 
-__all__ = ["Collected", "all_objects", "collect", "named_by_lineages"]
+__all__ = ["Collected", "all_objects", "collect"]
 
 _AT_ONCE = 32
 _QUARANTINE_S = 30 * 86400.0
@@ -181,16 +182,6 @@ def _victims(shelf: Shelf, marked: _Marked, max_bytes: int | None) -> tuple[list
                 if not references[digest]:
                     size -= marked.sizes.get(digest, 0)
     return victims, kept
-
-
-def named_by_lineages(directory: Directory) -> dict[str, list[str]]:
-    """By the id of each artifact that a lineage names, the names of these lineages. Raises StoreUnavailable."""
-    found: dict[str, list[str]] = {}
-    for name in directory.names("lineages"):
-        content = directory.read_from(("lineages", name), 0, "lineage")
-        for artifact_id in content.decode("ascii", "replace").split():
-            found.setdefault(artifact_id, []).append(name)
-    return found
 
 
 def _orphans(marked: _Marked, gone: list[str]) -> list[str]:

@@ -9,23 +9,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from esper_triton.contracts.errors import (
     ArtifactNotFound,
     CorruptObject,
     EsperError,
-    InvalidCommit,
     StoreUnavailable,
     UntrustedArtifact,
 )
 from esper_triton.contracts.lineage import Lineage
-from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
+from esper_triton.contracts.manifest import KernelStatus, Manifest
 from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
 from esper_triton.contracts.record import SCHEMA_VERSION, Figures, Record, Role
+from esper_triton.urza import changes, keeping
 from esper_triton.urza.archive import Admitted
 from esper_triton.urza.carrying import Imported, export_archive, import_archive
-from esper_triton.urza.checks import check_commit, check_size
 from esper_triton.urza.collecting import Collected, Progress, all_objects, collect
 from esper_triton.urza.directory import Damage, Directory, object_parts
 from esper_triton.urza.elsewhere import elsewhere
@@ -33,26 +30,11 @@ from esper_triton.urza.events import Event, Events
 from esper_triton.urza.index import Index, Row
 from esper_triton.urza.leases import Leases
 from esper_triton.urza.requests import recall, remember
-from esper_triton.urza.shelf import (
-    BLOB_LIMIT_BYTES,
-    Artifact,
-    Shelf,
-    is_id,
-)
+from esper_triton.urza.shelf import Artifact, Shelf, is_id
 from esper_triton.urza.trust import Keys, Trust
 from esper_triton.urza.verifying import Verified, verify
 
-__all__ = ["ALLOWED", "Artifact", "Imported", "Urza", "default_root"]
-
-ALLOWED: dict[KernelStatus, tuple[KernelStatus, ...]] = {
-    KernelStatus.PENDING_BENCHMARKING: (KernelStatus.VALIDATED, KernelStatus.REJECTED),
-    KernelStatus.PENDING_HARDWARE: (KernelStatus.VALIDATED, KernelStatus.REJECTED),
-    KernelStatus.VALIDATED: (KernelStatus.REJECTED, KernelStatus.ARCHIVED),
-    KernelStatus.REJECTED: (KernelStatus.ARCHIVED,),
-    KernelStatus.ARCHIVED: (),
-}
-
-_LINEAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+__all__ = ["Artifact", "Imported", "Urza", "default_root"]
 
 
 class Urza:
@@ -248,7 +230,7 @@ class Urza:
         another release has it, NotAuthorized where this process may not sign it (nothing is written then), and
         StoreUnavailable.
         """
-        artifact, _ = self._commit(manifest, manifest.canonical_bytes(), blobs, None)
+        artifact, _ = changes.commit(self._shelf, manifest, manifest.canonical_bytes(), blobs, None)
         self._keep_within(sum(map(len, blobs.values())))
         return artifact
 
@@ -267,50 +249,10 @@ class Urza:
         VALIDATED and REJECTED are signed by the prover, and so are tags and figures, which stay as they were where they
         are not given. With the status that it has already, the report stays too: the first verdict counts.
 
-        Raises InvalidCommit where the move is not in `ALLOWED`, NotAuthorized, and as `get` does.
+        Raises InvalidCommit where the move is not in `changes.ALLOWED`, NotAuthorized, and as `get` does.
         """
         self.get(artifact_id)  # an unknown id must not make the directory, as the lock does
-
-        def read() -> tuple[Record, Artifact, bytes]:
-            _, record = self._shelf.record(artifact_id)
-            return record, self._shelf.artifact(artifact_id), self._shelf.manifest_bytes(record)
-
-        with self._shelf.lock():
-            record, artifact, content = self._shelf.read_or_set_aside(artifact_id, read)
-            new_tags = record.tags if tags is None else tuple(dict.fromkeys(tags))
-            new_figures = record.figures if figures is None else figures
-            same = (new_tags, new_figures) == (record.tags, record.figures)
-            if status == artifact.status and same:
-                return artifact
-            allowed = ALLOWED[artifact.status]
-            if status != artifact.status and status not in allowed:
-                moves = ", ".join(allowed) or "nothing; the status is final"
-                raise InvalidCommit(
-                    f"artifact {artifact_id!r} cannot go from {artifact.status} to {status}; allowed: {moves}"
-                )
-            manifest = artifact.manifest
-            if status != artifact.status:
-                update: dict[str, object] = {"status": KernelStatus(status)}
-                if report is not None:
-                    check_size("the report", report, BLOB_LIMIT_BYTES)
-                    update["report"] = sha256(report)
-                manifest = manifest.model_copy(update=update)
-                content = manifest.canonical_bytes()  # else it keeps its bytes: they may be of an older schema
-            try:
-                probe = Record(id=artifact_id, manifest=record.manifest, tags=new_tags, figures=new_figures)
-            except ValidationError as error:
-                raise InvalidCommit(f"artifact {artifact_id!r}: {error}") from error
-            self._shelf.signer(probe, manifest)  # before anything is written
-            if report is not None and manifest.report == sha256(report):
-                self._shelf.objects.write_object(report, limit_bytes=BLOB_LIMIT_BYTES)
-            return self._shelf.publish(
-                manifest,
-                content,
-                what="status" if status != artifact.status else "characterized",
-                before=artifact.manifest,
-                tags=probe.tags,
-                figures=probe.figures,
-            )
+        return changes.set_status(self._shelf, artifact_id, status, report, tags, figures)
 
     def characterize(self, artifact_id: str, *, tags: Iterable[str] | None = None, figures: Figures) -> Artifact:
         """Gives an artifact that has a verdict the tags and figures that its prover found. Raises as `set_status`."""
@@ -334,19 +276,7 @@ class Urza:
         For an artifact whose origin is known: what it says of itself is taken for true. Raises as `set_status` does,
         and InvalidCommit where it has a signature, which is for `trust` to name.
         """
-
-        def read() -> tuple[Record, Manifest, bytes]:
-            content, record = self._shelf.record(artifact_id)
-            return record, self._shelf.manifest(artifact_id, content, record), self._shelf.manifest_bytes(record)
-
-        self._shelf.repaired_or_refused(artifact_id, read)
-        with self._shelf.lock():
-            record, manifest, content = self._shelf.read_or_set_aside(artifact_id, read)
-            if record.signature is not None:
-                raise InvalidCommit(
-                    f"artifact {artifact_id!r} is signed, by {record.signature.role} key {record.signature.key[:16]}"
-                )
-            return self._shelf.publish(manifest, content, what="signed", before=manifest)
+        return changes.sign(self._shelf, artifact_id)
 
     def is_unsigned(self, artifact_id: str) -> bool:
         """Whether there is a record that nobody has signed. Raises as `get` does."""
@@ -430,27 +360,12 @@ class Urza:
         `manifest`, or has the same manifest and other tags, figures or signature, and else it is kept. Raises as
         `commit` does.
         """
-        check_commit(manifest, content, blobs)
-        with self._shelf.lock():
-            stored = self._intact(manifest)
-            before = None
-            if stored is not None:
-                before = stored.manifest
-                same = self._shelf.head(manifest.id) == sha256(record.canonical_bytes())
-                if same or (
-                    allowed is not None
-                    and manifest.status not in allowed[stored.status]
-                    and not (stored.digest == record.manifest and record.is_characterized)
-                ):
-                    return stored
-            for blob in blobs.values():
-                self._shelf.objects.write_object(blob, limit_bytes=BLOB_LIMIT_BYTES)
-            return self._shelf.publish(manifest, content, what="imported", before=before, record=record)
+        return changes.take(self._shelf, manifest, content, blobs, record, allowed)
 
     def take_signed(self, manifest: Manifest, content: bytes, blobs: Mapping[str, bytes], record: Record) -> Artifact:
         """`take`, where the status allows it, after the trust policy has. Raises as it does, UntrustedArtifact."""
         self.check_trust(record, manifest)
-        artifact = self.take(manifest, content, blobs, record, ALLOWED)
+        artifact = self.take(manifest, content, blobs, record, changes.ALLOWED)
         self._keep_within(sum(map(len, blobs.values())))
         return artifact
 
@@ -477,21 +392,15 @@ class Urza:
 
     def pin(self, artifact_id: str) -> None:
         """No collection removes it until `unpin`. Raises ArtifactNotFound, StoreUnavailable."""
-        self._shelf.record_exists(artifact_id)
-        with self._shelf.lock():
-            self._shelf.record_exists(artifact_id)
-            self._directory.write(("pins", artifact_id), b"")
+        keeping.pin(self._shelf, artifact_id)
 
     def unpin(self, artifact_id: str) -> bool:
         """Whether it was pinned. Raises StoreUnavailable."""
-        if not is_id(artifact_id) or self._directory.stat(("pins", artifact_id)) is None:
-            return False
-        with self._shelf.lock():
-            return self._directory.remove(("pins", artifact_id))
+        return keeping.unpin(self._shelf, artifact_id)
 
     def pins(self) -> list[str]:
         """The ids that are pinned, sorted. Raises StoreUnavailable."""
-        return [name for name in self._directory.names("pins") if is_id(name)]
+        return keeping.pins(self._directory)
 
     def name_lineage(self, name: str, lineage: Lineage) -> None:
         """Keeps what a saved model has grown: no collection removes a VALIDATED artifact that `lineage` names until
@@ -499,18 +408,11 @@ class Urza:
 
         Raises ValueError where `name` is not of letters, digits, `_`, `.` and `-`, and StoreUnavailable.
         """
-        if not _LINEAGE_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot name a lineage: letters, digits, '_', '.' and '-' can, 100 of them")
-        ids = sorted({entry.artifact_id for entry in lineage.seeds})
-        with self._shelf.lock():
-            self._directory.write(("lineages", name), "".join(f"{one}\n" for one in ids).encode())
+        keeping.name_lineage(self._shelf, name, lineage)
 
     def forget_lineage(self, name: str) -> bool:
         """Whether there was one. Raises StoreUnavailable."""
-        if not _LINEAGE_NAME.fullmatch(name) or self._directory.stat(("lineages", name)) is None:
-            return False
-        with self._shelf.lock():
-            return self._directory.remove(("lineages", name))
+        return keeping.forget_lineage(self._shelf, name)
 
     def gc(self, max_bytes: int | None = None, *, dry_run: bool = False, progress: Progress | None = None) -> Collected:
         """Removes what no artifact needs and, down to `max_bytes` (or the store's), artifacts; see `collect`."""
@@ -548,7 +450,7 @@ class Urza:
         trusted = self.trust.trusted(self._keys.public())
 
         def add(one: Admitted, blobs: dict[str, bytes]) -> bool:
-            _, new = self._commit(one.manifest, one.content, blobs, one.record)
+            _, new = changes.commit(self._shelf, one.manifest, one.content, blobs, one.record)
             self._keep_within(sum(map(len, blobs.values())))
             return new
 
@@ -561,43 +463,6 @@ class Urza:
         )
 
     # ---- inside
-
-    def _commit(
-        self, manifest: Manifest, content: bytes, blobs: Mapping[str, bytes], record: Record | None
-    ) -> tuple[Artifact, bool]:
-        check_commit(manifest, content, blobs)
-        with self._shelf.lock():
-            stored = self._intact(manifest)
-            if stored is not None:
-                return stored, False
-            if record is None:
-                self._shelf.signer(Record(id=manifest.id, manifest=sha256(content)), manifest)  # or nothing is written
-            for blob in blobs.values():
-                self._shelf.objects.write_object(blob, limit_bytes=BLOB_LIMIT_BYTES)
-            # If blobs were all that it lacked, the stored manifest stands: its verdict was on these very bytes.
-            stored = self._intact(manifest)
-            if stored is not None:
-                return stored, False
-            what = "committed" if record is None else "imported"
-            return self._shelf.publish(manifest, content, what=what, record=record), True
-
-    def _intact(self, manifest: Manifest) -> Artifact | None:
-        """The artifact stored under this id, None where there is none or it is damaged. Only under the lock."""
-        try:
-            stored, _ = self._shelf.whole(manifest.id)
-        except (ArtifactNotFound, UntrustedArtifact):
-            return None
-        except Damage as damage:
-            self._shelf.set_aside(manifest.id, damage)
-            return None
-        for name in ("blueprint_id", "target", "pipeline", "toolchain", "dims", "dtype"):
-            found, offered = getattr(stored.manifest, name), getattr(manifest, name)
-            if found != offered:
-                raise InvalidCommit(
-                    f"artifact id {manifest.id!r} is taken by another build: {name} is {found!r} in the store and "
-                    f"{offered!r} in the manifest offered"
-                )
-        return stored
 
     def _existing(self, artifact_id: str) -> Artifact | None:
         try:

@@ -10,8 +10,9 @@ from esper_triton.contracts.errors import ArtifactNotFound, ArtifactRefused, Esp
 from esper_triton.contracts.manifest import sha256
 from esper_triton.contracts.record import Role, roles_for
 from esper_triton.urza.audit import START, parse_entry
-from esper_triton.urza.collecting import all_objects, named_by_lineages
+from esper_triton.urza.collecting import all_objects
 from esper_triton.urza.directory import Damage, object_parts
+from esper_triton.urza.keeping import named_by_lineages
 from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, Shelf, roles_of_blobs
 from esper_triton.urza.trust import is_signed
 

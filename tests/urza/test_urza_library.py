@@ -17,7 +17,7 @@ from esper_triton.contracts.errors import (
 )
 from esper_triton.contracts.manifest import KernelStatus, sha256
 from esper_triton.urza import Urza, default_root
-from esper_triton.urza.library import ALLOWED
+from esper_triton.urza.changes import ALLOWED
 
 OTHER_ID = "0123456789ab-cpu-standard-ba9876543211"
 
