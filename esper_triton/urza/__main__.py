@@ -278,8 +278,8 @@ def _gc(store: Urza, options: argparse.Namespace) -> int:
         _print(table)
     over = f", {done.over_bytes:,} more than allowed" if done.over_bytes else ""
     sys.stdout.write(
-        f"{'would remove' if done.dry_run else 'removed'} {len(done.removed)} artifacts and {done.objects} objects, "
-        f"{done.freed_bytes:,} bytes; {done.kept_bytes:,} bytes are left{over}\n"
+        f"{'would remove' if done.dry_run else 'removed'} {len(done.removed)} artifacts, {done.objects} objects and "
+        f"{done.requests} requests, {done.freed_bytes:,} bytes; {done.kept_bytes:,} bytes are left{over}\n"
     )
     return 0
 
