@@ -42,8 +42,9 @@ class RemoteUrza(CachedUrza):
     """A store behind a server; see CachedUrza for what is kept here.
 
     `commit`, `set_status` and what is made of them are done by the server, which signs them if the token allows.
-    `query`, `history` and `ids` ask it, and the cache while it cannot be reached. Pins, lineages, leases, `gc`
-    and `verify` are of the cache.
+    `query`, `history`, `ids` and `pins` ask it, and the cache while it cannot be reached. What is pinned, or named by a
+    lineage, stays at the server and in the cache. Leases and `verify` are of the cache: what a process has loaded lies
+    there, so that it needs nothing of the server any more.
     """
 
     def __init__(
@@ -187,6 +188,58 @@ class RemoteUrza(CachedUrza):
         answer = self._server.ask("POST", path, json.dumps(body).encode())
         self._take(artifact_id, self._record_of(answer))
         return self.get(artifact_id)
+
+    # ---- space
+
+    def pin(self, artifact_id: str) -> bool:
+        try:
+            changed = self._ask_pin(artifact_id, pinned=True)
+        except InvalidCommit as error:  # no id
+            raise ArtifactNotFound(str(error)) from None
+        with contextlib.suppress(ArtifactRefused, CorruptObject, Unreachable):  # what may not be loaded here
+            self._fetch(artifact_id)
+            super().pin(artifact_id)
+        return changed
+
+    def unpin(self, artifact_id: str) -> bool:
+        try:
+            changed = self._ask_pin(artifact_id, pinned=False)
+        except InvalidCommit:
+            return False
+        super().unpin(artifact_id)
+        return changed
+
+    def pins(self) -> list[str]:
+        try:
+            return sorted(map(str, self._server.ask("GET", "/v1/pins").json()["pins"]))
+        except Unreachable as error:
+            self._offline(error)
+            return super().pins()
+        except (KeyError, TypeError) as error:
+            raise StoreUnavailable(f"{self._server.url}: its answer has no pins: {error}") from error
+
+    def keep_named(self, name: str, artifact_ids: Iterable[str]) -> None:
+        ids = sorted(set(artifact_ids))
+        super().keep_named(name, ids)
+        self._ask_named(name, ids)
+
+    def forget_lineage(self, name: str) -> bool:
+        was = super().forget_lineage(name)
+        with contextlib.suppress(InvalidCommit):  # no name
+            self._ask_named(name, [])
+        return was
+
+    def _ask_pin(self, artifact_id: str, *, pinned: bool) -> bool:
+        path = f"/v1/artifacts/{quote(artifact_id, safe='')}/pin"
+        answer = self._server.ask("POST", path, json.dumps({"pinned": pinned}).encode()).json()
+        try:
+            return bool(answer["changed"])
+        except (KeyError, TypeError) as error:
+            raise StoreUnavailable(f"{self._server.url}: it does not say what became of a pin: {error}") from error
+
+    def _ask_named(self, name: str, ids: list[str]) -> None:
+        body = json.dumps({"artifacts": ids}).encode()
+        self._server.ask("POST", f"/v1/lineages/{quote(name, safe='')}", body)
 
     # ---- inside
 

@@ -390,9 +390,12 @@ class Urza:
 
     # ---- space
 
-    def pin(self, artifact_id: str) -> None:
-        """No collection removes it until `unpin`. Raises ArtifactNotFound, StoreUnavailable."""
-        keeping.pin(self._shelf, artifact_id)
+    def pin(self, artifact_id: str) -> bool:
+        """No collection removes it until `unpin`; whether it was not pinned before. Its history has both.
+
+        Raises ArtifactNotFound, StoreUnavailable.
+        """
+        return keeping.pin(self._shelf, artifact_id)
 
     def unpin(self, artifact_id: str) -> bool:
         """Whether it was pinned. Raises StoreUnavailable."""
@@ -408,7 +411,11 @@ class Urza:
 
         Raises ValueError where `name` is not of letters, digits, `_`, `.` and `-`, and StoreUnavailable.
         """
-        keeping.name_lineage(self._shelf, name, lineage)
+        self.keep_named(name, (entry.artifact_id for entry in lineage.seeds))
+
+    def keep_named(self, name: str, artifact_ids: Iterable[str]) -> None:
+        """`name_lineage` by the ids alone."""
+        keeping.name_lineage(self._shelf, name, artifact_ids)
 
     def forget_lineage(self, name: str) -> bool:
         """Whether there was one. Raises StoreUnavailable."""

@@ -6,6 +6,9 @@
     GET       /v1/artifacts/{id}       record and manifest; ETag is the SHA-256 of the record                read
     POST      /v1/artifacts            commits what was put: {"manifest": sha256, "record": null}            write
     POST      /v1/artifacts/{id}/status  {"status": "VALIDATED", "report": sha256, ...}                      validate
+    POST      /v1/artifacts/{id}/pin     {"pinned": true}: no collection removes it, or false                write
+    GET       /v1/pins                 the ids of all that are pinned                                        read
+    POST      /v1/lineages/{name}      {"artifacts": [id, ...]}: none removes these; [] forgets the name     write
     POST      /v1/kernels/query        a KernelQuery                                                         read
     GET       /v1/history/{id or blueprint}                                                                  read
     GET       /health                  whether the store can be read, and its public keys                    -
@@ -54,7 +57,7 @@ from esper_triton.urza import serving
 from esper_triton.urza.directory import Damage
 from esper_triton.urza.incoming import Incoming, sweep
 from esper_triton.urza.library import Urza
-from esper_triton.urza.serving import Commit, Missing, Verdict
+from esper_triton.urza.serving import Commit, Missing, Named, Pin, Verdict
 from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, is_id
 from esper_triton.urza.tokens import Access, Rate, Token, find
 
@@ -174,6 +177,9 @@ class _Server:
             ("POST", "/v1/artifacts", self._commit),
             ("GET", "/v1/artifacts/{id}", self._get_artifact),
             ("POST", "/v1/artifacts/{id}/status", self._set_status),
+            ("POST", "/v1/artifacts/{id}/pin", self._pin),
+            ("GET", "/v1/pins", self._pins),
+            ("POST", "/v1/lineages/{name}", self._name_lineage),
             ("POST", "/v1/kernels/query", self._query),
             ("GET", "/v1/history/{id}", self._history),
             ("GET", "/health", self._health),
@@ -355,6 +361,27 @@ class _Server:
         asked = await self._body(request, Verdict)
         await self._call(serving.set_status, self._store, artifact_id, asked, access)
         return await self._artifact(artifact_id, 200)
+
+    async def _pin(self, request: web.Request) -> web.StreamResponse:
+        self._allowed(request, Access.WRITE)
+        artifact_id = _id_of(request)
+        asked = await self._body(request, Pin)
+        changed = await self._call(serving.pin, self._store, artifact_id, asked)
+        return _json({"id": artifact_id, "pinned": asked.pinned, "changed": changed})
+
+    async def _pins(self, request: web.Request) -> web.StreamResponse:
+        self._allowed(request, Access.READ)
+        return _json({"pins": await self._call(self._store.pins)})
+
+    async def _name_lineage(self, request: web.Request) -> web.StreamResponse:
+        self._allowed(request, Access.WRITE)
+        asked = await self._body(request, Named)
+        name = request.match_info["name"]
+        try:
+            kept = await self._call(serving.name_lineage, self._store, name, asked)
+        except ValueError as error:
+            raise _Refused(400, "bad_request", str(error)[:300]) from None
+        return _json({"name": name, "kept": kept})
 
     async def _artifact(self, artifact_id: str, status: int) -> web.StreamResponse:
         head, body = await self._call(serving.answer_of, self._store, artifact_id)

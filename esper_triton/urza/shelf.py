@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
@@ -311,6 +311,15 @@ class Shelf:
         self.directory.sync("refs")
         self._tell("removed", artifact_id, f"{artifact_id} was removed")
 
+    def is_pinned(self, artifact_id: str) -> bool:
+        """Whether no collection may remove it. Raises StoreUnavailable."""
+        return self.directory.stat(("pins", artifact_id)) is not None
+
+    def note(self, what: Literal["pinned", "unpinned"], artifact_id: str) -> None:
+        """Says in the log, before it is done, what leaves the record as it is. Raises StoreUnavailable."""
+        head = self.head(artifact_id)
+        self._log(what=what, artifact=artifact_id, source=None, target=None, manifest=None, before=head, after=head)
+
     def set_aside(self, artifact_id: str, damage: Damage) -> str:
         """Moves what is damaged to the quarantine; a phrase that says where. Raises StoreUnavailable."""
         if damage.parts[0] == "refs" and not damage.missing:
@@ -372,7 +381,12 @@ class Shelf:
         """Says that the change of the last line was never made, where its writer died before it made it."""
         tail = self.log.tail()
         last = tail.entry
-        if last is None or (found := self.head(last.artifact)) == last.after or found != last.before:
+        if last is None:
+            return
+        if last.what in ("pinned", "unpinned"):
+            if self.is_pinned(last.artifact) == (last.what == "pinned"):
+                return
+        elif (found := self.head(last.artifact)) == last.after or found != last.before:
             return
         self._log(
             what="void",

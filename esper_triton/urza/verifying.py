@@ -138,7 +138,7 @@ def _heads(shelf: Shelf) -> _Heads:
             signature = entry.signature
             # What gives nothing may be unsigned or by a key that is only this store's: a process without a key must be
             # able to say what it has done.
-            gives = entry.what not in ("removed", "quarantined", "void", "imported")
+            gives = entry.what not in ("removed", "quarantined", "void", "imported", "pinned", "unpinned")
             if signature is None:
                 if gives and not shelf.trust.unsigned:
                     found.faults.append(Fault(subject, f"is not signed, and says {entry.what!r}"))
@@ -150,13 +150,14 @@ def _heads(shelf: Shelf) -> _Heads:
                 )
             elif gives and entry.target is not None and signature.role not in (*roles_for(entry.target), Role.PROVER):
                 found.faults.append(Fault(subject, f"says {entry.target}, and is signed by the {signature.role}"))
-            if entry.artifact in found.said and entry.what != "quarantined":
+            if entry.artifact in found.said and entry.what not in ("quarantined", "pinned", "unpinned"):
                 expected = found.said[entry.artifact]
                 if entry.before != expected:
                     found.faults.append(
                         Fault(subject, f"changes record {entry.before} of {entry.artifact}, which was {expected}")
                     )
-            found.said[entry.artifact] = entry.after
+            if entry.what not in ("pinned", "unpinned"):
+                found.said[entry.artifact] = entry.after
             sequence = entry.sequence
         previous = sha256(line)
         sequence += 1

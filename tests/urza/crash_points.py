@@ -121,6 +121,7 @@ def acts(archive: Path) -> dict[str, Act]:
         "import": Act(lambda urza: urza.import_(archive, resign=True), NEW_ID, None, pending),
         "collection": Act(lambda urza: urza.gc(0), OLD_ID, pending, None),
         "pin": Act(lambda urza: urza.pin(OLD_ID), OLD_ID, pending, pending),
+        "unpin": Act(lambda urza: urza.unpin(OLD_ID), OLD_ID, pending, pending, prepare=lambda urza: urza.pin(OLD_ID)),
         "load": Act(lambda urza: urza.load(OLD_ID), OLD_ID, pending, pending),
         "question": Act(lambda urza: urza.query(), OLD_ID, pending, pending),
         "refusal": Act(refuse, OLD_ID, None, None, prepare=damage, damages=True),
@@ -178,6 +179,8 @@ def main(folder: Path, name: str, *, done: bool) -> dict[str, object]:
         else:
             assert status_after_a_crash(urza, act, kept, kept_blobs) is act.after
             assert not (root / "quarantine").exists()
+        said = [change.what for change in urza.history(OLD_ID) if change.what in ("pinned", "unpinned")]
+        assert urza.pins() == ([OLD_ID] if name == "pin" else []) == [OLD_ID] * (said[-1:] == ["pinned"])
         assert {match.id for match in urza.query(statuses=list(KernelStatus))} == set(urza.ids())
         assert os.listdir(root / "tmp") == []
         urza.close()

@@ -104,6 +104,37 @@ def test_one_build_at_a_time_goes_to_the_server(client: RemoteUrza, urza: Urza):
         assert existing == urza.get(manifest.id)
 
 
+def test_what_is_pinned_or_grown_here_stays_there(client: RemoteUrza, server: Loopback, urza: Urza, tmp_path: Path):
+    client.commit(*make_artifact())
+    client.commit(*make_artifact(OTHER_ID, binary=b"other"))
+    client.promote(OTHER_ID)
+    assert [client.pin(ARTIFACT_ID) for _ in range(2)] == [True, False]
+    client.keep_named("model", [OTHER_ID])
+    reader = server.client(tmp_path / "reader", "read")
+    assert client.pins() == reader.pins() == urza.pins() == [ARTIFACT_ID]
+    with pytest.raises(NotAuthorized, match="'write'"):
+        reader.unpin(ARTIFACT_ID)
+    with pytest.raises(ArtifactNotFound, match="no artifact"):
+        client.pin(ARTIFACT_ID[:-1] + "f")
+    with pytest.raises(ArtifactNotFound, match="not an artifact id"):
+        client.pin("../../keys")
+    for directory in (urza, Urza(client.root)):  # there and here
+        kept = directory.gc(0).kept
+        assert {reason: kept[reason] for reason in ("pinned", "named by a lineage")} == {
+            "pinned": (ARTIFACT_ID,),
+            "named by a lineage": (OTHER_ID,),
+        }
+    server.stop()
+    assert client.pins() == [ARTIFACT_ID]
+    server.start()
+    client = server.client(client.root)
+    assert [client.unpin(ARTIFACT_ID) for _ in range(2)] == [True, False]
+    assert client.unpin("../../keys") is False
+    client.forget_lineage("model")
+    assert urza.gc(0).removed == (ARTIFACT_ID, OTHER_ID)
+    assert urza.verify().faults == ()
+
+
 def test_what_was_removed_there_is_gone_here(client: RemoteUrza, urza: Urza):
     client.commit(*make_artifact())
     client.load(ARTIFACT_ID)

@@ -173,6 +173,24 @@ def test_a_writer_that_died_between_log_and_record_is_no_fault_and_the_next_says
     assert kept.verify().faults == ()
 
 
+def test_a_pin_that_was_logged_and_never_made_is_said_to_be_void(kept, make_artifact, monkeypatch):
+    artifact_id = kept.ids()[0]
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.directory, "write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            kept.pin(artifact_id)
+    assert kept.pins() == []
+    kept.promote(OTHER_ID)
+    kept.pin(artifact_id)
+    said = [change.what for change in kept.history(artifact_id)]
+    assert said[-3:] == ["pinned", "void", "pinned"]
+    assert kept.verify().faults == ()
+
+
 @pytest.mark.parametrize("cut", [1, 100, 400])
 def test_a_line_that_was_never_finished_counts_as_not_there(kept, make_artifact, cut):
     lines = log_lines(kept)
