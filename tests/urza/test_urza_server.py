@@ -143,6 +143,50 @@ def test_a_client_that_sends_nothing_more_is_told_so(server: Loopback):
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
+def test_a_connection_is_not_held_by_who_sends_hardly_anything(urza: Urza, tmp_path: Path):
+    limits = Limits(per_second=1e6, burst=10**6, header_s=0.5, piece_s=0.5, slowest=1000)
+    server = Loopback(urza, tmp_path, tls=False, limits=limits)
+    write = f"Authorization: Bearer {TOKENS['write']}\r\n"
+    body = f"PUT /v1/objects/{'0' * 64} HTTP/1.1\r\nHost: localhost\r\n{write}Content-Length: 100000\r\n\r\n".encode()
+
+    def dripped(begin: bytes) -> bytes:
+        """What a client is answered that sends `begin` and then a byte now and then, until it is cut off."""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as plain:
+            plain.sendall(begin)
+            plain.settimeout(0.05)
+            answer, deadline = b"", time.monotonic() + 20
+            while time.monotonic() < deadline:
+                try:
+                    piece = plain.recv(4096)
+                    if not piece:
+                        return answer
+                    answer += piece
+                except TimeoutError:
+                    with contextlib.suppress(ConnectionError):
+                        plain.sendall(b"x")
+                except ConnectionError:
+                    return answer
+        raise AssertionError(f"still open, and answered {answer!r}")
+
+    try:
+        held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
+        for one in held:
+            one.sendall(b"GET /health HTTP/1.1\r\nHost: local")
+        assert server.ask("GET", "/health", token=None)[0] == 200, "others are served meanwhile"
+        assert dripped(b"GET /health HTTP/1.1\r\nX-Long: ") == b"", "no header is waited for"
+        assert dripped(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 200 "), "nor a second"
+        answer = dripped(body)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"slower than 1000 bytes a second" in answer
+        for one in held:
+            one.settimeout(20)
+            assert one.recv(1) == b""
+            one.close()
+        assert list((urza.root / "incoming").iterdir()) == []
+    finally:
+        server.stop()
+
+
 def test_a_damaged_object_is_not_served_and_can_be_put_again(server: Loopback, urza: Urza):
     path = f"/v1/objects/{sha256(b'right')}"
     server.ask("PUT", path, b"right")
