@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -58,7 +59,7 @@ class RemoteUrza(CachedUrza):
         cache: str | Path | None = None,
         token: str | None = None,
         ca: str | Path | None = None,
-        patience: Patience | None = None,
+        patience: Patience | Mapping[str, Any] | None = None,
         fresh_s: float = 5.0,
     ) -> None:
         """Asks nothing yet.
@@ -69,29 +70,28 @@ class RemoteUrza(CachedUrza):
                 in the cache, and a server that names others later is refused.
             max_bytes: what the cache may hold.
             cache: its directory; by default one in `~/.cache/esper/` by the URL.
-            token: else `$ESPER_URZA_TOKEN`. ca: certificates to trust instead of the system's.
+            token: '' for none, else `$ESPER_URZA_TOKEN`. ca: certificates to trust instead of the system's.
+            patience: or its fields by name.
 
         Raises ValueError, and StoreUnavailable where `ca` cannot be read.
         """
         if keys is not None:
             raise ValueError(f"{url!r}: a server signs with its own keys; keys= is for a directory")
         token = os.environ.get("ESPER_URZA_TOKEN") if token is None else token
+        patience = Patience(**patience) if isinstance(patience, Mapping) else patience
         self._server = Server(url, token=token or None, ca=ca, patience=patience)
         self._begin(self._server.url, fresh_s)
         self._keys_known = False
         super().__init__(cache or cache_root(self._server.url), trust=trust, roles=(), max_bytes=max_bytes)
-        self._options: dict[str, Any] = {
-            "trust": self.trust,
+        self._options = {
+            "trust": self.trust.as_json(),
             "max_bytes": max_bytes,
             "cache": str(self.root),
-            "token": token,
-            "ca": None if ca is None else os.fspath(ca),
-            "patience": patience,
+            "token": token or "",
+            "ca": None if ca is None else os.path.abspath(ca),
+            "patience": asdict(self._server.patience),
             "fresh_s": fresh_s,
         }
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self._server.url, self._options)
 
     def __contains__(self, artifact_id: object) -> bool:
         if not isinstance(artifact_id, str):
@@ -290,7 +290,3 @@ class RemoteUrza(CachedUrza):
                     self.directory.remove(("keys", "public"))
                     raise StoreUnavailable(f"{self._server.url}: its public keys are not of 64 hex digits")
         self._keys_known = True
-
-
-def _remake(url: str, options: Mapping[str, Any]) -> RemoteUrza:
-    return RemoteUrza(url, **options)

@@ -120,13 +120,12 @@ class Urza:
         )
         self._said: set[str] = set()
         self._unmeasured_bytes: int | None = None  # committed since `objects/` was last measured; None: never was
-        self._remade = (
-            str(self.root),
-            self.trust,
-            None if folder is None else str(folder),
-            self._keys.roles,
-            max_bytes,
-        )
+        self._options: dict[str, Any] = {
+            "trust": self.trust.as_json(),
+            "keys": None if folder is None else str(folder),
+            "roles": [role.value for role in self._keys.roles],
+            "max_bytes": max_bytes,
+        }
 
     def __repr__(self) -> str:
         return f"Urza({str(self.root)!r})"
@@ -137,8 +136,20 @@ class Urza:
         return str(self.root)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy is another object on the same directory: locks, leases and open files are not shared.
-        return _remake, self._remade
+        # A copy is another object on the same store: locks, leases and open files are not shared.
+        return Urza.received, (self.sent(),)
+
+    def sent(self) -> dict[str, Any]:
+        """What `received` opens the same store by in another process, in JSON's types. Of a URL that is the token, too,
+        which comes from nowhere else then: send it through a pipe, and not as an argument, a file or a line of a log.
+        """
+        return {"location": self.location, **self._options}
+
+    @staticmethod
+    def received(sent: Mapping[str, Any]) -> Urza:
+        """Another object on the store that `sent` is of. Raises as `Urza` does."""
+        options = dict(sent)
+        return Urza(options.pop("location"), trust=Trust.from_json(options.pop("trust")), **options)
 
     def __contains__(self, artifact_id: object) -> bool:
         """Whether an artifact was committed under this id. Does not say that its bytes are still intact."""
@@ -518,7 +529,3 @@ class Urza:
 def default_root() -> Path:
     """The directory used when none is named: `$ESPER_URZA`, else `~/.cache/esper/urza`."""
     return Path(os.environ.get("ESPER_URZA") or "~/.cache/esper/urza").expanduser()
-
-
-def _remake(root: str, trust: Trust, keys: str | None, roles: tuple[Role, ...], max_bytes: int | None) -> Urza:
-    return Urza(root, trust=trust, keys=keys, roles=roles, max_bytes=max_bytes)

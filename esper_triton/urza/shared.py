@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,18 +79,12 @@ class SharedUrza(CachedUrza):
         super().__init__(cache or cache_root(url), trust=trust, keys=keys, roles=roles, max_bytes=max_bytes)
         # What there is, without blobs, for questions: the cache itself has whole artifacts only.
         self._catalog = Urza(self.root / "catalog", trust=self.trust, roles=())
-        self._options: dict[str, Any] = {
-            "trust": self.trust,
-            "keys": None if keys is None else os.fspath(keys),
-            "roles": self._keys.roles,
-            "max_bytes": max_bytes,
+        self._options = {
+            **self._options,
             "cache": str(self.root),
-            "storage_options": storage_options,
+            "storage_options": None if storage_options is None else dict(storage_options),
             "fresh_s": fresh_s,
         }
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self._where, self._options)
 
     def __contains__(self, artifact_id: object) -> bool:
         if not is_id(artifact_id):
@@ -279,7 +272,3 @@ class SharedUrza(CachedUrza):
             raise
         except Exception as error:  # of whichever package: their classes have no common base
             raise Unreachable(f"{self._where} cannot be reached: {type(error).__name__}: {error}") from error
-
-
-def _remake(url: str, options: Mapping[str, Any]) -> SharedUrza:
-    return SharedUrza(url, **options)

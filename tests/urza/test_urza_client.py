@@ -62,9 +62,11 @@ def test_a_url_opens_a_client(server: Loopback, tmp_path: Path):
     store = Urza(server.url, cache=tmp_path / "cache", token=TOKENS["read"], ca=certificate()[0])
     assert isinstance(store, RemoteUrza)
     assert (store.location, store.root) == (server.url, tmp_path / "cache")
-    copied = pickle.loads(pickle.dumps(store))
-    assert copied.ids() == []
-    copied.close()
+    for copied in (pickle.loads(pickle.dumps(store)), Urza.received(json.loads(json.dumps(store.sent())))):
+        assert isinstance(copied, RemoteUrza)
+        assert copied.ids() == [], "it has the token and the certificate"
+        assert copied.sent() == store.sent()
+        copied.close()
     with pytest.raises(TypeError, match="token are for a URL"):
         Urza(tmp_path / "directory", token="secret")
 

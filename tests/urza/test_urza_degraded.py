@@ -191,7 +191,8 @@ def test_copies_are_other_objects_on_the_same_store(urza, make_artifact):
     urza.query()
     restricted = Urza(urza.root, trust="unsigned-ok", roles=["forge"], max_bytes=1 << 20)
     for one in (urza, restricted):
-        for other in (copy.deepcopy(one), copy.copy(one), pickle.loads(pickle.dumps(one))):
+        sent = json.loads(json.dumps(one.sent()))
+        for other in (copy.deepcopy(one), copy.copy(one), pickle.loads(pickle.dumps(one)), Urza.received(sent)):
             assert other is not one
             assert (other.root, other.trust, other.max_bytes) == (one.root, one.trust, one.max_bytes)
             assert other.load(manifest.id)[1] == blobs
