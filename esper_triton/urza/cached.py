@@ -23,6 +23,7 @@ from esper_triton.contracts.manifest import Manifest, sha256
 from esper_triton.contracts.query import KernelMatch
 from esper_triton.contracts.record import Record
 from esper_triton.urza.carrying import Imported, Progress
+from esper_triton.urza.collecting import Collected
 from esper_triton.urza.directory import Damage
 from esper_triton.urza.incoming import Incoming, sweep
 from esper_triton.urza.library import Urza
@@ -63,6 +64,11 @@ class CachedUrza(Urza, abc.ABC):
         self._swept = False
 
     # ---- what each kind has of its own
+
+    @property
+    @abc.abstractmethod
+    def _how_to_shrink(self) -> str:
+        """Why no collection is made from here, and what to do."""
 
     @abc.abstractmethod
     def _ask_record(self, artifact_id: str, known: str | None) -> bytes | None:
@@ -118,6 +124,14 @@ class CachedUrza(Urza, abc.ABC):
         raise InvalidCommit(
             f"archive {path}: an archive is imported into a directory, and from there pushed to {self._where}; nothing "
             "of it was stored"
+        )
+
+    # ---- space
+
+    def gc(self, max_bytes: int | None = None, *, dry_run: bool = False, progress: Progress | None = None) -> Collected:
+        raise InvalidCommit(
+            f"nothing was removed: {self._how_to_shrink}; for the cache of it here, `python -m esper_triton.urza gc "
+            f"--urza {self.root}`, or max_bytes="
         )
 
     # ---- inside

@@ -243,6 +243,10 @@ class RemoteUrza(CachedUrza):
 
     # ---- inside
 
+    @property
+    def _how_to_shrink(self) -> str:
+        return f"{self._where} collects its garbage where its directory is, by `gc` there"
+
     def _put(self, digest: str, content: bytes) -> None:
         path = f"/v1/objects/{digest}"
         with contextlib.suppress(ArtifactNotFound, CorruptObject, StoreUnavailable):

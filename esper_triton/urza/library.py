@@ -515,7 +515,7 @@ class Urza:
                 return
         try:
             if sum(all_objects(self._directory).values()) > self.max_bytes:
-                self.gc()
+                collect(self._shelf, max_bytes=self.max_bytes)
             self._unmeasured_bytes = 0
         except StoreUnavailable as error:  # the commit stands
             self._degraded("max_bytes", f"the store may hold more than {self.max_bytes} bytes: {error}")

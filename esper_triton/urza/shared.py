@@ -41,7 +41,8 @@ class SharedUrza(CachedUrza):
     same `keys` folder, or name the others' public keys in `trust`. A record is written after all that it names, in one
     step as far as the place has such (S3 does): that is the commit. There is no lock there: of two that write one
     artifact's record within the same moment the last one stays, whole; a record that had changed since it was read is
-    not overwritten. Nothing is removed there. The audit log, history, pins and leases are of the cache.
+    not overwritten. Nothing is removed there, so pins and lineages count in the cache alone, as leases do. The audit
+    log and the history are of the cache, too.
     """
 
     def __init__(
@@ -168,6 +169,14 @@ class SharedUrza(CachedUrza):
         return artifact
 
     # ---- inside
+
+    @property
+    def _how_to_shrink(self) -> str:
+        return (
+            f"{self._where} has no lock, and what is garbage there another machine may be about to commit; pull what "
+            "is to stay into a directory, push it from there to another prefix, and remove the old one when it is not "
+            "used any more"
+        )
 
     def _ask_record(self, artifact_id: str, known: str | None) -> bytes | None:
         if not is_id(artifact_id):

@@ -171,6 +171,8 @@ def test_what_only_a_directory_can_do_is_refused(client: RemoteUrza, urza: Urza,
     assert client.export(tmp_path / "archive.tar")[0] == 1
     with pytest.raises(InvalidCommit, match="imported into a directory, and from there pushed"):
         client.import_(tmp_path / "archive.tar")
+    with pytest.raises(InvalidCommit, match=rf"collects its garbage where its directory is.*--urza {client.root}"):
+        client.gc()
     with pytest.raises(ValueError, match="keys= is for a directory"):
         Urza(client.location, keys=tmp_path / "keys")
 
@@ -232,6 +234,18 @@ def test_a_server_with_other_keys_is_refused(client: RemoteUrza, server: Loopbac
     named = ",".join(f"{role}={key}" for role, key in urza.public_keys.items())
     with pytest.raises(UntrustedArtifact, match="which the trust policy does not name"):
         server.client(tmp_path / "fresh", trust=f"keys:{named}").load(OTHER_ID)
+
+
+def test_a_cache_is_kept_small_and_what_it_lost_comes_again(server: Loopback, urza: Urza, tmp_path: Path):
+    ids = [f"0123456789ab-cpu-standard-{number:012x}" for number in range(4)]
+    for number, artifact_id in enumerate(ids):
+        urza.commit(*make_artifact(artifact_id, binary=bytes([number]) * 20_000))
+    client = server.client(tmp_path / "cache", max_bytes=50_000)
+    for artifact_id in (*ids, *ids):
+        assert client.load(artifact_id) == urza.load(artifact_id)
+        client.release()
+        assert sum(path.stat().st_size for path in (client.root / "objects").rglob("*") if path.is_file()) <= 70_000
+    assert urza.ids() == ids
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(server: Loopback, tmp_path: Path):
