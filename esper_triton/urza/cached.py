@@ -53,8 +53,12 @@ class CachedUrza(Urza, abc.ABC):
     into the cache as a whole. Where the store cannot be reached, what the cache has is served, and told once as an
     event (`degraded`); what it lacks raises Unreachable, a StoreUnavailable. Who rules over the store elsewhere can
     give an old record of an artifact, rightly signed as that is, and nothing here can tell.
+
+    Objects and records come here without waiting for the disk, which would be most of the time of a load. A power cut
+    may damage those of the last seconds, as a load finds, which then fetches them again.
     """
 
+    _replaceable = ("objects", "refs")
     _fresh_s: float
     _where: str
 

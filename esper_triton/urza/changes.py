@@ -144,6 +144,8 @@ def sign(shelf: Shelf, artifact_id: str) -> Artifact:
 
 def _intact(shelf: Shelf, manifest: Manifest) -> Artifact | None:
     """The artifact stored under this id, None where there is none or it is damaged. Only under the lock."""
+    if not shelf.contains(manifest.id):  # asking for it would look for the nearest that there are
+        return None
     try:
         stored, _ = shelf.whole(manifest.id)
     except (ArtifactNotFound, UntrustedArtifact):

@@ -16,7 +16,7 @@ import secrets
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
@@ -84,10 +84,15 @@ class Objects(Protocol):
 
 class Directory:
     """Files under `root`. What writes may be called only inside `lock()`, where it does not say otherwise; reading
-    needs no lock."""
+    needs no lock.
 
-    def __init__(self, root: Path) -> None:
+    What lies in the `replaceable` (names directly under the root) can be had again from elsewhere. Nobody waits until
+    the disk has it: after a power cut it may be damaged, as whoever reads it finds.
+    """
+
+    def __init__(self, root: Path, *, replaceable: Iterable[str] = ()) -> None:
         self.root = root
+        self._replaceable = frozenset(replaceable)
         self._verified: OrderedDict[str, tuple[int, ...]] = OrderedDict()
         self._remembers: bool | None = None
 
@@ -228,6 +233,11 @@ class Directory:
             os.close(descriptor)
             raise
 
+    def sync_file(self, descriptor: int, parts: Sequence[str]) -> None:
+        """Puts a file or folder that is, or will be, named `parts`, on stable storage. Raises OSError."""
+        if not (parts and parts[0] in self._replaceable):
+            os.fsync(descriptor)
+
     def move(self, source: tuple[str, ...], target: tuple[str, ...]) -> None:
         """Gives a file, synced already, another name, in place of what has it. Raises StoreUnavailable."""
         with (
@@ -236,7 +246,7 @@ class Directory:
             self._folder(target[:-1], create=True) as new,
         ):
             os.replace(source[-1], target[-1], src_dir_fd=old, dst_dir_fd=new)
-            os.fsync(new)
+            self.sync_file(new, target)
 
     def forget_verified(self) -> None:
         """Hashes every object again when it is read the next time."""
@@ -322,7 +332,7 @@ class Directory:
                 descriptor = os.open(unfinished, _CREATE, mode, dir_fd=tmp)
                 try:
                     _write_all(descriptor, content)
-                    os.fsync(descriptor)  # before the rename: the name must never show bytes that are not there yet
+                    self.sync_file(descriptor, parts)  # first: the name must never show bytes that are not there yet
                 finally:
                     os.close(descriptor)
                 os.replace(unfinished, name, src_dir_fd=tmp, dst_dir_fd=folder)
@@ -330,7 +340,7 @@ class Directory:
                 with contextlib.suppress(OSError):
                     os.unlink(unfinished, dir_fd=tmp)
                 raise
-            os.fsync(folder)  # else a power cut could take the name back after a later file came to rely on it
+            self.sync_file(folder, parts)  # else a power cut could take it back after a later file came to rely on it
 
     def append(self, parts: tuple[str, ...], content: bytes, offset: int) -> None:
         """Makes `content` what the file has from `offset` on, on stable storage when this returns: after a crash, a
@@ -344,7 +354,7 @@ class Directory:
                 os.lseek(descriptor, offset, os.SEEK_SET)
                 try:
                     _write_all(descriptor, content)
-                    os.fsync(descriptor)
+                    self.sync_file(descriptor, parts)
                 except OSError:
                     with contextlib.suppress(OSError):  # a full disk: half a line would be in the way of the next
                         os.ftruncate(descriptor, offset)
@@ -352,7 +362,7 @@ class Directory:
             finally:
                 os.close(descriptor)
             if offset == 0:
-                os.fsync(folder)
+                self.sync_file(folder, parts)
 
     def remove(self, parts: tuple[str, ...]) -> bool:
         """Removes one file; whether it was there. Durable once `sync` has returned. Raises StoreUnavailable."""
@@ -366,7 +376,7 @@ class Directory:
     def sync(self, *folders: str) -> None:
         """Puts the names in a folder on stable storage. Raises StoreUnavailable."""
         with self._translated("be written"), self._folder(folders) as folder:
-            os.fsync(folder)
+            self.sync_file(folder, folders)
 
     def write_object(self, content: bytes, *, limit_bytes: int) -> str:
         """Stores `content`, in the place of a damaged one too, and returns its SHA-256. Raises StoreUnavailable."""
@@ -465,7 +475,7 @@ class Directory:
                         raise
                     with contextlib.suppress(FileExistsError):  # another reader's, who needs no lock for its lease
                         os.mkdir(part, dir_fd=descriptor)
-                    os.fsync(descriptor)
+                    self.sync_file(descriptor, parts)
                     inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
                 except NotADirectoryError as error:
                     raise self._not_a_folder(parts) from error

@@ -71,6 +71,8 @@ class Urza:
     event. What must write raises StoreUnavailable and leaves nothing half-written.
     """
 
+    _replaceable: tuple[str, ...] = ()  # see Directory
+
     def __new__(cls, root: str | Path, **_: Any) -> Urza:
         kind = elsewhere(root) if cls is Urza else None
         return object.__new__(cls if kind is None else kind)
@@ -105,7 +107,7 @@ class Urza:
         self.max_bytes = max_bytes
         self.trust = Trust.parse(trust) if isinstance(trust, str) else trust
         folder = None if keys is None else Path(os.path.abspath(Path(keys).expanduser()))
-        self._directory = Directory(self.root)
+        self._directory = Directory(self.root, replaceable=self._replaceable)
         self._events = Events()
         self._keys = Keys(self._directory, folder, [Role(role) for role in roles])
         self._shelf = Shelf(self._directory, self.trust, self._keys, self._events)

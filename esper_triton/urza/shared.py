@@ -33,6 +33,10 @@ _PIECE_BYTES = 1 << 20
 _T = TypeVar("_T")
 
 
+class _Catalog(Urza):
+    _replaceable = ("objects", "refs", "audit.log")
+
+
 class SharedUrza(CachedUrza):
     """Objects and records below a URL, named as in a directory (`objects/ab/...`, `refs/<id>`); see CachedUrza for what
     is kept here.
@@ -79,7 +83,7 @@ class SharedUrza(CachedUrza):
         self._marks: dict[str, object] = {}
         super().__init__(cache or cache_root(url), trust=trust, keys=keys, roles=roles, max_bytes=max_bytes)
         # What there is, without blobs, for questions: the cache itself has whole artifacts only.
-        self._catalog = Urza(self.root / "catalog", trust=self.trust, roles=())
+        self._catalog = _Catalog(self.root / "catalog", trust=self.trust, roles=())
         self._options = {
             **self._options,
             "cache": str(self.root),

@@ -222,6 +222,38 @@ def test_a_damaged_cache_is_repaired_from_the_server(client: RemoteUrza, urza: U
     assert client.load(ARTIFACT_ID) == urza.load(ARTIFACT_ID)
 
 
+@pytest.mark.parametrize("leaves", [lambda content: b"", lambda content: bytes(len(content))], ids=["empty", "zeros"])
+def test_a_cache_whose_power_was_cut_is_filled_again(
+    client: RemoteUrza, server: Loopback, urza: Urza, leaves: Callable[[bytes], bytes]
+):
+    client.commit(*make_artifact())
+    client.commit(*make_artifact(OTHER_ID, binary=b"other"))
+    for folder in ("refs", "objects"):
+        for path in (client.root / folder).rglob("*"):
+            if path.is_file():
+                path.write_bytes(leaves(path.read_bytes()))
+    after = server.client(client.root)
+    for artifact_id in (ARTIFACT_ID, OTHER_ID):
+        assert after.load(artifact_id) == urza.load(artifact_id)
+        assert after.load(artifact_id) == urza.load(artifact_id)
+
+
+def test_a_load_waits_for_the_disk_once_and_a_download_keeps_its_connection(
+    client: RemoteUrza, urza: Urza, monkeypatch: pytest.MonkeyPatch
+):
+    urza.commit(*make_artifact())
+    client.load(ARTIFACT_ID)
+    urza.commit(*make_artifact(OTHER_ID, binary=b"other"))
+    synced: list[str] = []
+    opened = []
+    connection = Server._connection
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(Server, "_connection", lambda self: opened.append(1) or connection(self))
+    client.load(OTHER_ID)
+    assert [path for path in synced if path.startswith(str(client.root))] == [str(client.root / "audit.log")]
+    assert opened == []
+
+
 def test_a_server_with_other_keys_is_refused(client: RemoteUrza, server: Loopback, urza: Urza, tmp_path: Path):
     client.commit(*make_artifact())
     other = Urza(tmp_path / "other")

@@ -158,6 +158,17 @@ def test_an_unknown_id_names_the_nearest_ones(urza, make_artifact):
         urza.get(OTHER_ID)
 
 
+def test_of_many_ids_only_those_that_begin_alike_are_compared(urza, make_artifact):
+    manifest, blobs = make_artifact()
+    urza.commit(manifest, blobs)
+    for number in range(300):
+        (urza.root / "refs" / f"{number:012x}-cpu-standard-{number:012x}").touch()
+    with pytest.raises(ArtifactNotFound, match=f"did you mean '{manifest.id}'"):
+        urza.get(OTHER_ID)
+    with pytest.raises(ArtifactNotFound, match="urza ls` lists what there is"):
+        urza.get("f" + OTHER_ID[1:])
+
+
 @pytest.mark.parametrize("source", list(KernelStatus))
 @pytest.mark.parametrize("target", list(KernelStatus))
 def test_a_status_moves_only_along_the_table(urza, make_artifact, source, target):
