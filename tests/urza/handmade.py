@@ -1,4 +1,7 @@
-"""Artifacts made by hand: a store does not care what its bytes are, so no compiler is needed."""
+"""Artifacts made by hand: a store does not care what its bytes are, so no compiler is needed.
+
+tests/attacks keeps what is made of them as files, and bench/urza.py fills a large store with them.
+"""
 
 from __future__ import annotations
 
