@@ -94,7 +94,7 @@ class Directory:
         self.root = root
         self._replaceable = frozenset(replaceable)
         self._verified: OrderedDict[str, tuple[int, ...]] = OrderedDict()
-        self._remembers: bool | None = None
+        self._is_local: bool | None = None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -162,7 +162,7 @@ class Directory:
 
         They are hashed on this call, unless this process has hashed this very file before and it is unchanged since:
         the same inode, size, time of change of content and of inode, the last of which no program can set. On a network
-        file system, whose times are another machine's, nothing is remembered.
+        file system, whose times are another machine's, that is not relied on.
         """
         parts = object_parts(digest)
         try:
@@ -172,7 +172,8 @@ class Directory:
                     began_ns = time.time_ns()
                     content, before = self._content(descriptor, parts, what, limit_bytes)
                     identity = _identity(before)
-                    if self._verified.get(digest) == identity == _identity(os.fstat(descriptor)):
+                    known = self._verified.get(digest) == identity == _identity(os.fstat(descriptor))
+                    if known and self._may_rely():
                         return content
                     found = sha256(content)
                     after = os.fstat(descriptor)
@@ -189,7 +190,7 @@ class Directory:
             reason = f"is corrupt: SHA-256 expected {digest}, found {found} ({len(content)} bytes)"
             raise Damage(parts, what, reason, expected=digest, found=found, size_bytes=len(content))
         settled = began_ns - max(before.st_mtime_ns, before.st_ctime_ns) > SETTLED_NS
-        if settled and identity == _identity(after) and self._may_remember():
+        if settled and identity == _identity(after):
             self._verified[digest] = identity
             if len(self._verified) > _REMEMBERED:
                 with contextlib.suppress(KeyError):  # another thread may have emptied it
@@ -214,7 +215,7 @@ class Directory:
                     reason = f"is too large: {before.st_size} bytes, at most {limit_bytes} are allowed"
                     raise Damage(parts, what, reason, expected=digest, size_bytes=before.st_size)
                 identity = _identity(before)
-                if self._verified.get(digest) == identity:
+                if self._verified.get(digest) == identity and self._may_rely():
                     return descriptor, before.st_size
                 hashed, offset = hashlib.sha256(), 0
                 while piece := os.pread(descriptor, 1 << 20, offset):
@@ -226,7 +227,7 @@ class Directory:
                     reason = f"is corrupt: SHA-256 expected {digest}, found {found} ({offset} bytes)"
                     raise Damage(parts, what, reason, expected=digest, found=found, size_bytes=offset)
                 settled = began_ns - max(before.st_mtime_ns, before.st_ctime_ns) > SETTLED_NS
-                if settled and identity == _identity(os.fstat(descriptor)) and self._may_remember():
+                if settled and identity == _identity(os.fstat(descriptor)):
                     self._verified[digest] = identity
             return descriptor, before.st_size
         except BaseException:
@@ -437,10 +438,11 @@ class Directory:
             content += more  # a read gives less than was asked for on some file systems, and of more than 2 GiB
         return content, found
 
-    def _may_remember(self) -> bool:
-        if self._remembers is None:
-            self._remembers = not on_network(self.root)
-        return self._remembers
+    def _may_rely(self) -> bool:
+        """On what was verified. Asked when there is such, since finding it out takes longer than to read an object."""
+        if self._is_local is None:
+            self._is_local = not on_network(self.root)
+        return self._is_local
 
     def _open(self, parts: tuple[str, ...], what: str) -> int:
         """A descriptor to read one file by. Spelled out, since every load comes here several times."""
