@@ -181,7 +181,10 @@ class Shelf:
 
     def whole(self, artifact_id: str, *, touch: bool = False) -> tuple[Artifact, dict[str, bytes]]:
         """The artifact and all its blobs by SHA-256. Raises as `artifact` does."""
+        is_known = artifact_id in self._trusted
         artifact = self.artifact(artifact_id, touch=touch)
+        if not is_known:  # on a disk, waiting for each in its turn is most of the time of a first load
+            self.directory.expect_objects(artifact.manifest.blobs)
         roles = roles_of_blobs(artifact.manifest)
         blobs = {
             digest: self.objects.read_object(digest, roles[digest], limit_bytes=BLOB_LIMIT_BYTES)
