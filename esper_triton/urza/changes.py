@@ -37,7 +37,7 @@ def commit(
         if record is None:
             shelf.signer(Record(id=manifest.id, manifest=sha256(content)), manifest)  # or nothing is written
         for blob in blobs.values():
-            shelf.objects.write_object(blob, limit_bytes=BLOB_LIMIT_BYTES)
+            shelf.directory.write_object(blob, limit_bytes=BLOB_LIMIT_BYTES)
         # If blobs were all that it lacked, the stored manifest stands: its verdict was on these very bytes.
         stored = _intact(shelf, manifest)
         if stored is not None:
@@ -69,7 +69,7 @@ def take(
             ):
                 return stored
         for blob in blobs.values():
-            shelf.objects.write_object(blob, limit_bytes=BLOB_LIMIT_BYTES)
+            shelf.directory.write_object(blob, limit_bytes=BLOB_LIMIT_BYTES)
         return shelf.publish(manifest, content, what="imported", before=before, record=record)
 
 
@@ -114,7 +114,7 @@ def set_status(
             raise InvalidCommit(f"artifact {artifact_id!r}: {error}") from error
         shelf.signer(probe, manifest)  # before anything is written
         if report is not None and manifest.report == sha256(report):
-            shelf.objects.write_object(report, limit_bytes=BLOB_LIMIT_BYTES)
+            shelf.directory.write_object(report, limit_bytes=BLOB_LIMIT_BYTES)
         return shelf.publish(
             manifest,
             content,

@@ -19,14 +19,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 from esper_triton.contracts.errors import StoreUnavailable
 from esper_triton.contracts.manifest import sha256
 from esper_triton.urza.filesystem import on_network
 from esper_triton.urza.locks import HeldLock
 
-__all__ = ["Damage", "Directory", "Objects", "object_parts"]
+__all__ = ["Damage", "Directory", "object_parts"]
 
 # A file that was changed within one tick of its file system's clock keeps its times. What was changed so recently is
 # hashed again: two seconds is the coarsest tick there is (FAT), and enough for a clock that is set a little wrong.
@@ -67,19 +66,6 @@ class Damage(Exception):
         super().__init__(f"{what} {reason}")
         self.parts, self.what, self.reason = parts, what, reason
         self.expected, self.found, self.size_bytes, self.missing = expected, found, size_bytes, missing
-
-
-class Objects(Protocol):
-    """What a store needs of the place where its bytes are: content by digest, and nothing else.
-
-    Records, the audit log and locks stay in a directory; a shared place for objects needs only these.
-    """
-
-    def read_object(self, digest: str, what: str, *, limit_bytes: int) -> bytes:
-        """The bytes whose SHA-256 is `digest`. Raises Damage (missing ones too) and StoreUnavailable."""
-
-    def write_object(self, content: bytes, *, limit_bytes: int) -> str:
-        """Stores `content`, in the place of a damaged one too; returns its SHA-256. Raises StoreUnavailable."""
 
 
 class Directory:

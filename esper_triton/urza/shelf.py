@@ -25,7 +25,7 @@ from esper_triton.contracts.manifest import ArtifactId, KernelStatus, Manifest, 
 from esper_triton.contracts.record import SCHEMA_VERSION as RECORD_SCHEMA
 from esper_triton.contracts.record import AuditEntry, Figures, Record, Role, roles_for
 from esper_triton.urza.audit import AuditLog, Tail, now
-from esper_triton.urza.directory import Damage, Directory, Objects
+from esper_triton.urza.directory import Damage, Directory
 from esper_triton.urza.events import Event, Events
 from esper_triton.urza.trust import Keys, Signer, Trust, is_signed, signed
 
@@ -83,7 +83,6 @@ class Shelf:
 
     def __init__(self, directory: Directory, trust: Trust, keys: Keys, events: Events) -> None:
         self.directory, self.trust, self.keys, self.events = directory, trust, keys, events
-        self.objects: Objects = directory
         self.log = AuditLog(directory)
         self._version_is_known = False
         self._happened: list[Event] = []
@@ -187,7 +186,7 @@ class Shelf:
             self.directory.expect_objects(artifact.manifest.blobs)
         roles = roles_of_blobs(artifact.manifest)
         blobs = {
-            digest: self.objects.read_object(digest, roles[digest], limit_bytes=BLOB_LIMIT_BYTES)
+            digest: self.directory.read_object(digest, roles[digest], limit_bytes=BLOB_LIMIT_BYTES)
             for digest in artifact.manifest.blobs
         }
         return artifact, blobs
@@ -215,7 +214,7 @@ class Shelf:
 
     def manifest_bytes(self, record: Record) -> bytes:
         """As they are stored. Raises Damage, StoreUnavailable."""
-        return self.objects.read_object(record.manifest, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+        return self.directory.read_object(record.manifest, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
 
     def repaired_or_refused(self, artifact_id: str, read: Callable[[], _T]) -> _T:
         """What `read` gives. On damage it is read once more under the lock: a writer may have repaired it since, and a
@@ -266,7 +265,7 @@ class Shelf:
                 id=manifest.id, manifest=sha256(content), tags=tags, figures=figures if figures else Figures()
             )
             record = signed(unsigned, self.signer(unsigned, manifest))
-        digest = self.objects.write_object(content, limit_bytes=MANIFEST_LIMIT_BYTES)
+        digest = self.directory.write_object(content, limit_bytes=MANIFEST_LIMIT_BYTES)
         after = record.canonical_bytes()
         self._log(
             what=what,

@@ -63,7 +63,7 @@ def verify(shelf: Shelf, progress: Progress | None = None) -> Verified:
     total, done, bad = len(objects) + len(ids), 0, set()
     for digest in objects:
         try:
-            shelf.objects.read_object(digest, f"object {digest}", limit_bytes=BLOB_LIMIT_BYTES)
+            shelf.directory.read_object(digest, f"object {digest}", limit_bytes=BLOB_LIMIT_BYTES)
         except Damage as damage:
             if shelf.directory.stat(object_parts(digest)) is not None:  # else a collection has removed it meanwhile
                 bad.add(digest)
