@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import ValidationError
 
-from esper_triton.contracts.errors import EsperError, StoreUnavailable
+from esper_triton.contracts.errors import EsperError, InvalidCommit, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
 from esper_triton.urza import Urza, default_root
@@ -197,7 +197,7 @@ def _ls(store: Urza, options: argparse.Namespace) -> int:
         table.add_row(match.id, match.blueprint_name, match.status.value, " ".join(match.tags), *_numbers(match))
     _print(table)
     shown = "" if len(found) < options.limit else f"; there may be more than --limit {options.limit}"
-    sys.stdout.write(f"{len(found)} artifacts in {store.root}{shown}\n")
+    sys.stdout.write(f"{len(found)} artifacts in {store.location}{shown}\n")
     return 0
 
 
@@ -256,16 +256,24 @@ def _verify(store: Urza, options: argparse.Namespace) -> int:
                 table.add_row(fault.subject, fault.message)
             _print(table)
         sys.stdout.write(
-            f"{verified.artifacts} artifacts, {verified.objects} objects ({verified.size_bytes:,} bytes), "
-            f"{verified.entries} lines of the audit log: {len(verified.faults) or 'no'} "
-            f"{'fault' if len(verified.faults) == 1 else 'faults'}\n"
+            f"{_place(store)}: {verified.artifacts} artifacts, {verified.objects} objects "
+            f"({verified.size_bytes:,} bytes), {verified.entries} lines of the audit log: "
+            f"{len(verified.faults) or 'no'} {'fault' if len(verified.faults) == 1 else 'faults'}\n"
         )
     return 1 if verified.faults else 0
 
 
+def _place(store: Urza) -> str:
+    """Whose bytes were looked at."""
+    return str(store.root) if elsewhere(store.location) is None else f"{store.root}, the cache of {store.location}"
+
+
 def _gc(store: Urza, options: argparse.Namespace) -> int:
-    with _progress("collecting") as progress:
-        done = store.gc(options.max_bytes, dry_run=options.dry_run, progress=progress)
+    try:
+        with _progress("collecting") as progress:
+            done = store.gc(options.max_bytes, dry_run=options.dry_run, progress=progress)
+    except InvalidCommit as error:  # a URL
+        return _failed(error, 2)
     if options.json:
         return _print_json(asdict(done))
     table = _table(("artifact", "what became of it"), ())
@@ -278,8 +286,8 @@ def _gc(store: Urza, options: argparse.Namespace) -> int:
         _print(table)
     over = f", {done.over_bytes:,} more than allowed" if done.over_bytes else ""
     sys.stdout.write(
-        f"{'would remove' if done.dry_run else 'removed'} {len(done.removed)} artifacts and {done.objects} objects, "
-        f"{done.freed_bytes:,} bytes; {done.kept_bytes:,} bytes are left{over}\n"
+        f"{'would remove' if done.dry_run else 'removed'} {len(done.removed)} artifacts, {done.objects} objects and "
+        f"{done.requests} requests, {done.freed_bytes:,} bytes; {done.kept_bytes:,} bytes are left{over}\n"
     )
     return 0
 

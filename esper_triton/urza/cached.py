@@ -23,6 +23,7 @@ from esper_triton.contracts.manifest import Manifest, sha256
 from esper_triton.contracts.query import KernelMatch
 from esper_triton.contracts.record import Record
 from esper_triton.urza.carrying import Imported, Progress
+from esper_triton.urza.collecting import Collected
 from esper_triton.urza.directory import Damage
 from esper_triton.urza.incoming import Incoming, sweep
 from esper_triton.urza.library import Urza
@@ -52,8 +53,12 @@ class CachedUrza(Urza, abc.ABC):
     into the cache as a whole. Where the store cannot be reached, what the cache has is served, and told once as an
     event (`degraded`); what it lacks raises Unreachable, a StoreUnavailable. Who rules over the store elsewhere can
     give an old record of an artifact, rightly signed as that is, and nothing here can tell.
+
+    Objects and records come here without waiting for the disk, which would be most of the time of a load. A power cut
+    may damage those of the last seconds, as a load finds, which then fetches them again.
     """
 
+    _replaceable = ("objects", "refs")
     _fresh_s: float
     _where: str
 
@@ -63,6 +68,11 @@ class CachedUrza(Urza, abc.ABC):
         self._swept = False
 
     # ---- what each kind has of its own
+
+    @property
+    @abc.abstractmethod
+    def _how_to_shrink(self) -> str:
+        """Why no collection is made from here, and what to do."""
 
     @abc.abstractmethod
     def _ask_record(self, artifact_id: str, known: str | None) -> bytes | None:
@@ -118,6 +128,14 @@ class CachedUrza(Urza, abc.ABC):
         raise InvalidCommit(
             f"archive {path}: an archive is imported into a directory, and from there pushed to {self._where}; nothing "
             "of it was stored"
+        )
+
+    # ---- space
+
+    def gc(self, max_bytes: int | None = None, *, dry_run: bool = False, progress: Progress | None = None) -> Collected:
+        raise InvalidCommit(
+            f"nothing was removed: {self._how_to_shrink}; for the cache of it here, `python -m esper_triton.urza gc "
+            f"--urza {self.root}`, or max_bytes="
         )
 
     # ---- inside

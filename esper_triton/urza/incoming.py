@@ -85,12 +85,12 @@ class Incoming:
         Raises StoreUnavailable."""
         assert self._lock.descriptor is not None
         try:
-            os.fsync(self._lock.descriptor)
+            digest = self.digest
+            self._directory.sync_file(self._lock.descriptor, object_parts(digest))
         except OSError as error:
             raise StoreUnavailable(
                 f"store {self._directory.root} cannot be written: {error.strerror or error}"
             ) from error
-        digest = self.digest
         with self._directory.lock():
             self._directory.move(self._parts, object_parts(digest))
         self._lock.release()

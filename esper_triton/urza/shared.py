@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +33,10 @@ _PIECE_BYTES = 1 << 20
 _T = TypeVar("_T")
 
 
+class _Catalog(Urza):
+    _replaceable = ("objects", "refs", "audit.log")
+
+
 class SharedUrza(CachedUrza):
     """Objects and records below a URL, named as in a directory (`objects/ab/...`, `refs/<id>`); see CachedUrza for what
     is kept here.
@@ -42,7 +45,8 @@ class SharedUrza(CachedUrza):
     same `keys` folder, or name the others' public keys in `trust`. A record is written after all that it names, in one
     step as far as the place has such (S3 does): that is the commit. There is no lock there: of two that write one
     artifact's record within the same moment the last one stays, whole; a record that had changed since it was read is
-    not overwritten. Nothing is removed there. The audit log, history, pins and leases are of the cache.
+    not overwritten. Nothing is removed there, so pins and lineages count in the cache alone, as leases do. The audit
+    log and the history are of the cache, too.
     """
 
     def __init__(
@@ -79,19 +83,13 @@ class SharedUrza(CachedUrza):
         self._marks: dict[str, object] = {}
         super().__init__(cache or cache_root(url), trust=trust, keys=keys, roles=roles, max_bytes=max_bytes)
         # What there is, without blobs, for questions: the cache itself has whole artifacts only.
-        self._catalog = Urza(self.root / "catalog", trust=self.trust, roles=())
-        self._options: dict[str, Any] = {
-            "trust": self.trust,
-            "keys": None if keys is None else os.fspath(keys),
-            "roles": self._keys.roles,
-            "max_bytes": max_bytes,
+        self._catalog = _Catalog(self.root / "catalog", trust=self.trust, roles=())
+        self._options = {
+            **self._options,
             "cache": str(self.root),
-            "storage_options": storage_options,
+            "storage_options": None if storage_options is None else dict(storage_options),
             "fresh_s": fresh_s,
         }
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self._where, self._options)
 
     def __contains__(self, artifact_id: object) -> bool:
         if not is_id(artifact_id):
@@ -175,6 +173,14 @@ class SharedUrza(CachedUrza):
         return artifact
 
     # ---- inside
+
+    @property
+    def _how_to_shrink(self) -> str:
+        return (
+            f"{self._where} has no lock, and what is garbage there another machine may be about to commit; pull what "
+            "is to stay into a directory, push it from there to another prefix, and remove the old one when it is not "
+            "used any more"
+        )
 
     def _ask_record(self, artifact_id: str, known: str | None) -> bytes | None:
         if not is_id(artifact_id):
@@ -279,7 +285,3 @@ class SharedUrza(CachedUrza):
             raise
         except Exception as error:  # of whichever package: their classes have no common base
             raise Unreachable(f"{self._where} cannot be reached: {type(error).__name__}: {error}") from error
-
-
-def _remake(url: str, options: Mapping[str, Any]) -> SharedUrza:
-    return SharedUrza(url, **options)

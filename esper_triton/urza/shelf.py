@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
@@ -25,7 +25,7 @@ from esper_triton.contracts.manifest import ArtifactId, KernelStatus, Manifest, 
 from esper_triton.contracts.record import SCHEMA_VERSION as RECORD_SCHEMA
 from esper_triton.contracts.record import AuditEntry, Figures, Record, Role, roles_for
 from esper_triton.urza.audit import AuditLog, Tail, now
-from esper_triton.urza.directory import Damage, Directory, Objects
+from esper_triton.urza.directory import Damage, Directory
 from esper_triton.urza.events import Event, Events
 from esper_triton.urza.trust import Keys, Signer, Trust, is_signed, signed
 
@@ -50,7 +50,8 @@ _FORMAT = ("urza.json",)
 _ARTIFACT_ID: TypeAdapter[str] = TypeAdapter(ArtifactId)
 _REMEMBERED = 4096
 _TOUCH_AFTER_S = 60.0
-_MOST_COMPARED = 2000
+_MOST_LISTED = 2000
+_MOST_COMPARED = 100  # about 70 us for each
 _T = TypeVar("_T")
 
 
@@ -82,7 +83,6 @@ class Shelf:
 
     def __init__(self, directory: Directory, trust: Trust, keys: Keys, events: Events) -> None:
         self.directory, self.trust, self.keys, self.events = directory, trust, keys, events
-        self.objects: Objects = directory
         self.log = AuditLog(directory)
         self._version_is_known = False
         self._happened: list[Event] = []
@@ -180,10 +180,13 @@ class Shelf:
 
     def whole(self, artifact_id: str, *, touch: bool = False) -> tuple[Artifact, dict[str, bytes]]:
         """The artifact and all its blobs by SHA-256. Raises as `artifact` does."""
+        is_known = artifact_id in self._trusted
         artifact = self.artifact(artifact_id, touch=touch)
+        if not is_known:  # on a disk, waiting for each in its turn is most of the time of a first load
+            self.directory.expect_objects(artifact.manifest.blobs)
         roles = roles_of_blobs(artifact.manifest)
         blobs = {
-            digest: self.objects.read_object(digest, roles[digest], limit_bytes=BLOB_LIMIT_BYTES)
+            digest: self.directory.read_object(digest, roles[digest], limit_bytes=BLOB_LIMIT_BYTES)
             for digest in artifact.manifest.blobs
         }
         return artifact, blobs
@@ -211,7 +214,7 @@ class Shelf:
 
     def manifest_bytes(self, record: Record) -> bytes:
         """As they are stored. Raises Damage, StoreUnavailable."""
-        return self.objects.read_object(record.manifest, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+        return self.directory.read_object(record.manifest, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
 
     def repaired_or_refused(self, artifact_id: str, read: Callable[[], _T]) -> _T:
         """What `read` gives. On damage it is read once more under the lock: a writer may have repaired it since, and a
@@ -262,7 +265,7 @@ class Shelf:
                 id=manifest.id, manifest=sha256(content), tags=tags, figures=figures if figures else Figures()
             )
             record = signed(unsigned, self.signer(unsigned, manifest))
-        digest = self.objects.write_object(content, limit_bytes=MANIFEST_LIMIT_BYTES)
+        digest = self.directory.write_object(content, limit_bytes=MANIFEST_LIMIT_BYTES)
         after = record.canonical_bytes()
         self._log(
             what=what,
@@ -310,6 +313,15 @@ class Shelf:
         self.directory.remove(("refs", artifact_id))
         self.directory.sync("refs")
         self._tell("removed", artifact_id, f"{artifact_id} was removed")
+
+    def is_pinned(self, artifact_id: str) -> bool:
+        """Whether no collection may remove it. Raises StoreUnavailable."""
+        return self.directory.stat(("pins", artifact_id)) is not None
+
+    def note(self, what: Literal["pinned", "unpinned"], artifact_id: str) -> None:
+        """Says in the log, before it is done, what leaves the record as it is. Raises StoreUnavailable."""
+        head = self.head(artifact_id)
+        self._log(what=what, artifact=artifact_id, source=None, target=None, manifest=None, before=head, after=head)
 
     def set_aside(self, artifact_id: str, damage: Damage) -> str:
         """Moves what is damaged to the quarantine; a phrase that says where. Raises StoreUnavailable."""
@@ -372,7 +384,12 @@ class Shelf:
         """Says that the change of the last line was never made, where its writer died before it made it."""
         tail = self.log.tail()
         last = tail.entry
-        if last is None or (found := self.head(last.artifact)) == last.after or found != last.before:
+        if last is None:
+            return
+        if last.what in ("pinned", "unpinned"):
+            if self.is_pinned(last.artifact) == (last.what == "pinned"):
+                return
+        elif (found := self.head(last.artifact)) == last.after or found != last.before:
             return
         self._log(
             what="void",
@@ -419,8 +436,10 @@ class Shelf:
             raise StoreUnavailable(f"store {self.root}: {damage}") from damage
 
     def _nearest(self, artifact_id: str) -> str:
-        names = self.directory.some_names("refs", at_most=_MOST_COMPARED + 1)
-        if len(names) > _MOST_COMPARED:  # comparing with all would take seconds
+        names = self.directory.some_names("refs", at_most=_MOST_LISTED)
+        if len(names) > _MOST_COMPARED:  # an id is wrong at its end more often than in its blueprint
+            names = [name for name in names if name[:8] == artifact_id[:8]]
+        if not 0 < len(names) <= _MOST_COMPARED:
             return "; `python -m esper_triton.urza ls` lists what there is"
         return nearest(artifact_id, filter(is_id, names))
 

@@ -21,7 +21,7 @@ from esper_triton.contracts.errors import (
 )
 from esper_triton.contracts.manifest import KernelStatus, sha256
 from esper_triton.contracts.record import Figures
-from esper_triton.urza import Urza
+from esper_triton.urza import Urza, changes
 
 OTHER_ID = "0123456789ab-cpu-standard-ba9876543211"
 
@@ -173,7 +173,7 @@ def dropped(entries: list) -> None:
 
 def recounted(entries: list) -> None:
     del entries[1]
-    entries[-1] = (entries[-1][0], b'{"objects": 6, "records": 2}')
+    entries[-1] = (entries[-1][0], b'{"objects": 7, "records": 2}')
 
 
 def twice(entries: list) -> None:
@@ -228,7 +228,7 @@ def test_more_than_the_limits_is_refused_before_it_is_read(source, trusting, tmp
 def test_an_archive_that_changes_while_it_is_read_is_refused(source, trusting, tmp_path, monkeypatch):
     path = tmp_path / "all.tar"
     source.export(path)
-    commit = trusting._commit
+    commit = changes.commit
 
     def changed(*args: object) -> object:
         content = path.read_bytes()
@@ -237,7 +237,7 @@ def test_an_archive_that_changes_while_it_is_read_is_refused(source, trusting, t
             file.write(b"OTHER")
         return commit(*args)
 
-    monkeypatch.setattr(trusting, "_commit", changed)
+    monkeypatch.setattr(changes, "commit", changed)
     with pytest.raises(ArchiveRefused, match="has changed while it was read"):
         trusting.import_(path)
     assert os.listdir(trusting.root / "tmp") == []

@@ -53,6 +53,16 @@ def test_what_one_commits_another_loads(shared, tmp_path: Path):
         assert store.verify().faults == ()
 
 
+def test_no_collection_is_made_where_there_is_no_lock(shared):
+    store = shared("cache")
+    store.commit(*make_artifact())
+    with pytest.raises(InvalidCommit, match=rf"has no lock.*push it from there.*--urza {store.root}"):
+        store.gc(0)
+    assert store.ids() == [ARTIFACT_ID]
+    assert Urza(store.root).gc(0).removed == (ARTIFACT_ID,)
+    assert store.load(ARTIFACT_ID)[0].id == ARTIFACT_ID, "from there"
+
+
 def test_a_record_is_written_last(shared, monkeypatch: pytest.MonkeyPatch):
     store = shared("cache")
     put = SharedUrza._put
@@ -64,7 +74,7 @@ def test_a_record_is_written_last(shared, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(SharedUrza, "_put", counted)
     store.commit(*make_artifact())
-    assert [f"refs/{ARTIFACT_ID}" in path for path in written] == [False] * 4 + [True]
+    assert [f"refs/{ARTIFACT_ID}" in path for path in written] == [False] * 5 + [True]
 
     def breaks(self: SharedUrza, path: str, content: bytes) -> None:
         if "refs/" in path:
