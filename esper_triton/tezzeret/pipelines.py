@@ -211,7 +211,7 @@ def _first(request: Request) -> _Built:
 
     Raises CompileError; TooLarge where the smallest blocks are too large.
     """
-    choice: Choice = first_choice(request.blueprint, request.target, request.dims, request.pipeline)
+    choice: Choice = first_choice(request.blueprint, request.target, request.pipeline)
     while True:
         plan = plan_of(request, choice)
         try:

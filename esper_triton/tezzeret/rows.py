@@ -414,13 +414,20 @@ class _Rows:
                 for target in targets:
                     self._store(target, last)
                 continue
+            inside = set(reached(targets, stop=self.reads))
+            needed = [n for n in streamed if n in inside and n.width == width]
+            self._hold_operands(needed)
             with self._chunks(width, depth=False) as last:
-                inside = set(reached(targets, stop=self.reads))
-                needed = [n for n in streamed if n in inside and n.width == width]
                 for depths in dict.fromkeys(map(_depths, needed)):
                     self._products([n for n in needed if _depths(n) == depths], last)
                 for target in targets:
                     self._store(target, last)
+
+    def _hold_operands(self, products: Sequence[Node]) -> None:
+        """Computes what a loop over the results' columns multiplies in every turn."""
+        for operand in dict.fromkeys(a for node in products for a in node.args[::2]):
+            if self.is_full(operand.width) and not self._is_readable(operand):
+                self.writer.operand(operand, self.at(operand, self.columns(operand.width)), rows=False)
 
     def _store(self, target: Node, last: Index) -> None:
         writer, tensor = self.writer, self.around.outputs[target]
