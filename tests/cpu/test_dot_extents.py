@@ -64,6 +64,9 @@ def _cut(
         tl.store(out_ptr + place, tl.dot(tl.full((BM, BM), 1.0, tl.float32), c), mask=inside)
     elif WAY == "beside its sums":
         tl.store(out_ptr + place, c - tl.sum(c, 1)[:, None] + tl.sum(c, 0)[None, :], mask=inside)
+    elif WAY == "beside the sum of all":
+        tl.store(out_ptr + place, c, mask=inside)
+        tl.store(second_ptr, tl.sum(tl.reshape(c, [BM * BN]), 0))
     elif WAY == "chosen by its largest":
         tl.store(out_ptr + place, tl.where(tl.max(c, 1)[:, None] > 0, c, 0.0), mask=m[:, None] < rows)
     elif WAY == "in a branch":
@@ -79,7 +82,8 @@ def _cut(
 WAYS = [
     "plain", "halved in the loop", "with the sum before", "unmasked", "rows only", "either", "all but the first",
     "element-wise", "stored again", "summed", "turned", "multiplied again", "multiplied again, rows only",
-    "multiplied from the left", "beside its sums", "chosen by its largest", "in a branch", "bounds that come late",
+    "multiplied from the left", "beside its sums", "beside the sum of all",
+    "chosen by its largest", "in a branch", "bounds that come late",
 ]  # fmt: skip
 INFINITE = float("inf")
 OTHERS = [(0.0, 0.0), (0.0, 0.0), (0.0, -0.0), (1.5, 0.0), (0.0, INFINITE), (1.0, 1.0)]
@@ -123,6 +127,8 @@ def _expected(way, a, b, bk, start_value, rows, cols, more_cols):
             c = c.sum(0, keepdim=True).expand(bm, bn)
         case "beside its sums":
             c = c - c.sum(1, keepdim=True) + c.sum(0, keepdim=True)
+        case "beside the sum of all":
+            second[0, 0] = c.sum()
         case "chosen by its largest":
             c, mask = torch.where(c.amax(1, keepdim=True) > 0, c, 0.0), row.expand(bm, bn)
         case "in a branch" if rows <= 3:

@@ -133,8 +133,12 @@ def _following(user: Operation, places: list[int], axis: int) -> list[tuple[Valu
             # Rows of the left operand make rows, columns of the right one columns; and it is added to both.
             own = {0: _rank(user.result) - 2, 1: _rank(user.result) - 1, 2: axis}
             return [(user.result, axis)] if all(own[k] == axis for k in places) else None
-        case "tt.reduce" if user.attributes["axis"] != axis:
-            return [(result, axis - (user.attributes["axis"] < axis)) for result in user.results]
+        case "tt.reduce":
+            summed = user.attributes["axis"]
+            axes = summed if isinstance(summed, tuple) else (summed,)  # several, where `simplify` has made one of them
+            if axis in axes:
+                return None
+            return [(result, axis - sum(other < axis for other in axes)) for result in user.results]
         case "tt.expand_dims":
             return [(user.result, axis + (user.attributes["axis"] <= axis))]
         case "tt.broadcast" if _shape(user.operands[0])[axis] > 1:
