@@ -255,7 +255,10 @@ class ArchiveReader:
         if end != said:
             raise self._refused(f"its end says {end[:100]!r}, and {said!r} was found")
         self._file.seek(offset)
-        if self._file.read(tarfile.RECORDSIZE + 1).strip(b"\0") or self._file.read(1):
+        # Two empty blocks, and then as many as make it a multiple of a record.
+        most = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
+        rest = self._file.read(most)
+        if rest.strip(b"\0") or len(rest) == most:
             raise self._refused("something comes after its end")
         return contents
 
