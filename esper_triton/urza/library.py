@@ -528,6 +528,7 @@ class Urza:
             self._events.tell(Event(kind="degraded", artifact_id=None, message=reason, details={"what": what}))
 
 
-def default_root() -> Path:
-    """The directory used when none is named: `$ESPER_URZA`, else `~/.cache/esper/urza`."""
-    return Path(os.environ.get("ESPER_URZA") or "~/.cache/esper/urza").expanduser()
+def default_root() -> str | Path:
+    """What is used when no store is named: `$ESPER_URZA`, a directory or a URL, else `~/.cache/esper/urza`."""
+    named = os.environ.get("ESPER_URZA") or "~/.cache/esper/urza"
+    return Path(named).expanduser() if elsewhere(named) is None else named
