@@ -45,8 +45,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code that --help documents. An error is a line of stderr."""
     options = _parser().parse_args(argv)
+    root = options.urza or default_root()
     try:
-        store = _opened(options.urza or default_root(), options, trust=options.trust, keys=options.keys)
+        if options.command in (_serve, _sign) and elsewhere(root) is not None:
+            raise ValueError(f"{root}: only a directory can be served, and signed for: do it where that is")
+        store = _opened(root, options, trust=options.trust, keys=options.keys)
     except (ValueError, StoreUnavailable) as error:
         return _failed(error, 2)
     command: Callable[[Urza, argparse.Namespace], int] = options.command
@@ -71,6 +74,8 @@ def _opened(root: str | Path, options: argparse.Namespace, **more: Any) -> Urza:
             token = options.token_file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise StoreUnavailable(f"token file {options.token_file} cannot be read: {error}") from error
+        if len(token.split()) != 1:
+            raise ValueError(f"token file {options.token_file}: one token was expected, and nothing else")
     if str(root).startswith(("https://", "http://")):
         more |= {"token": token, "ca": options.ca}
     store = Urza(root, cache=options.cache, **more)
@@ -430,8 +435,6 @@ def _serve(store: Urza, options: argparse.Namespace) -> int:
         sys.stdout.flush()
 
     try:
-        if elsewhere(store.location) is not None:
-            raise ValueError(f"{store.location}: only a directory can be served")
         if options.token_file is None:
             raise ValueError("--token-file is needed: a server without tokens would answer nobody")
         if (options.tls_cert is None) != (options.tls_key is None):
@@ -446,7 +449,11 @@ def _serve(store: Urza, options: argparse.Namespace) -> int:
         tls = None
         if options.tls_cert is not None:
             tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            tls.load_cert_chain(options.tls_cert, options.tls_key)
+            try:
+                tls.load_cert_chain(options.tls_cert, options.tls_key)
+            except OSError as error:
+                named = f"--tls-cert {options.tls_cert} and --tls-key {options.tls_key}"
+                raise ValueError(f"{named} cannot be used: {error.strerror or error}") from error
         limits = Limits(object_bytes=options.max_object, per_second=options.rate, burst=max(1, int(options.rate * 5)))
         serve(store, tokens, host=options.host, port=options.port, tls=tls, limits=limits, announce=announce)
     except StoreUnavailable:

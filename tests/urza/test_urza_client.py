@@ -558,6 +558,8 @@ def test_push_and_pull_carry_artifacts_as_they_are_signed(server: Loopback, urza
         (["--token-file", "TOKENS", "--tls-cert", "nowhere"], "are needed together"),
         (["--token-file", "nowhere"], "cannot be read"),
         (["--token-file", "TOKENS", "--tls-cert", "nowhere", "--tls-key", "nowhere"], "No such file"),
+        (["--token-file", "TOKENS", "--tls-cert", "TOKENS", "--tls-key", "TOKENS"], "cannot be used: [SSL]"),
+        (["--token-file", "TOKENS", "--urza", "https://build"], "only a directory can be served"),
         (["--token-file", "TOKENS", "--rate", "0"], "a number above 0"),
         (["--token-file", "TOKENS", "--port", "99999999"], "port"),
     ],

@@ -201,10 +201,16 @@ def test_a_url_that_nothing_answers_is_2(run, tmp_path, monkeypatch):
         ("http://example.org", "only https is asked on another machine"),
         ("gopher://bucket/prefix", "'gopher://bucket/prefix'"),
     ):
+        code, out, err = run("sign", root=url)
+        assert (code, out) == (2, "")
+        assert err == f"error: {url}: only a directory can be served, and signed for: do it where that is\n"
         code, out, err = run("ls", root=url)
         assert (code, out) == (2, "")
         assert message in err
     assert os.listdir() == []
+    Path("tokens").write_text("read 01234567890123456789\n")
+    code, _, err = run("ls", "--token-file", "tokens", root="https://localhost:1")
+    assert (code, err) == (2, "error: token file tokens: one token was expected, and nothing else\n")
 
 
 def test_a_store_that_is_no_directory_is_2(run, tmp_path):
