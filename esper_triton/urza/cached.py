@@ -38,8 +38,6 @@ from esper_triton.urza.shelf import (
 
 __all__ = ["CachedUrza", "Unreachable", "cache_root"]
 
-_ABANDONED_S = 7 * 86400.0
-
 
 class Unreachable(StoreUnavailable):
     """A store on another machine does not answer. What the cache has can still be had."""
@@ -205,7 +203,7 @@ class CachedUrza(Urza, abc.ABC):
             return self.directory.read_object(digest, "object", limit_bytes=limit_bytes)
         if not self._swept:
             self._swept = True
-            sweep(self.directory, _ABANDONED_S)
+            sweep(self.directory)
         with Incoming(self.directory, digest) as incoming:
             try:
                 return self.directory.read_object(digest, "object", limit_bytes=limit_bytes)  # another was faster

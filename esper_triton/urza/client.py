@@ -36,8 +36,6 @@ from esper_triton.urza.wire import Answer, MissingThere, Patience, Server
 
 __all__ = ["RemoteUrza", "cache_root"]
 
-_ABANDONED_S = 7 * 86400.0
-
 
 class RemoteUrza(CachedUrza):
     """A store behind a server; see CachedUrza for what is kept here.
