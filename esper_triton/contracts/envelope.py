@@ -19,6 +19,7 @@ __all__ = [
     "LIFECYCLE",
     "RESULTS",
     "SCHEMA_VERSION",
+    "STORE",
     "SUBMITTED",
     "TOPICS",
     "Envelope",
@@ -40,8 +41,9 @@ CHARACTERIZED = "validation.kernel.characterized"
 EPOCH = "system.events.epoch"
 FIELD_REPORTS = "innovation.field_reports"
 LIFECYCLE = "audit.lifecycle"
+STORE = "audit.store"
 
-TOPICS = (HEALTH, COMMANDS, RESULTS, SUBMITTED, KERNEL_READY, CHARACTERIZED, EPOCH, FIELD_REPORTS, LIFECYCLE)
+TOPICS = (HEALTH, COMMANDS, RESULTS, SUBMITTED, KERNEL_READY, CHARACTERIZED, EPOCH, FIELD_REPORTS, LIFECYCLE, STORE)
 """Every topic. `compilation.blueprint.submitted` and `compilation.kernel.ready` are the queues of workers too: one that
 subscribes with a group shares the jobs with the rest of the group."""
 
