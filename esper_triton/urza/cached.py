@@ -130,6 +130,10 @@ class CachedUrza(Urza, abc.ABC):
 
     # ---- space
 
+    def pin(self, artifact_id: str) -> bool:
+        self._fetch(artifact_id)
+        return super().pin(artifact_id)
+
     def gc(self, max_bytes: int | None = None, *, dry_run: bool = False, progress: Progress | None = None) -> Collected:
         raise InvalidCommit(
             f"nothing was removed: {self._how_to_shrink}; for the cache of it here, `python -m esper_triton.urza gc "

@@ -195,7 +195,6 @@ class RemoteUrza(CachedUrza):
         except InvalidCommit as error:  # no id
             raise ArtifactNotFound(str(error)) from None
         with contextlib.suppress(ArtifactRefused, CorruptObject, Unreachable):  # what may not be loaded here
-            self._fetch(artifact_id)
             super().pin(artifact_id)
         return changed
 
@@ -218,14 +217,17 @@ class RemoteUrza(CachedUrza):
 
     def keep_named(self, name: str, artifact_ids: Iterable[str]) -> None:
         ids = sorted(set(artifact_ids))
-        super().keep_named(name, ids)
-        self._ask_named(name, ids)
+        try:
+            super().keep_named(name, ids)
+        finally:
+            self._ask_named(name, ids)
 
     def forget_lineage(self, name: str) -> bool:
-        was = super().forget_lineage(name)
-        with contextlib.suppress(InvalidCommit):  # no name
-            self._ask_named(name, [])
-        return was
+        try:
+            return super().forget_lineage(name)
+        finally:
+            with contextlib.suppress(InvalidCommit):  # no name
+                self._ask_named(name, [])
 
     def _ask_pin(self, artifact_id: str, *, pinned: bool) -> bool:
         path = f"/v1/artifacts/{quote(artifact_id, safe='')}/pin"

@@ -439,8 +439,8 @@ class Shelf:
         names = self.directory.some_names("refs", at_most=_MOST_LISTED)
         if len(names) > _MOST_COMPARED:  # an id is wrong at its end more often than in its blueprint
             names = [name for name in names if name[:8] == artifact_id[:8]]
-        if not 0 < len(names) <= _MOST_COMPARED:
-            return "; `python -m esper_triton.urza ls` lists what there is"
+            if not 0 < len(names) <= _MOST_COMPARED:
+                return "; `python -m esper_triton.urza ls` lists what there is"
         return nearest(artifact_id, filter(is_id, names))
 
     def _tell(self, kind: str, artifact_id: str, message: str, **details: str) -> None:

@@ -60,6 +60,10 @@ def test_no_collection_is_made_where_there_is_no_lock(shared):
         store.gc(0)
     assert store.ids() == [ARTIFACT_ID]
     assert Urza(store.root).gc(0).removed == (ARTIFACT_ID,)
+    assert store.pin(ARTIFACT_ID), "it is fetched again, and stays"
+    assert Urza(store.root).gc(0).kept == {"pinned": (ARTIFACT_ID,)}
+    assert store.unpin(ARTIFACT_ID)
+    assert Urza(store.root).gc(0).removed == (ARTIFACT_ID,)
     assert store.load(ARTIFACT_ID)[0].id == ARTIFACT_ID, "from there"
 
 
