@@ -49,6 +49,7 @@ class Urza:
         quarantine/            what did not have the bytes that it should have, each with a JSON report
         urza.json              the schema of all this
         requests/              what requests were built as, by the SHA-256 of each, while that or its artifact is in use
+        incoming/              what a server or a download has received so far
         tmp/, lock, building/  the writers'
 
     What a concurrent reader may see: an artifact as one writer committed it, whole, or not at all. Objects are in place
