@@ -81,6 +81,7 @@ class SharedUrza(CachedUrza):
             ) from error
         self._begin(url, fresh_s)
         self._marks: dict[str, object] = {}
+        self._lost: set[str] = set()  # objects that are not there, or have not the bytes that they should have
         super().__init__(cache or cache_root(url), trust=trust, keys=keys, roles=roles, max_bytes=max_bytes)
         # What there is, without blobs, for questions: the cache itself has whole artifacts only.
         self._catalog = _Catalog(self.root / "catalog", trust=self.trust, roles=())
@@ -157,7 +158,7 @@ class SharedUrza(CachedUrza):
         artifact, blobs = self._shelf.whole(artifact_id)
         content, record = self._shelf.record(artifact_id)
         try:
-            if sha256(content) != before:
+            if sha256(content) != before or not self._lost.isdisjoint((*blobs, record.manifest)):
                 for digest, one in (*blobs.items(), (record.manifest, self._shelf.manifest_bytes(record))):
                     self._there(functools.partial(self._put_object, digest, one))
                 if self._head(artifact_id) != before:
@@ -216,10 +217,12 @@ class SharedUrza(CachedUrza):
                 incoming.restart()
                 self._there(pieces)
         except FileNotFoundError:
+            self._lost.add(digest)
             raise CorruptObject(f"{self._where}: no object has the SHA-256 {digest}") from None
         if incoming.digest != digest:
             found = incoming.digest
             incoming.restart()
+            self._lost.add(digest)
             raise CorruptObject(f"{self._where}: SHA-256 expected {digest}, found {found}")
 
     def _head(self, artifact_id: str) -> str | None:
@@ -231,8 +234,9 @@ class SharedUrza(CachedUrza):
 
     def _put_object(self, digest: str, content: bytes) -> None:
         path = self._path(*object_parts(digest))
-        if not self._files.exists(path):
+        if digest in self._lost or not self._files.exists(path):
             self._put(path, content)
+            self._lost.discard(digest)
 
     def _put(self, path: str, content: bytes) -> None:
         self._files.makedirs(path.rpartition("/")[0], exist_ok=True)

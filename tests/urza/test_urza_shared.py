@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from handmade import ARTIFACT_ID, BINARY, make_artifact
 
-from esper_triton.contracts.errors import CorruptObject, InvalidCommit, StoreUnavailable
+from esper_triton.contracts.errors import ArtifactNotFound, CorruptObject, InvalidCommit, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus, sha256
 from esper_triton.urza import Urza
 from esper_triton.urza.cached import Unreachable
@@ -116,6 +116,20 @@ def test_what_is_damaged_there_is_refused(shared, tmp_path: Path):
     with pytest.raises(CorruptObject, match="its record is corrupt"):
         shared("fourth").load(ARTIFACT_ID)
     assert shared("fifth").query(statuses=tuple(KernelStatus)) == []
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"evil"), Path.unlink], ids=["changed", "removed"])
+@pytest.mark.parametrize("file", [f"objects/{sha256(BINARY)[:2]}/{sha256(BINARY)[2:]}", f"refs/{ARTIFACT_ID}"])
+def test_what_is_damaged_there_is_put_again_by_whoever_was_refused_it(shared, tmp_path: Path, file: str, damage: Any):
+    manifest, blobs = make_artifact()
+    shared("first").commit(manifest, blobs)
+    damage(tmp_path / "there" / file)
+    refused = shared("second")
+    with pytest.raises((CorruptObject, ArtifactNotFound)):
+        refused.load(ARTIFACT_ID)
+    refused.commit(manifest, blobs)
+    for name in ("second", "third"):
+        assert shared(name).load(ARTIFACT_ID)[1] == blobs
 
 
 def test_what_was_removed_there_is_gone(shared, tmp_path: Path):
