@@ -40,6 +40,8 @@ __all__ = ["RemoteUrza", "cache_root"]
 class RemoteUrza(CachedUrza):
     """A store behind a server; see CachedUrza for what is kept here.
 
+    A pickle of it has no token: whoever opens that finds one in `$ESPER_URZA_TOKEN`.
+
     `commit`, `set_status` and what is made of them are done by the server, which signs them if the token allows.
     `query`, `history`, `ids` and `pins` ask it, and the cache while it cannot be reached. What is pinned, or named by a
     lineage, stays at the server and in the cache. Leases and `verify` are of the cache: what a process has loaded lies
@@ -90,6 +92,9 @@ class RemoteUrza(CachedUrza):
             "patience": asdict(self._server.patience),
             "fresh_s": fresh_s,
         }
+
+    def _sent_without_secrets(self) -> dict[str, Any]:
+        return {name: value for name, value in self.sent().items() if name != "token"}
 
     def __contains__(self, artifact_id: object) -> bool:
         if not isinstance(artifact_id, str):

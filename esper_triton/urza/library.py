@@ -139,14 +139,24 @@ class Urza:
         return str(self.root)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy is another object on the same store: locks, leases and open files are not shared.
-        return Urza.received, (self.sent(),)
+        # A copy is another object on the same store: locks, leases and open files are not shared. A pickle may come to
+        # lie in a file, such as that of a saved model, and has no secrets.
+        return Urza.received, (self._sent_without_secrets(),)
+
+    def __copy__(self) -> Urza:
+        return Urza.received(self.sent())
+
+    def __deepcopy__(self, _: object) -> Urza:
+        return Urza.received(self.sent())
 
     def sent(self) -> dict[str, Any]:
         """What `received` opens the same store by in another process, in JSON's types. Of a URL that is the token, too,
         which comes from nowhere else then: send it through a pipe, and not as an argument, a file or a line of a log.
         """
         return {"location": self.location, **self._options}
+
+    def _sent_without_secrets(self) -> dict[str, Any]:
+        return self.sent()
 
     @staticmethod
     def received(sent: Mapping[str, Any]) -> Urza:

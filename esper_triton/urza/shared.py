@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from esper_triton.urza.trust import Trust
 __all__ = ["SharedUrza"]
 
 _PIECE_BYTES = 1 << 20
+_SECRET = re.compile("key|secret|token|passw|credential", re.IGNORECASE)
 _T = TypeVar("_T")
 
 
@@ -65,7 +67,7 @@ class SharedUrza(CachedUrza):
 
         Args:
             url: such as `s3://bucket/prefix`; every protocol that fsspec has a package for. storage_options: what that
-                takes, such as `endpoint_url` of S3; secrets are better in the environment.
+                takes, such as `endpoint_url` of S3. Secrets are better in the environment: a pickle has none of them.
             trust, keys, roles: as of a directory. max_bytes: what the cache may hold. cache: its directory.
 
         Raises ValueError, and StoreUnavailable where the protocol's package is not installed.
@@ -91,6 +93,10 @@ class SharedUrza(CachedUrza):
             "storage_options": None if storage_options is None else dict(storage_options),
             "fresh_s": fresh_s,
         }
+
+    def _sent_without_secrets(self) -> dict[str, Any]:
+        sent = self.sent()
+        return sent | {"storage_options": _without_secrets(sent["storage_options"])}
 
     def __contains__(self, artifact_id: object) -> bool:
         if not is_id(artifact_id):
@@ -289,3 +295,10 @@ class SharedUrza(CachedUrza):
             raise
         except Exception as error:  # of whichever package: their classes have no common base
             raise Unreachable(f"{self._where} cannot be reached: {type(error).__name__}: {error}") from error
+
+
+def _without_secrets(options: Any) -> Any:
+    """Options without those that are secrets by their name, such as `secret` and `aws_access_key_id`."""
+    if not isinstance(options, Mapping):
+        return options
+    return {name: _without_secrets(value) for name, value in options.items() if not _SECRET.search(str(name))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.server
 import json
 import os
@@ -58,11 +59,16 @@ def told(store: Urza) -> list[Event]:
     return events
 
 
-def test_a_url_opens_a_client(server: Loopback, tmp_path: Path):
+def test_a_url_opens_a_client(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store = Urza(server.url, cache=tmp_path / "cache", token=TOKENS["read"], ca=certificate()[0])
     assert isinstance(store, RemoteUrza)
     assert (store.location, store.root) == (server.url, tmp_path / "cache")
-    for copied in (pickle.loads(pickle.dumps(store)), Urza.received(json.loads(json.dumps(store.sent())))):
+    pickled = pickle.dumps(store)
+    assert TOKENS["read"].encode() not in pickled, "it may come to lie in a file"
+    monkeypatch.setenv("ESPER_URZA_TOKEN", TOKENS["read"])
+    opened = pickle.loads(pickled)
+    monkeypatch.delenv("ESPER_URZA_TOKEN")
+    for copied in (opened, copy.deepcopy(store), Urza.received(json.loads(json.dumps(store.sent())))):
         assert isinstance(copied, RemoteUrza)
         assert copied.ids() == [], "it has the token and the certificate"
         assert copied.sent() == store.sent()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import shutil
 from pathlib import Path
@@ -51,6 +52,15 @@ def test_what_one_commits_another_loads(shared, tmp_path: Path):
     assert {name.split("/")[0] for name in there} == {"objects", "refs"}
     for store in (first, second):
         assert store.verify().faults == ()
+
+
+def test_a_pickle_has_no_secrets(shared):
+    options = {"auto_mkdir": True, "secret": "hidden", "client_kwargs": {"aws_access_key_id": "hidden", "region": "x"}}
+    store = shared("cache", storage_options=options)
+    assert b"hidden" not in pickle.dumps(store)
+    opened = pickle.loads(pickle.dumps(store))
+    assert opened.sent()["storage_options"] == {"auto_mkdir": True, "client_kwargs": {"region": "x"}}
+    assert copy.deepcopy(store).sent() == store.sent()
 
 
 def test_no_collection_is_made_where_there_is_no_lock(shared):
