@@ -22,6 +22,7 @@ from esper_triton.contracts.errors import (
 from esper_triton.contracts.manifest import Manifest, sha256
 from esper_triton.contracts.query import KernelMatch
 from esper_triton.contracts.record import Record
+from esper_triton.urza import keeping
 from esper_triton.urza.carrying import Imported, Progress
 from esper_triton.urza.collecting import Collected
 from esper_triton.urza.directory import Damage
@@ -162,6 +163,7 @@ class CachedUrza(Urza, abc.ABC):
         except ArtifactNotFound:
             if super().__contains__(artifact_id):
                 self.drop(artifact_id)
+                keeping.unpin(self._shelf, artifact_id)
             raise
         self._asked[artifact_id] = now
 

@@ -223,7 +223,7 @@ class RemoteUrza(CachedUrza):
     def keep_named(self, name: str, artifact_ids: Iterable[str]) -> None:
         ids = sorted(set(artifact_ids))
         try:
-            super().keep_named(name, ids)
+            super().keep_named(name, filter(self._shelf.contains, ids))
         finally:
             self._ask_named(name, ids)
 

@@ -146,9 +146,13 @@ def test_what_is_pinned_or_grown_here_stays_there(client: RemoteUrza, server: Lo
 def test_what_was_removed_there_is_gone_here(client: RemoteUrza, urza: Urza):
     client.commit(*make_artifact())
     client.load(ARTIFACT_ID)
+    client.pin(ARTIFACT_ID)
+    client.keep_named("model", [OTHER_ID])  # which is not in the cache
+    urza.unpin(ARTIFACT_ID)
     urza.drop(ARTIFACT_ID)
     with pytest.raises(ArtifactNotFound):
         client.load(ARTIFACT_ID)
+    assert client.verify().faults == ()
     client.commit(*make_artifact(binary=b"built again"))
     assert b"built again" in client.load(ARTIFACT_ID)[1].values()
 

@@ -144,7 +144,7 @@ def test_a_client_that_sends_nothing_more_is_told_so(server: Loopback):
 
 
 def test_a_connection_is_not_held_by_who_sends_hardly_anything(urza: Urza, tmp_path: Path):
-    limits = Limits(per_second=1e6, burst=10**6, header_s=0.5, piece_s=0.5, slowest=1000)
+    limits = Limits(per_second=1e6, burst=10**6, header_s=1.5, piece_s=1.5, slowest=1000)
     server = Loopback(urza, tmp_path, tls=False, limits=limits)
     write = f"Authorization: Bearer {TOKENS['write']}\r\n"
     body = f"PUT /v1/objects/{'0' * 64} HTTP/1.1\r\nHost: localhost\r\n{write}Content-Length: 100000\r\n\r\n".encode()
