@@ -360,6 +360,11 @@ class Urza:
         """What lies under `root`, by digest and by name, with no check but of digests."""
         return self._directory
 
+    def open_object(self, digest: str, *, limit_bytes: int) -> tuple[int, int]:
+        """A descriptor of an object, for its owner to close, and its size in bytes, after every byte was hashed. One
+        that is damaged is set aside. Raises Damage, StoreUnavailable."""
+        return self._shelf.open_object(digest, "object", limit_bytes=limit_bytes)
+
     @property
     def public_keys(self) -> dict[Role, str]:
         """This store's own public keys (hex), none before it has signed anything. Raises StoreUnavailable."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -195,7 +196,17 @@ class Shelf:
         """The manifest that a record names. Raises Damage, ArtifactRefused, StoreUnavailable."""
         # Where an object has the bytes that its name promises but isn't this artifact's manifest, it is the record that
         # is wrong: the object may be a sound part of another artifact, and must stay.
-        found = self.manifest_bytes(record)
+        try:
+            found = self.manifest_bytes(record)
+        except Damage as damage:
+            if damage.size_bytes is None or damage.size_bytes <= MANIFEST_LIMIT_BYTES:
+                raise
+            try:
+                descriptor, _ = self.directory.open_object(record.manifest, "manifest", limit_bytes=BLOB_LIMIT_BYTES)
+            except Damage:
+                raise damage from None
+            os.close(descriptor)  # it is what its name promises
+            raise _bad_record(artifact_id, content, f"it names {record.manifest}, which {damage.reason}") from damage
         manifest = self._manifests.get(record.manifest)
         if manifest is None:
             try:
@@ -215,6 +226,28 @@ class Shelf:
     def manifest_bytes(self, record: Record) -> bytes:
         """As they are stored. Raises Damage, StoreUnavailable."""
         return self.directory.read_object(record.manifest, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+
+    def open_object(self, digest: str, what: str, *, limit_bytes: int) -> tuple[int, int]:
+        """As `Directory.open_object`; one that is damaged is set aside. Raises as that does."""
+        try:
+            return self.directory.open_object(digest, what, limit_bytes=limit_bytes)
+        except Damage as error:
+            if error.missing:
+                raise
+            damage = error
+        try:
+            with self.lock():  # within it, since another may have repaired it meanwhile
+                try:
+                    return self.directory.open_object(digest, what, limit_bytes=limit_bytes)
+                except Damage as error:
+                    if (aside := self.directory.set_aside(error, None)) is not None:
+                        details = {"file": str(aside), "reason": error.reason}
+                        self._happened.append(
+                            Event(kind="quarantined", artifact_id=None, message=f"{error}", details=details)
+                        )
+        except StoreUnavailable as error:
+            raise damage from error  # what cannot be set aside is refused as well
+        raise damage
 
     def repaired_or_refused(self, artifact_id: str, read: Callable[[], _T]) -> _T:
         """What `read` gives. On damage it is read once more under the lock: a writer may have repaired it since, and a
