@@ -24,15 +24,8 @@ from esper_triton.contracts.errors import (
 )
 from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
 from esper_triton.contracts.record import Record
-from esper_triton.urza.shelf import (
-    BLOB_LIMIT_BYTES,
-    MANIFEST_LIMIT_BYTES,
-    RECORD_LIMIT_BYTES,
-    OtherSchema,
-    is_id,
-    parse_manifest,
-    parse_record,
-)
+from esper_triton.urza.parsing import OtherSchema, is_id, parse_manifest, parse_record
+from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, RECORD_LIMIT_BYTES
 
 __all__ = ["Admitted", "ArchiveReader", "write_archive"]
 

@@ -28,14 +28,8 @@ from esper_triton.urza.collecting import Collected
 from esper_triton.urza.directory import Damage
 from esper_triton.urza.incoming import Incoming, sweep
 from esper_triton.urza.library import Urza
-from esper_triton.urza.shelf import (
-    BLOB_LIMIT_BYTES,
-    MANIFEST_LIMIT_BYTES,
-    Artifact,
-    OtherSchema,
-    parse_manifest,
-    parse_record,
-)
+from esper_triton.urza.parsing import OtherSchema, parse_manifest, parse_record
+from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, Artifact
 
 __all__ = ["CachedUrza", "Unreachable", "cache_root"]
 

@@ -29,8 +29,9 @@ from esper_triton.urza.elsewhere import elsewhere
 from esper_triton.urza.events import Event, Events
 from esper_triton.urza.index import Index, Row
 from esper_triton.urza.leases import Leases
+from esper_triton.urza.parsing import is_id
 from esper_triton.urza.requests import recall, remember
-from esper_triton.urza.shelf import Artifact, Shelf, is_id
+from esper_triton.urza.shelf import Artifact, Shelf
 from esper_triton.urza.trust import Keys, Trust
 from esper_triton.urza.verifying import Verified, verify
 

@@ -57,8 +57,9 @@ from esper_triton.urza import serving
 from esper_triton.urza.directory import Damage
 from esper_triton.urza.incoming import Incoming, sweep
 from esper_triton.urza.library import Urza
+from esper_triton.urza.parsing import is_id
 from esper_triton.urza.serving import Commit, Missing, Named, Pin, Verdict
-from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, is_id
+from esper_triton.urza.shelf import BLOB_LIMIT_BYTES
 from esper_triton.urza.tokens import Access, Rate, Token, find
 
 __all__ = ["Limits", "application", "runner_of", "serve"]

@@ -25,7 +25,8 @@ from esper_triton.urza.checks import check_commit
 from esper_triton.urza.directory import object_parts
 from esper_triton.urza.incoming import Incoming
 from esper_triton.urza.library import Urza
-from esper_triton.urza.shelf import RECORD_LIMIT_BYTES, Artifact, is_id
+from esper_triton.urza.parsing import is_id
+from esper_triton.urza.shelf import RECORD_LIMIT_BYTES, Artifact
 from esper_triton.urza.trust import Trust
 
 __all__ = ["SharedUrza"]
