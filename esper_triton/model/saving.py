@@ -110,14 +110,16 @@ def _keep(model: nn.Module, directory: Path, lineage: Lineage) -> None:
     path = directory.resolve()
     place = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
     name = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', path.name).lstrip('_.-')[:60] or 'model'}-{place}"
-    layers = [module._kasmina.urza for module in model.modules() if isinstance(module, KasminaLayer)]
-    for location, store in {urza.location: urza for urza in layers if urza is not None}.items():
+    stores = {layer: one._kasmina.urza for layer, one in model.named_modules() if isinstance(one, KasminaLayer)}
+    for location, store in {urza.location: urza for urza in stores.values() if urza is not None}.items():
         named = name
+        of_it = {layer for layer, urza in stores.items() if urza is not None and urza.location == location}
+        seeds = tuple(entry for entry in lineage.seeds if entry.layer in of_it)
         if "://" in location:  # other machines name theirs there, and may save to the same path
             named = f"{re.sub(r'[^A-Za-z0-9-]', '_', platform.node()).lstrip('_-')[:20] or 'machine'}-{name}"
         try:
-            if lineage.seeds:
-                store.name_lineage(named, lineage)
+            if seeds:
+                store.name_lineage(named, lineage.model_copy(update={"seeds": seeds}))
             else:
                 store.forget_lineage(named)
         except EsperError as error:  # also where this may only read the store: the model is saved

@@ -22,23 +22,16 @@ from esper_triton.contracts.errors import (
 from esper_triton.contracts.manifest import Manifest, sha256
 from esper_triton.contracts.query import KernelMatch
 from esper_triton.contracts.record import Record
+from esper_triton.urza import keeping
 from esper_triton.urza.carrying import Imported, Progress
 from esper_triton.urza.collecting import Collected
 from esper_triton.urza.directory import Damage
 from esper_triton.urza.incoming import Incoming, sweep
 from esper_triton.urza.library import Urza
-from esper_triton.urza.shelf import (
-    BLOB_LIMIT_BYTES,
-    MANIFEST_LIMIT_BYTES,
-    Artifact,
-    OtherSchema,
-    parse_manifest,
-    parse_record,
-)
+from esper_triton.urza.parsing import OtherSchema, parse_manifest, parse_record
+from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, Artifact
 
 __all__ = ["CachedUrza", "Unreachable", "cache_root"]
-
-_ABANDONED_S = 7 * 86400.0
 
 
 class Unreachable(StoreUnavailable):
@@ -132,6 +125,10 @@ class CachedUrza(Urza, abc.ABC):
 
     # ---- space
 
+    def pin(self, artifact_id: str) -> bool:
+        self._fetch(artifact_id)
+        return super().pin(artifact_id)
+
     def gc(self, max_bytes: int | None = None, *, dry_run: bool = False, progress: Progress | None = None) -> Collected:
         raise InvalidCommit(
             f"nothing was removed: {self._how_to_shrink}; for the cache of it here, `python -m esper_triton.urza gc "
@@ -160,6 +157,7 @@ class CachedUrza(Urza, abc.ABC):
         except ArtifactNotFound:
             if super().__contains__(artifact_id):
                 self.drop(artifact_id)
+                keeping.unpin(self._shelf, artifact_id)
             raise
         self._asked[artifact_id] = now
 
@@ -205,7 +203,7 @@ class CachedUrza(Urza, abc.ABC):
             return self.directory.read_object(digest, "object", limit_bytes=limit_bytes)
         if not self._swept:
             self._swept = True
-            sweep(self.directory, _ABANDONED_S)
+            sweep(self.directory)
         with Incoming(self.directory, digest) as incoming:
             try:
                 return self.directory.read_object(digest, "object", limit_bytes=limit_bytes)  # another was faster

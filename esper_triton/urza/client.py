@@ -36,11 +36,11 @@ from esper_triton.urza.wire import Answer, MissingThere, Patience, Server
 
 __all__ = ["RemoteUrza", "cache_root"]
 
-_ABANDONED_S = 7 * 86400.0
-
 
 class RemoteUrza(CachedUrza):
     """A store behind a server; see CachedUrza for what is kept here.
+
+    A pickle of it has no token: whoever opens that finds one in `$ESPER_URZA_TOKEN`.
 
     `commit`, `set_status` and what is made of them are done by the server, which signs them if the token allows.
     `query`, `history`, `ids` and `pins` ask it, and the cache while it cannot be reached. What is pinned, or named by a
@@ -92,6 +92,9 @@ class RemoteUrza(CachedUrza):
             "patience": asdict(self._server.patience),
             "fresh_s": fresh_s,
         }
+
+    def _sent_without_secrets(self) -> dict[str, Any]:
+        return {name: value for name, value in self.sent().items() if name != "token"}
 
     def __contains__(self, artifact_id: object) -> bool:
         if not isinstance(artifact_id, str):
@@ -197,7 +200,6 @@ class RemoteUrza(CachedUrza):
         except InvalidCommit as error:  # no id
             raise ArtifactNotFound(str(error)) from None
         with contextlib.suppress(ArtifactRefused, CorruptObject, Unreachable):  # what may not be loaded here
-            self._fetch(artifact_id)
             super().pin(artifact_id)
         return changed
 
@@ -220,14 +222,17 @@ class RemoteUrza(CachedUrza):
 
     def keep_named(self, name: str, artifact_ids: Iterable[str]) -> None:
         ids = sorted(set(artifact_ids))
-        super().keep_named(name, ids)
-        self._ask_named(name, ids)
+        try:
+            super().keep_named(name, filter(self._shelf.contains, ids))
+        finally:
+            self._ask_named(name, ids)
 
     def forget_lineage(self, name: str) -> bool:
-        was = super().forget_lineage(name)
-        with contextlib.suppress(InvalidCommit):  # no name
-            self._ask_named(name, [])
-        return was
+        try:
+            return super().forget_lineage(name)
+        finally:
+            with contextlib.suppress(InvalidCommit):  # no name
+                self._ask_named(name, [])
 
     def _ask_pin(self, artifact_id: str, *, pinned: bool) -> bool:
         path = f"/v1/artifacts/{quote(artifact_id, safe='')}/pin"

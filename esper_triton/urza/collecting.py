@@ -12,6 +12,7 @@ from esper_triton.contracts.errors import ArtifactNotFound, ArtifactRefused, Sto
 from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
 from esper_triton.urza.audit import parse_entry
 from esper_triton.urza.directory import Damage, Directory, object_parts
+from esper_triton.urza.incoming import sweep
 from esper_triton.urza.keeping import named_by_lineages
 from esper_triton.urza.leases import gate, leased
 from esper_triton.urza.requests import stale
@@ -30,9 +31,9 @@ class Collected:
     """What a collection did, or with `dry_run` would have done. Sizes in bytes.
 
     removed: ids of artifacts. objects: how many files below `objects/` were removed, with the manifests and blobs of
-    those artifacts. requests: how many were forgotten. freed_bytes: what both, and old files of the quarantine, held.
-    kept_bytes: what is left below `objects/`. over_bytes: by how much that is more than was allowed, since the rest may
-    not be removed. kept: for each reason the artifacts that could not be.
+    those artifacts. requests: how many were forgotten. freed_bytes: what both, and old files of the quarantine and of
+    transfers, held. kept_bytes: what is left below `objects/`. over_bytes: by how much that is more than was allowed,
+    since the rest may not be removed. kept: for each reason the artifacts that could not be.
     """
 
     removed: tuple[str, ...]
@@ -101,8 +102,8 @@ def collect(
         requests = stale(shelf.directory, shelf.contains)
         for request in requests:
             shelf.directory.remove(("requests", request))
-        quarantined = _clear(shelf.directory)
-    return _outcome(marked, gone, orphans, requests, kept, max_bytes, quarantined, dry_run=False)
+        cleared = _clear(shelf.directory)
+    return _outcome(marked, gone, orphans, requests, kept, max_bytes, cleared, dry_run=False)
 
 
 def all_objects(directory: Directory) -> dict[str, int]:
@@ -201,8 +202,9 @@ def _orphans(marked: _Marked, gone: list[str]) -> list[str]:
 
 
 def _clear(directory: Directory) -> int:
-    """Removes what has lain in the quarantine for 30 days, and the locks of builds that have ended; bytes freed."""
-    freed = 0
+    """Removes what has lain in the quarantine for 30 days, what was not received to its end for a week, and the locks
+    of builds that have ended; bytes freed."""
+    freed = sweep(directory)
     for name, stat in directory.sizes("quarantine").items():
         if time.time() - stat.st_mtime > _QUARANTINE_S:
             freed += stat.st_size if directory.remove(("quarantine", name)) else 0
@@ -221,7 +223,7 @@ def _outcome(
     requests: dict[str, int],
     kept: dict[str, list[str]],
     max_bytes: int | None,
-    quarantined: int,
+    cleared: int,
     *,
     dry_run: bool,
 ) -> Collected:
@@ -233,7 +235,7 @@ def _outcome(
         removed=tuple(gone),
         objects=len(orphans),
         requests=len(requests),
-        freed_bytes=freed + sum(requests.values()) + quarantined,
+        freed_bytes=freed + sum(requests.values()) + cleared,
         kept_bytes=left,
         over_bytes=0 if max_bytes is None else max(0, left - max_bytes),
         kept={reason: tuple(ids) for reason, ids in kept.items()},

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 
 from esper_triton.urza.directory import Directory
-from esper_triton.urza.shelf import Shelf, is_id
+from esper_triton.urza.parsing import is_id
+from esper_triton.urza.shelf import Shelf
 
 __all__ = ["check_lineage_name", "forget_lineage", "name_lineage", "named_by_lineages", "pin", "pins", "unpin"]
 

@@ -31,8 +31,9 @@ from esper_triton.urza.elsewhere import elsewhere
 from esper_triton.urza.events import Event, Events
 from esper_triton.urza.index import Index, Row
 from esper_triton.urza.leases import Leases
+from esper_triton.urza.parsing import is_id
 from esper_triton.urza.requests import recall, remember
-from esper_triton.urza.shelf import Artifact, Shelf, is_id
+from esper_triton.urza.shelf import Artifact, Shelf
 from esper_triton.urza.trust import Keys, Trust
 from esper_triton.urza.verifying import Verified, verify
 
@@ -51,6 +52,7 @@ class Urza:
         quarantine/            what did not have the bytes that it should have, each with a JSON report
         urza.json              the schema of all this
         requests/              what requests were built as, by the SHA-256 of each, while that or its artifact is in use
+        incoming/              what a server or a download has received so far
         tmp/, lock, building/  the writers'
 
     What a concurrent reader may see: an artifact as one writer committed it, whole, or not at all. Objects are in place
@@ -140,14 +142,24 @@ class Urza:
         return str(self.root)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy is another object on the same store: locks, leases and open files are not shared.
-        return Urza.received, (self.sent(),)
+        # A copy is another object on the same store: locks, leases and open files are not shared. A pickle may come to
+        # lie in a file, such as that of a saved model, and has no secrets.
+        return Urza.received, (self._sent_without_secrets(),)
+
+    def __copy__(self) -> Urza:
+        return Urza.received(self.sent())
+
+    def __deepcopy__(self, _: object) -> Urza:
+        return Urza.received(self.sent())
 
     def sent(self) -> dict[str, Any]:
         """What `received` opens the same store by in another process, in JSON's types. Of a URL that is the token, too,
         which comes from nowhere else then: send it through a pipe, and not as an argument, a file or a line of a log.
         """
         return {"location": self.location, **self._options}
+
+    def _sent_without_secrets(self) -> dict[str, Any]:
+        return self.sent()
 
     @staticmethod
     def received(sent: Mapping[str, Any]) -> Urza:
@@ -357,6 +369,11 @@ class Urza:
         """What lies under `root`, by digest and by name, with no check but of digests."""
         return self._directory
 
+    def open_object(self, digest: str, *, limit_bytes: int) -> tuple[int, int]:
+        """A descriptor of an object, for its owner to close, and its size in bytes, after every byte was hashed. One
+        that is damaged is set aside. Raises Damage, StoreUnavailable."""
+        return self._shelf.open_object(digest, "object", limit_bytes=limit_bytes)
+
     @property
     def public_keys(self) -> dict[Role, str]:
         """This store's own public keys (hex), none before it has signed anything. Raises StoreUnavailable."""
@@ -536,6 +553,7 @@ class Urza:
             self._events.tell(Event(kind="degraded", artifact_id=None, message=reason, details={"what": what}))
 
 
-def default_root() -> Path:
-    """The directory used when none is named: `$ESPER_URZA`, else `~/.cache/esper/urza`."""
-    return Path(os.environ.get("ESPER_URZA") or "~/.cache/esper/urza").expanduser()
+def default_root() -> str | Path:
+    """What is used when no store is named: `$ESPER_URZA`, a directory or a URL, else `~/.cache/esper/urza`."""
+    named = os.environ.get("ESPER_URZA") or "~/.cache/esper/urza"
+    return Path(named).expanduser() if elsewhere(named) is None else named

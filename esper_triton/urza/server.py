@@ -57,8 +57,9 @@ from esper_triton.urza import serving
 from esper_triton.urza.directory import Damage
 from esper_triton.urza.incoming import Incoming, sweep
 from esper_triton.urza.library import Urza
+from esper_triton.urza.parsing import is_id
 from esper_triton.urza.serving import Commit, Missing, Named, Pin, Verdict
-from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, is_id
+from esper_triton.urza.shelf import BLOB_LIMIT_BYTES
 from esper_triton.urza.tokens import Access, Rate, Token, find
 
 __all__ = ["Limits", "application", "runner_of", "serve"]
@@ -260,11 +261,7 @@ class _Server:
         self._allowed(request, Access.READ)
         digest = _digest_of(request)
         try:
-            descriptor, size = await self._call(
-                functools.partial(
-                    self._store.directory.open_object, digest, "object", limit_bytes=self._limits.object_bytes
-                )
-            )
+            descriptor, size = await self._call(self._open, digest)
         except Damage as damage:
             if damage.missing:
                 raise _Refused(404, "not_found", f"no object has the SHA-256 {digest}") from None
@@ -328,13 +325,14 @@ class _Server:
                 await self._call(incoming.finish)
         return _json({"sha256": digest}, 201 if new else 200, {"ETag": f'"{digest}"'})
 
+    def _open(self, digest: str) -> tuple[int, int]:
+        # Not the limit of what is received: what is larger, and in the store already, is not damaged.
+        return self._store.open_object(digest, limit_bytes=max(BLOB_LIMIT_BYTES, self._limits.object_bytes))
+
     def _has(self, digest: str) -> bool:
         try:
-            descriptor, _ = self._store.directory.open_object(digest, "object", limit_bytes=self._limits.object_bytes)
-        except Damage as damage:
-            if not damage.missing:
-                with self._store.directory.lock():
-                    self._store.directory.set_aside(damage, None)
+            descriptor, _ = self._open(digest)
+        except Damage:
             return False
         os.close(descriptor)
         return True

@@ -14,7 +14,8 @@ from esper_triton.contracts.record import Figures, Record, Role, Tag
 from esper_triton.urza.directory import Damage
 from esper_triton.urza.keeping import check_lineage_name
 from esper_triton.urza.library import Urza
-from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, OtherSchema, parse_manifest, parse_record
+from esper_triton.urza.parsing import OtherSchema, parse_manifest, parse_record
+from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, MANIFEST_LIMIT_BYTES
 from esper_triton.urza.tokens import Access
 
 __all__ = ["Commit", "Missing", "Named", "Pin", "Verdict", "answer_of", "commit", "name_lineage", "pin", "set_status"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,12 +25,14 @@ from esper_triton.urza.checks import check_commit
 from esper_triton.urza.directory import object_parts
 from esper_triton.urza.incoming import Incoming
 from esper_triton.urza.library import Urza
-from esper_triton.urza.shelf import RECORD_LIMIT_BYTES, Artifact, is_id
+from esper_triton.urza.parsing import is_id
+from esper_triton.urza.shelf import RECORD_LIMIT_BYTES, Artifact
 from esper_triton.urza.trust import Trust
 
 __all__ = ["SharedUrza"]
 
 _PIECE_BYTES = 1 << 20
+_SECRET = re.compile("key|secret|token|passw|credential", re.IGNORECASE)
 _T = TypeVar("_T")
 
 
@@ -65,7 +68,7 @@ class SharedUrza(CachedUrza):
 
         Args:
             url: such as `s3://bucket/prefix`; every protocol that fsspec has a package for. storage_options: what that
-                takes, such as `endpoint_url` of S3; secrets are better in the environment.
+                takes, such as `endpoint_url` of S3. Secrets are better in the environment: a pickle has none of them.
             trust, keys, roles: as of a directory. max_bytes: what the cache may hold. cache: its directory.
 
         Raises ValueError, and StoreUnavailable where the protocol's package is not installed.
@@ -81,6 +84,7 @@ class SharedUrza(CachedUrza):
             ) from error
         self._begin(url, fresh_s)
         self._marks: dict[str, object] = {}
+        self._lost: set[str] = set()  # objects that are not there, or have not the bytes that they should have
         super().__init__(cache or cache_root(url), trust=trust, keys=keys, roles=roles, max_bytes=max_bytes)
         # What there is, without blobs, for questions: the cache itself has whole artifacts only.
         self._catalog = _Catalog(self.root / "catalog", trust=self.trust, roles=())
@@ -90,6 +94,10 @@ class SharedUrza(CachedUrza):
             "storage_options": None if storage_options is None else dict(storage_options),
             "fresh_s": fresh_s,
         }
+
+    def _sent_without_secrets(self) -> dict[str, Any]:
+        sent = self.sent()
+        return sent | {"storage_options": _without_secrets(sent["storage_options"])}
 
     def __contains__(self, artifact_id: object) -> bool:
         if not is_id(artifact_id):
@@ -157,7 +165,7 @@ class SharedUrza(CachedUrza):
         artifact, blobs = self._shelf.whole(artifact_id)
         content, record = self._shelf.record(artifact_id)
         try:
-            if sha256(content) != before:
+            if sha256(content) != before or not self._lost.isdisjoint((*blobs, record.manifest)):
                 for digest, one in (*blobs.items(), (record.manifest, self._shelf.manifest_bytes(record))):
                     self._there(functools.partial(self._put_object, digest, one))
                 if self._head(artifact_id) != before:
@@ -216,10 +224,12 @@ class SharedUrza(CachedUrza):
                 incoming.restart()
                 self._there(pieces)
         except FileNotFoundError:
+            self._lost.add(digest)
             raise CorruptObject(f"{self._where}: no object has the SHA-256 {digest}") from None
         if incoming.digest != digest:
             found = incoming.digest
             incoming.restart()
+            self._lost.add(digest)
             raise CorruptObject(f"{self._where}: SHA-256 expected {digest}, found {found}")
 
     def _head(self, artifact_id: str) -> str | None:
@@ -231,8 +241,9 @@ class SharedUrza(CachedUrza):
 
     def _put_object(self, digest: str, content: bytes) -> None:
         path = self._path(*object_parts(digest))
-        if not self._files.exists(path):
+        if digest in self._lost or not self._files.exists(path):
             self._put(path, content)
+            self._lost.discard(digest)
 
     def _put(self, path: str, content: bytes) -> None:
         self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -285,3 +296,10 @@ class SharedUrza(CachedUrza):
             raise
         except Exception as error:  # of whichever package: their classes have no common base
             raise Unreachable(f"{self._where} cannot be reached: {type(error).__name__}: {error}") from error
+
+
+def _without_secrets(options: Any) -> Any:
+    """Options without those that are secrets by their name, such as `secret` and `aws_access_key_id`."""
+    if not isinstance(options, Mapping):
+        return options
+    return {name: _without_secrets(value) for name, value in options.items() if not _SECRET.search(str(name))}

@@ -284,7 +284,8 @@ class Server:
                 broken = error
             except ssl.SSLCertVerificationError as error:
                 raise StoreUnavailable(
-                    f"{self.url}: its certificate is not trusted: {error.verify_message}; give its authority as ca=..."
+                    f"{self.url}: its certificate is not trusted: {error.verify_message}; give its authority as ca=... "
+                    "(--ca FILE)"
                 ) from error
             except (OSError, http.client.HTTPException) as error:
                 broken = _Broken(f"{type(error).__name__}: {error}")

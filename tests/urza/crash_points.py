@@ -118,6 +118,14 @@ def acts(archive: Path) -> dict[str, Act]:
         urza.object_path(old.kernels["forward"].binary).write_bytes(b"changed")
         (urza.root / "refs" / OLD_ID).write_bytes(b"changed")
 
+    def let_a_request_go_stale(urza: Urza) -> None:
+        urza.remember("5e" * 32, NEW_ID.encode())
+        os.utime(urza.root / "requests" / ("5e" * 32), (0, 0))
+
+    def collect(urza: Urza) -> None:
+        urza.gc(0)
+        assert urza.recall("5e" * 32) is None
+
     def refuse(urza: Urza) -> None:
         for _ in range(3):  # the record, and then neither that nor the binary is there
             with suppress(ArtifactNotFound, CorruptObject):
@@ -130,7 +138,7 @@ def acts(archive: Path) -> dict[str, Act]:
         "commit into a new store": Act(lambda urza: Urza(urza.root / "inner").commit(*new), OLD_ID, pending, pending),
         "change of status": Act(prove, OLD_ID, pending, validated, report),
         "import": Act(lambda urza: urza.import_(archive, resign=True), NEW_ID, None, pending),
-        "collection": Act(lambda urza: urza.gc(0), OLD_ID, pending, None),
+        "collection": Act(collect, OLD_ID, pending, None, prepare=let_a_request_go_stale),
         "pin": Act(lambda urza: urza.pin(OLD_ID), OLD_ID, pending, pending),
         "unpin": Act(lambda urza: urza.unpin(OLD_ID), OLD_ID, pending, pending, prepare=lambda urza: urza.pin(OLD_ID)),
         "load": Act(lambda urza: urza.load(OLD_ID), OLD_ID, pending, pending),

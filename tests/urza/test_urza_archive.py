@@ -85,6 +85,20 @@ def test_the_same_artifacts_give_the_same_bytes_each_object_once_and_no_key(sour
     assert private not in (tmp_path / "one.tar").read_bytes()
 
 
+@pytest.mark.parametrize("blocks", range(21))  # a record of tar has 20: each way in which its end may fall
+def test_an_archive_of_every_length_is_taken_in(tmp_path, make_artifact, blocks):
+    source = Urza(tmp_path / "source")
+    manifest, blobs = make_artifact(binary=bytes(512 * blocks + 1))
+    source.commit(manifest, blobs)
+    source.export(tmp_path / "one.tar")
+    target = Urza(tmp_path / "target", trust=f"keys:forge={source.public_keys['forge']}")
+    assert target.import_(tmp_path / "one.tar").taken == (manifest.id,)
+    with open(tmp_path / "one.tar", "ab") as file:
+        file.write(bytes(10240))
+    with pytest.raises(ArchiveRefused, match="something comes after its end"):
+        Urza(tmp_path / "other").import_(tmp_path / "one.tar")
+
+
 def test_some_artifacts_are_exported_by_their_ids(source, trusting, tmp_path):
     path = tmp_path / "one.tar"
     assert source.export(path, [OTHER_ID, OTHER_ID])[0] == 1

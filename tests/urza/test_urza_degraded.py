@@ -190,7 +190,9 @@ def test_copies_are_other_objects_on_the_same_store(urza, make_artifact):
     urza.load(manifest.id)
     urza.query()
     restricted = Urza(urza.root, trust="unsigned-ok", roles=["forge"], max_bytes=1 << 20)
-    for one in (urza, restricted):
+    keys = {role.value: key for role, key in urza.public_keys.items()}
+    naming = Urza(urza.root, trust=f"keys:forge={keys['forge']},prover={keys['prover']},prover={'0' * 64}")
+    for one in (urza, restricted, naming):
         sent = json.loads(json.dumps(one.sent()))
         for other in (copy.deepcopy(one), copy.copy(one), pickle.loads(pickle.dumps(one)), Urza.received(sent)):
             assert other is not one

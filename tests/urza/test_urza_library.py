@@ -80,6 +80,8 @@ def test_the_default_root_is_in_the_cache_unless_the_environment_names_another(m
     assert default_root() == tmp_path / ".cache" / "esper" / "urza"
     monkeypatch.setenv("ESPER_URZA", "~/elsewhere")
     assert default_root() == tmp_path / "elsewhere"
+    monkeypatch.setenv("ESPER_URZA", "https://build:8443/team")
+    assert default_root() == "https://build:8443/team", "which a Path would make a folder"
 
 
 def test_ids_are_sorted_and_strangers_among_the_refs_are_not_listed(urza, make_artifact):

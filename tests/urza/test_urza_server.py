@@ -21,7 +21,7 @@ from loopback import TOKENS, Loopback, token_file
 from esper_triton.contracts.errors import StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus, sha256
 from esper_triton.contracts.record import Record, Role
-from esper_triton.urza import Urza
+from esper_triton.urza import Event, Urza
 from esper_triton.urza.server import Limits
 from esper_triton.urza.tokens import Rate, read_tokens
 from esper_triton.urza.trust import signed
@@ -144,7 +144,7 @@ def test_a_client_that_sends_nothing_more_is_told_so(server: Loopback):
 
 
 def test_a_connection_is_not_held_by_who_sends_hardly_anything(urza: Urza, tmp_path: Path):
-    limits = Limits(per_second=1e6, burst=10**6, header_s=0.5, piece_s=0.5, slowest=1000)
+    limits = Limits(per_second=1e6, burst=10**6, header_s=1.5, piece_s=1.5, slowest=1000)
     server = Loopback(urza, tmp_path, tls=False, limits=limits)
     write = f"Authorization: Bearer {TOKENS['write']}\r\n"
     body = f"PUT /v1/objects/{'0' * 64} HTTP/1.1\r\nHost: localhost\r\n{write}Content-Length: 100000\r\n\r\n".encode()
@@ -187,14 +187,29 @@ def test_a_connection_is_not_held_by_who_sends_hardly_anything(urza: Urza, tmp_p
         server.stop()
 
 
+def test_what_is_larger_than_what_is_received_is_served_from_a_store_that_has_it(server: Loopback, urza: Urza):
+    big = bytes((1 << 20) + 1)
+    urza.commit(*make_artifact(binary=big))
+    path = f"/v1/objects/{sha256(big)}"
+    assert server.error("PUT", path, big) == (413, "too_large")
+    assert server.ask("GET", path)[2] == big
+    assert urza.load(ARTIFACT_ID)
+
+
 def test_a_damaged_object_is_not_served_and_can_be_put_again(server: Loopback, urza: Urza):
     path = f"/v1/objects/{sha256(b'right')}"
     server.ask("PUT", path, b"right")
-    urza.object_path(sha256(b"right")).write_bytes(b"wrong")
-    assert server.error("GET", path) == (404, "corrupt")
-    assert server.ask("PUT", path, b"right")[0] == 201
-    assert server.ask("GET", path)[2] == b"right"
-    assert len(list((urza.root / "quarantine").iterdir())) == 2
+    told: list[Event] = []
+    urza.on_event(told.append)
+    for count, asked in enumerate(("GET", "PUT"), start=1):
+        urza.object_path(sha256(b"right")).write_bytes(b"wrong")
+        if asked == "GET":
+            assert server.error("GET", path) == (404, "corrupt")
+            assert server.error("GET", path) == (404, "not_found"), "it was set aside"
+        assert server.ask("PUT", path, b"right")[0] == 201
+        assert server.ask("GET", path)[2] == b"right"
+        assert len(list((urza.root / "quarantine").iterdir())) == 2 * count, "and a report with it"
+        assert [(event.kind, event.details["reason"][:10]) for event in told] == [("quarantined", "is corrupt")] * count
 
 
 def test_an_artifact_is_committed_proven_and_found(server: Loopback, urza: Urza):
