@@ -34,6 +34,18 @@ def test_a_frame_sets_every_seed_and_a_move_between_frames_one() -> None:
     assert model.counts() == {"DORMANT": 3, "UNKNOWN": 1}
 
 
+def test_a_move_that_comes_before_an_older_frame_is_not_undone_by_it() -> None:
+    view = View()
+    tell(view, move("TRAINING", "GRAFTING", seed=1), at=1002.0)
+    tell(view, move("DORMANT", "GERMINATED", seed=0), at=1000.5)
+    tell(view, frame(["TRAINING", "TRAINING"], at=1001.0))
+    assert view.models["m"].counts() == {"TRAINING": 1, "GRAFTING": 1}
+    tell(view, move("LOADING", "TRAINING", seed=1), at=1000.7)  # of the past: a log that is read from its beginning
+    assert view.models["m"].counts() == {"TRAINING": 1, "GRAFTING": 1}
+    tell(view, frame(["TRAINING", "TRAINING"], at=1003.0))
+    assert view.models["m"].counts() == {"TRAINING": 2}
+
+
 def test_a_seed_is_followed_over_time_and_by_what_it_met() -> None:
     view = View()
     for k in range(5):
