@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 from messages import ARTIFACT, frame, one_of_everything, tell
+from yarl import URL
 
 from esper_triton.contracts.commands import CommandResult, CommandStatus
 from esper_triton.contracts.envelope import COMMANDS
@@ -77,9 +79,7 @@ async def test_what_is_seen_is_served_as_a_page_as_json_and_as_metrics(serve: Se
         assert (answer.status, answer.content_type) == (200, "text/html")
         assert "default-src 'none'; script-src 'self'" in answer.headers["Content-Security-Policy"]
     async with client.get("/metrics") as answer:
-        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8" or (
-            answer.content_type == "text/plain"
-        )
+        assert answer.content_type == "text/plain"
         assert 'esper_seeds{model="m",state="FOSSILIZED"} 1.0' in await answer.text()
     async with client.get("/api/overview") as answer:
         assert (await answer.json())["models"]["m"]["seeds"] == 4
@@ -104,9 +104,9 @@ async def test_what_is_seen_is_served_as_a_page_as_json_and_as_metrics(serve: Se
 )
 async def test_what_there_is_not_is_said(serve: Serve, path: str, status: int, reason: str) -> None:
     _, client, _ = await serve()
-    async with client.get(path.replace("%2F", "%252F") if "static" in path else path) as answer:
+    async with client.get(URL(path, encoded=True)) as answer:
         assert answer.status == status
-        assert reason.replace("../", "").split("'")[0] in (await answer.json())["error"]
+        assert reason in (await answer.json())["error"]
 
 
 async def test_a_name_that_another_page_has_for_this_machine_is_refused(serve: Serve) -> None:
@@ -148,6 +148,15 @@ async def test_without_a_token_file_the_operators_token_is_needed_to_command(ser
         async with client.post("/api/commands", data=json.dumps(CULL), headers=bearer(token)) as answer:
             assert answer.status == status
     assert len(server.operator_token) >= 32
+
+
+async def test_bytes_that_are_no_text_are_no_token(serve: Serve) -> None:
+    _, client, _ = await serve()
+    reader, writer = await asyncio.open_connection("127.0.0.1", client._base_url.port)
+    writer.write(b"POST /api/commands HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\xfe\r\n\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 401")
+    writer.close()
+    await writer.wait_closed()
 
 
 @pytest.mark.parametrize(
