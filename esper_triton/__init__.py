@@ -28,6 +28,7 @@ _HOME = {
     "bake": "esper_triton.model",
     "compile": "esper_triton.compile",
     "connect": "esper_triton.model",
+    "dashboard": "esper_triton.nissa",
     "esper_state_dict": "esper_triton.model",
     "load_esper_state_dict": "esper_triton.model",
     "load_model": "esper_triton.model",
@@ -56,6 +57,7 @@ __all__ = [
     "bake",
     "compile",
     "connect",
+    "dashboard",
     "esper_state_dict",
     "load_esper_state_dict",
     "load_model",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
         unwrap,
         wrap,
     )
+    from esper_triton.nissa import dashboard
     from esper_triton.oona import Oona
     from esper_triton.tezzeret.pool import Forge
     from esper_triton.urza import Artifact, Urza

@@ -23,7 +23,8 @@ __all__ = [
 
 
 class TransitionEvent(Message):
-    """`audit.lifecycle`: a seed has moved. `step` and `epoch` are its layer's."""
+    """`audit.lifecycle`: a seed has moved. `step` and `epoch` are its layer's. `error` is the class of what the seed
+    has met, where that is why; its message stays in the process."""
 
     model: str
     layer: str
@@ -31,6 +32,7 @@ class TransitionEvent(Message):
     source: str
     target: str
     artifact_id: str | None = None
+    error: Annotated[str, Field(max_length=100)] | None = None
     step: int
     epoch: int
 

@@ -345,6 +345,7 @@ class Remote:
                 source=event.source.name,
                 target=event.target.name,
                 artifact_id=event.artifact_id,
+                error=self._met(event),
                 step=0 if record is None else record.step,
                 epoch=0 if record is None else record.epoch,
             ),
@@ -352,6 +353,13 @@ class Remote:
         )
         if event.target in (_S.FOSSILIZED, _S.CULLED, _S.ROLLED_BACK) and event.artifact_id is not None:
             self._report(event, trace_id)
+
+    def _met(self, event: Transition) -> str | None:
+        layer = self._layers.get(event.layer)
+        if layer is None or event.target not in (_S.ERROR_RECOVERY, _S.CULLED):
+            return None
+        error = layer._kasmina.seeds[event.seed].last_error
+        return None if error is None else type(error).__name__[:100]
 
     def _report(self, event: Transition, trace_id: str | None) -> None:
         layer = self._layers.get(event.layer)

@@ -302,6 +302,11 @@ class Oona:
             "transport": self._transport.stats(),
         }
 
+    def server_stats(self) -> dict[str, Any]:
+        """Counters of the hub or server: `groups`, with the `lag` and what is `held` of each, and what else it counts.
+        It is asked, and answers when it does. Raises BusUnavailable."""
+        return self._transport.server_stats()
+
     def close(self, timeout_s: float = 5.0) -> None:
         """Sends what is here, or leaves what must not be lost in the journal, and lets go of everything. Publishing
         returns False from now on."""

@@ -116,7 +116,7 @@ class WebSocketTransport:
         """Ends a group that will not come back. Raises BusUnavailable."""
         self._ask("forget", group=group)
 
-    def hub_stats(self) -> dict[str, Any]:
+    def server_stats(self) -> dict[str, Any]:
         """The hub's own counters. Raises BusUnavailable."""
         found: dict[str, Any] = self._ask("stats")["stats"]
         return found

@@ -203,6 +203,19 @@ def test_a_load_that_fails_is_answered_with_its_reason(remote: Remote) -> None:
     assert "ArtifactNotFound" in result.reason
 
 
+def test_a_move_that_a_fault_has_caused_names_its_class_and_no_other_does(remote: Remote) -> None:
+    with remote.bus.subscribe(LIFECYCLE) as audit:
+        carried_out(
+            remote, command(CommandKind.REQUEST_GERMINATION, artifact_id="0123456789ab-cpu-standard-0123456789ab")
+        )
+        events = [audit.get(10.0).parse() for _ in range(3)]
+    assert [(event.target, event.error) for event in events] == [
+        ("GERMINATED", None),
+        ("LOADING", None),
+        ("CULLED", "ArtifactNotFound"),
+    ]
+
+
 def test_nothing_happens_before_a_boundary_and_within_a_step_everything_waits_for_its_end(
     remote: Remote, adapter_for: Callable[..., str]
 ) -> None:
