@@ -363,7 +363,8 @@ class GrowthHook:
     def _before_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._saved:
             self.checkpoint()
-        if len(args) < 2 and kwargs.get("closure") is None:  # else there has been no forward yet
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:  # else there has been no forward yet
             self.train_seeds()
 
     def _after_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
