@@ -16,9 +16,13 @@ _HOME = {
     "Blueprint": "esper_triton.contracts.blueprint",
     "EsperError": "esper_triton.contracts.errors",
     "Forge": "esper_triton.tezzeret.pool",
+    "GrowthHook": "esper_triton.model",
+    "Heuristic": "esper_triton.tamiyo",
     "KasminaLayer": "esper_triton.kasmina",
     "KasminaStateLayout": "esper_triton.kasmina",
     "KernelCache": "esper_triton.kasmina",
+    "LossWatch": "esper_triton.model",
+    "Manual": "esper_triton.tamiyo",
     "MorphableModel": "esper_triton.model",
     "Oona": "esper_triton.oona",
     "Policy": "esper_triton.kasmina",
@@ -44,9 +48,13 @@ __all__ = [
     "Blueprint",
     "EsperError",
     "Forge",
+    "GrowthHook",
+    "Heuristic",
     "KasminaLayer",
     "KasminaStateLayout",
     "KernelCache",
+    "LossWatch",
+    "Manual",
     "MorphableModel",
     "Oona",
     "Policy",
@@ -74,6 +82,8 @@ if TYPE_CHECKING:
     from esper_triton.contracts.errors import EsperError
     from esper_triton.kasmina import KasminaLayer, KasminaStateLayout, KernelCache, Policy, SeedLifecycleState
     from esper_triton.model import (
+        GrowthHook,
+        LossWatch,
         MorphableModel,
         attach,
         bake,
@@ -89,6 +99,7 @@ if TYPE_CHECKING:
     )
     from esper_triton.nissa import dashboard
     from esper_triton.oona import Oona
+    from esper_triton.tamiyo import Heuristic, Manual
     from esper_triton.tezzeret.pool import Forge
     from esper_triton.urza import Artifact, Urza
 

@@ -31,6 +31,7 @@ __all__ = [
     "SlotEmbargoed",
     "StateCorruption",
     "StoreUnavailable",
+    "TrainingDiverged",
     "UnknownTarget",
     "UntrustedArtifact",
     "error_named",
@@ -151,6 +152,10 @@ class MalformedMessage(EsperError, ValueError):
 
 class NonFiniteOutput(EsperError, ArithmeticError):
     """A seed's kernel returned values that are not finite where the host's were."""
+
+
+class TrainingDiverged(EsperError, ArithmeticError):
+    """The loss of a run diverges, and going back to the last checkpoint has not helped, or there is none."""
 
 
 class StateCorruption(EsperError, RuntimeError):

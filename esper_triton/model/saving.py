@@ -30,7 +30,7 @@ from esper_triton.kasmina.persistence import Missing, version_fault
 from esper_triton.model.checkpoint import esper_state_dict, prepare
 from esper_triton.urza import Urza
 
-__all__ = ["load_model", "save_model"]
+__all__ = ["load_model", "save_model", "weight_faults"]
 
 _logger = logging.getLogger(__name__)
 _LINEAGE = "lineage.json"
@@ -96,7 +96,7 @@ def load_model(directory: str | Path, model: _M, urza: Urza | None = None, *, mi
         raise CheckpointError(f"the weights in {directory} have no 'model' or no 'esper' section")
     if not any(isinstance(module, KasminaLayer) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no seeds; wrap it first{_how_to_wrap(section)}")
-    faults = list(_weight_faults(model, weights))
+    faults = list(weight_faults(model, weights))
     if faults:
         raise CheckpointError(f"the weights in {directory} do not fit this model: " + "; ".join(faults))
     prepared = prepare(model, section, urza=urza, missing=missing)
@@ -179,7 +179,8 @@ def _lineage(directory: Path) -> Lineage:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def _weight_faults(model: nn.Module, weights: Mapping[str, Any]) -> Iterator[str]:
+def weight_faults(model: nn.Module, weights: Mapping[str, Any]) -> Iterator[str]:
+    """What of a saved `state_dict` does not fit the model's own."""
     own = model.state_dict()
     for name in own.keys() - weights.keys():
         yield f"{name!r} is missing"
