@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from esper_triton.contracts import envelope as topics
@@ -23,9 +24,11 @@ from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.pending import PendingLoad
 from esper_triton.kasmina.schedules import Schedule, schedule_from
+from esper_triton.model.germination import target_name
 from esper_triton.model.health import HealthReader
 from esper_triton.model.morphable import MorphableModel
 from esper_triton.oona import Delivery, Oona
+from esper_triton.tezzeret.targets import parse_target
 
 __all__ = ["Remote", "connect"]
 
@@ -336,6 +339,7 @@ class Remote:
                 source=event.source.name,
                 target=event.target.name,
                 artifact_id=event.artifact_id,
+                error=self._met(event),
                 step=0 if record is None else record.step,
                 epoch=0 if record is None else record.epoch,
             ),
@@ -343,6 +347,13 @@ class Remote:
         )
         if event.target in (_S.FOSSILIZED, _S.CULLED, _S.ROLLED_BACK) and event.artifact_id is not None:
             self._report(event, trace_id)
+
+    def _met(self, event: Transition) -> str | None:
+        layer = self._layers.get(event.layer)
+        if layer is None or event.target not in (_S.ERROR_RECOVERY, _S.CULLED):
+            return None
+        error = layer._kasmina.seeds[event.seed].last_error
+        return None if error is None else type(error).__name__[:100]
 
     def _report(self, event: Transition, trace_id: str | None) -> None:
         layer = self._layers.get(event.layer)
@@ -367,13 +378,18 @@ class Remote:
         )
 
     def _missed(self, miss: SpecialisationMiss) -> None:
+        try:
+            target = parse_target(target_name(torch.device(miss.device)))
+        except ValueError as error:  # nothing compiles for such a device
+            _log.warning("%s", json.dumps({"event": "no_target", "device": miss.device, "reason": str(error)}))
+            return
         self.bus.publish(
             topics.SUBMITTED,
             CompileRequest(
                 reason="specialisation_miss",
                 like_artifact_id=miss.artifact_id,
-                dtype=miss.dtype,
-                device=miss.device,
+                dtype=miss.dtype.removeprefix("torch."),
+                targets=(target,),
                 model=self.name,
                 layer=miss.layer,
                 seed=miss.seed,

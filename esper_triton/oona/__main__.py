@@ -105,7 +105,7 @@ def _ask(options: argparse.Namespace) -> int:
         if options.command == "forget":
             transport.forget(options.group)
         else:
-            sys.stdout.write(json.dumps(transport.hub_stats(), indent=2) + "\n")
+            sys.stdout.write(json.dumps(transport.server_stats(), indent=2) + "\n")
     finally:
         transport.close()
     return 0

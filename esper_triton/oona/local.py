@@ -82,6 +82,10 @@ class LocalTransport:
         with self._lock:
             return self._exchange.stats()
 
+    def server_stats(self) -> dict[str, Any]:
+        """There is no server: the same."""
+        return self.stats()
+
     def close(self) -> None:
         """Nothing to let go of."""
 

@@ -154,19 +154,23 @@ class RedisTransport:
             yield f"{first}-{int(second) + 1}"
 
     def stats(self) -> dict[str, Any]:
-        """Gaps that the server has seen, by topic, and the lag of each group; empty while the server is away."""
+        """As `server_stats`; empty while the server is away."""
         try:
-            with self._available():
-                gaps = {k.decode(): int(v) for k, v in self._redis.hgetall("esper:gaps").items()}
-                groups: dict[str, dict[str, int]] = {}
-                for topic in TOPICS:
-                    with contextlib.suppress(redis.ResponseError):  # no such stream
-                        for group in self._redis.xinfo_groups(_stream(topic)):
-                            entry = groups.setdefault(group["name"].decode(), {"lag": 0, "held": 0})
-                            entry["lag"] += int(group.get("lag") or 0)
-                            entry["held"] += int(group["pending"])
+            return self.server_stats()
         except BusUnavailable:
             return {}
+
+    def server_stats(self) -> dict[str, Any]:
+        """Gaps that the server has seen, by topic, and the lag of each group. Raises BusUnavailable."""
+        with self._available():
+            gaps = {k.decode(): int(v) for k, v in self._redis.hgetall("esper:gaps").items()}
+            groups: dict[str, dict[str, int]] = {}
+            for topic in TOPICS:
+                with contextlib.suppress(redis.ResponseError):  # no such stream
+                    for group in self._redis.xinfo_groups(_stream(topic)):
+                        entry = groups.setdefault(group["name"].decode(), {"lag": 0, "held": 0})
+                        entry["lag"] += int(group.get("lag") or 0)
+                        entry["held"] += int(group["pending"])
         return {"gaps": gaps, "groups": groups}
 
     def close(self) -> None:

@@ -48,5 +48,8 @@ class Transport(Protocol):
     def stats(self) -> dict[str, Any]:
         """Counters of the transport's own."""
 
+    def server_stats(self) -> dict[str, Any]:
+        """Counters of the hub or server, which is asked. Raises BusUnavailable."""
+
     def close(self) -> None:
         """Lets go of connections and threads."""

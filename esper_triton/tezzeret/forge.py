@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from esper_triton.contracts.errors import CompileError
+from esper_triton.contracts.blueprint import TEXT_LIMIT_BYTES
+from esper_triton.contracts.errors import BlueprintError, CompileError
 from esper_triton.contracts.manifest import KernelRecord, KernelStatus, Manifest, sha256
 from esper_triton.tezzeret.plan import KernelPlan, Plan
 from esper_triton.tezzeret.targets import runs_on_this_cpu, shared_memory_limit, triton_target
@@ -34,16 +35,24 @@ def forge(plan: Plan) -> Forged:
     No divisibility of strides or addresses is assumed, so one binary serves every view of a tensor; on a GPU that costs
     wide loads.
 
-    Raises CompileError naming kernel and target, from the compiler's own error.
+    Raises CompileError naming kernel and target, from the compiler's own error, and BlueprintError where the
+    blueprint's text is too long to be kept.
     """
     started = time.perf_counter()
     blobs: dict[str, bytes] = {}
+    text = plan.blueprint.canonical_bytes()
+    if len(text) > TEXT_LIMIT_BYTES:
+        raise BlueprintError(
+            f"blueprint {plan.blueprint.name!r}: its text has {len(text)} bytes; at most {TEXT_LIMIT_BYTES} are allowed"
+        )
+    design = _keep(text, blobs)
     records = {name: _compile_kernel(plan, kernel, blobs) for name, kernel in plan.kernels.items()}
     blueprint = plan.blueprint
     manifest = Manifest(
         id=plan.artifact_id,
         blueprint_id=blueprint.id,
         blueprint_name=blueprint.name,
+        blueprint=design,
         input=blueprint.input,
         layout=blueprint.layout,
         affine=blueprint.affine,

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.errors import (
     ArtifactNotFound,
     CorruptObject,
@@ -27,6 +28,7 @@ from esper_triton.urza.archive import Admitted
 from esper_triton.urza.carrying import Imported, export_archive, import_archive
 from esper_triton.urza.checks import check_commit, check_size
 from esper_triton.urza.collecting import Collected, Progress, all_objects, collect
+from esper_triton.urza.designs import blueprint_of
 from esper_triton.urza.directory import Damage, Directory, object_parts
 from esper_triton.urza.elsewhere import elsewhere
 from esper_triton.urza.events import Event, Events
@@ -197,6 +199,12 @@ class Urza:
         self._index.used(artifact_id)
         return found
 
+    def blueprint(self, artifact_id: str) -> Blueprint:
+        """The design that the artifact was made from, verified, its values named anew. Raises as `load` does, and
+        ArtifactRefused where the artifact keeps none (a release before this one stored it), or one of another id."""
+        _, _, manifest, blobs = self.whole(artifact_id)
+        return blueprint_of(manifest, blobs)
+
     def release(self) -> None:
         """Gives back what `load` has leased through this object."""
         self._leases.release()
@@ -290,11 +298,11 @@ class Urza:
                 )
             manifest = artifact.manifest
             if status != artifact.status:
-                update: dict[str, object] = {"status": KernelStatus(status)}
                 if report is not None:
                     check_size("the report", report, BLOB_LIMIT_BYTES)
-                    update["report"] = sha256(report)
-                manifest = manifest.model_copy(update=update)
+                manifest = manifest.with_status(
+                    KernelStatus(status), manifest.report if report is None else sha256(report)
+                )
                 content = manifest.canonical_bytes()  # else it keeps its bytes: they may be of an older schema
             try:
                 probe = Record(id=artifact_id, manifest=record.manifest, tags=new_tags, figures=new_figures)

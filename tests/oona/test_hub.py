@@ -199,7 +199,7 @@ def test_a_wrong_token_is_named_as_the_reason(guarded: HubServer, bus_to: Callab
     bus.publish(LIFECYCLE, {})
     eventually(lambda: bus.stats()["away"])
     with pytest.raises(BusUnavailable, match="does not know this token"):
-        bus._transport.hub_stats()
+        bus._transport.server_stats()
     bus.close(0.1)
     assert bus.stats()["journal"]["spilled"] == 1
 
@@ -243,7 +243,7 @@ def test_messages_travel_under_tls_and_an_unknown_certificate_is_not_trusted(
             assert subscription.get(10.0).envelope.payload == {"k": 1}
         stranger = bus_to(server)
         with pytest.raises(BusUnavailable, match="certificate"):
-            stranger._transport.hub_stats()
+            stranger._transport.server_stats()
         assert ssl.create_default_context().verify_mode is ssl.CERT_REQUIRED
     finally:
         server.stop()

@@ -175,6 +175,19 @@ def test_a_load_that_fails_is_answered_with_its_reason(remote: Remote) -> None:
     assert "ArtifactNotFound" in result.reason
 
 
+def test_a_move_that_a_fault_has_caused_names_its_class_and_no_other_does(remote: Remote) -> None:
+    with remote.bus.subscribe(LIFECYCLE) as audit:
+        carried_out(
+            remote, command(CommandKind.REQUEST_GERMINATION, artifact_id="0123456789ab-cpu-standard-0123456789ab")
+        )
+        events = [audit.get(10.0).parse() for _ in range(3)]
+    assert [(event.target, event.error) for event in events] == [
+        ("GERMINATED", None),
+        ("LOADING", None),
+        ("CULLED", "ArtifactNotFound"),
+    ]
+
+
 def test_nothing_happens_before_a_boundary_and_within_a_step_everything_waits_for_its_end(
     remote: Remote, adapter_for: Callable[..., str]
 ) -> None:
@@ -238,7 +251,7 @@ def test_transitions_reports_and_traces_follow_an_artifact(remote: Remote, adapt
 
 
 def test_a_missing_specialisation_goes_out_as_a_request_to_compile(
-    remote: Remote, adapter_for: Callable[..., str]
+    remote: Remote, adapter_for: Callable[..., str], adapter_store: Urza
 ) -> None:
     artifact = adapter_for(D, R)
     for one in (
@@ -254,7 +267,8 @@ def test_a_missing_specialisation_goes_out_as_a_request_to_compile(
         remote.model.step_boundary()
         request = jobs.get(10.0).parse()
     assert (request.reason, request.like_artifact_id) == ("specialisation_miss", artifact)
-    assert (request.dtype, request.device, request.layer, request.seed) == ("torch.float64", "cpu", "0", 0)
+    assert (request.dtype, request.layer, request.seed) == ("float64", "0", 0)
+    assert request.targets == (adapter_store.get(artifact).manifest.target,)
 
 
 def test_health_of_all_seeds_comes_in_one_message_and_what_was_not_measured_is_null(
