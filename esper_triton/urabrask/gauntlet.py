@@ -9,7 +9,7 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,9 +28,10 @@ from esper_triton.contracts.report import (
 )
 from esper_triton.urabrask.benchmark import benchmark, bytes_needed
 from esper_triton.urabrask.draws import cases
+from esper_triton.urabrask.equivalence import check_equivalence, check_layer, hung
 from esper_triton.urabrask.gradients import check_affine, check_gradients
-from esper_triton.urabrask.judging import Miss
 from esper_triton.urabrask.laws import check_determinism, check_relations
+from esper_triton.urabrask.layers import layer_reference
 from esper_triton.urabrask.local import LocalRunner
 from esper_triton.urabrask.oracle import K, LocalOracle, Oracle, RemoteOracle
 from esper_triton.urabrask.reach import check_reach
@@ -52,8 +53,6 @@ Progress = Callable[[str, float], None]
 _CPU = torch.device("cpu")
 _OUT_OF_BOUNDS = ("OutOfBounds", "WriteRace", "that are no result's were written", "touched memory")
 _LEAST_BYTES = 32 << 20
-_MOST_DEATHS = 3
-_MOST_FAILED_CASES = 12
 _BITS = 48
 
 
@@ -76,7 +75,7 @@ class Plan:
 LEVELS: dict[Level, Plan] = {
     "fast": Plan(
         groups=49,
-        seconds=2.5,
+        seconds=3.0,
         relations=3,
         repeats=3,
         checked=6,
@@ -223,30 +222,19 @@ class _Examination:
 
     def _equivalence(self, trial: Trial) -> None:
         """Against the reference in float64, forward and backward, and law 2's ends."""
-        deaths = 0
         with self.log("equivalence", 0.1).timed() as log:
-            end = time.monotonic() + self.plan.seconds
-            began = time.monotonic()
-            for number, group in enumerate(itertools.islice(cases(trial.subject, self.seed), self.plan.groups)):
-                if time.monotonic() > end:
-                    break
-                share = max(number / self.plan.groups, (time.monotonic() - began) / self.plan.seconds)
-                self.tell("equivalence", 0.1 + 0.5 * share)
-                drawn = {case.parameters: trial.tensors(case) for case in group}
-                for case in group:
-                    misses = trial.check(case, drawn[case.parameters])
-                    passed = log.note(case, misses)
-                    died = any(miss.name == "the call" and not miss.ratio <= 1 for miss in misses)
-                    deaths += died
-                    if not passed and (log.failed >= _MOST_FAILED_CASES or deaths >= _MOST_DEATHS or _hung(misses)):
-                        return
-                if group[0].values == "normal" and not log.failed:
-                    self._note_drift(trial, group[0], drawn["drawn"])
+            check_equivalence(
+                trial,
+                log,
+                self.seed,
+                groups=self.plan.groups,
+                seconds=self.plan.seconds,
+                tell=lambda part: self.tell("equivalence", 0.1 + 0.45 * part),
+                seen=lambda case, tensors: self._note_drift(trial, case, tensors),
+            )
 
     def _note_drift(self, trial: Trial, case: CaseRecord, tensors: Mapping[str, torch.Tensor]) -> None:
         """The largest error of `out` at alpha 1, of ordinary numbers, as a part of its largest element."""
-        if case.training:
-            return
         exact = trial.answer(case, tensors).exact[K]
         try:
             out = trial.run(case, tensors).results["out"].double()
@@ -262,6 +250,19 @@ class _Examination:
                 check_gradients(trial, log, self.seed + 4)
             else:
                 log.skipped = "it has no backward"
+        if self.blueprint.equivalent_to:
+            with self.log("layer", 0.74).timed() as log:
+                named = self.blueprint.equivalent_to
+                try:
+                    reference = layer_reference(self.blueprint, self.manifest)
+                except (ValueError, KeyError, StopIteration) as error:
+                    log.remark(f"it is said to equal {named}, and cannot: {error}")
+                    return
+                if reference is None:
+                    log.skipped = f"{named} is no layer that is known here"
+                else:
+                    layer = LocalOracle(reference, trial.subject.layout, trial.subject.dtype)
+                    check_layer(trial, log, layer, self.seed + 6, 2)
         if self.manifest.affine:
             with self.log("affine", 0.75).timed() as log:
                 check_affine(trial, log, self.seed + 5)
@@ -277,7 +278,7 @@ class _Examination:
                 self.counterexample = Counterexample(case=other[0], what=str(other[1]))
             return
         case, miss = found
-        if _hung([miss]):  # each try would hang as long
+        if hung([miss]):  # each try would hang as long
             self.counterexample = Counterexample(case=case, what=str(miss))
             return
         self.tell("looking for a simpler case", 0.8)
@@ -446,10 +447,6 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 _usual = torch.get_num_threads()
-
-
-def _hung(misses: Sequence[Miss]) -> bool:
-    return any("did not end" in miss.says for miss in misses)
 
 
 def _text(error: Exception) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from esper_triton.urabrask.steps import steps_of
 
 __all__ = ["Rounded"]
 
@@ -29,11 +30,12 @@ class Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it, what torch computes in float64 is off as if it had been computed in a narrower format.
 
     The result of every operation is multiplied by 1 + e with |e| = u, the unit roundoff of that format. Of one that
-    adds up n terms, the operands are too, with |e| = u + n v, v = 2^-24, and so is the result: factors of products may
-    be rounded when they meet, and a sum of n products in any order is the exact sum of products that are each off by no
-    more than about n v (N. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1). Signs are
-    drawn for each element; `together`, all results of an operation get the same sign, since errors of like numbers are
-    alike.
+    adds up n terms, the operands are too, with |e| = u + 2 sqrt(n) v (n v for n below 4), v = 2^-24, and so is the
+    result: factors of products may be rounded when they meet, and a sum in float32 in any order is the exact sum of
+    products that are each off by no more than about n v (N. Higham, "Accuracy and Stability of Numerical Algorithms",
+    2002, section 3.1), and of hardly more than sqrt(n) v, since roundings are of both signs (N. Higham, T. Mary, "A New
+    Approach to Probabilistic Rounding Error Analysis", 2019). Signs are drawn for each element; `together`, all results
+    of an operation get the same sign, since errors of like numbers are alike.
 
     Attributes:
         largest: the absolute value of the largest number that was computed, where `watched`.
@@ -48,6 +50,12 @@ class Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._signs = torch.randint(0, 2, (_SIGNS,), generator=generator).double().mul_(2).sub_(1)
         self._at = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False, since nothing is compiled within it: to skip TorchDynamo, torch would import it, which takes seconds,
+        and wrap every call."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -56,23 +64,25 @@ class Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         terms = 0
-        steps = _steps().get(func)
+        given = dict(kwargs or {})
+        steps = steps_of(func, given)
         if steps is not None:
+            given.pop("approximate", None)
             with self:
-                return steps(*args, **(kwargs or {}))
+                return steps(*args, **given)
         is_new, name = _what(func)
         if is_new and _adds_up(name):
             operands = [a for a in _tensors(args) if a.is_floating_point() and a.numel()]
             terms = _terms(name, operands)
-            spread = self._roundoff + terms * _ACCUMULATED
+            spread = self._roundoff + _accumulated(terms)
             args = tuple(
                 self._off(a, spread) if isinstance(a, Tensor) and a.is_floating_point() and a.numel() else a
                 for a in args
             )
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **given)
         if not is_new:
             return result
-        off = self._roundoff + terms * _ACCUMULATED
+        off = self._roundoff + _accumulated(terms)
         if isinstance(result, Tensor):
             return self._off(result, off, together=self._together) if result.is_floating_point() else result
         if isinstance(result, tuple):
@@ -101,33 +111,6 @@ class Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value * signs.mul(by).add_(1)
 
 
-@lru_cache(maxsize=1)
-def _steps() -> dict[Any, Any]:
-    """By operation, the function that does it in smaller ones."""
-    aten = torch.ops.aten
-    found = get_decompositions(
-        [
-            aten._softmax,
-            aten._log_softmax,
-            aten._softmax_backward_data,
-            aten._log_softmax_backward_data,
-            aten.gelu_backward,
-            aten.silu_backward,
-            aten.sigmoid_backward,
-            aten.tanh_backward,
-            aten.native_layer_norm,
-            aten.native_layer_norm_backward,
-            aten._fused_rms_norm,
-            aten._fused_rms_norm_backward,
-            aten.silu,
-            aten.gelu,
-            aten.softplus_backward,
-            aten.elu_backward,
-        ]
-    )
-    return dict(found)
-
-
 @lru_cache(maxsize=1024)
 def _what(func: Any) -> tuple[bool, str]:
     """Whether its results are numbers that it has computed, and its name."""
@@ -144,6 +127,11 @@ _MOVING = frozenset(
     "threshold_backward slice_backward select_backward constant_pad_nd arange scalar_tensor lift_fresh "
     "_unsafe_view unsafe_split repeat pad roll flip masked_fill bernoulli rand randn".split()
 )
+
+
+def _accumulated(terms: int) -> float:
+    """By how much of itself each term may be off when `terms` are added up in float32."""
+    return min(terms, 2.0 * math.sqrt(terms)) * _ACCUMULATED
 
 
 def _adds_up(name: str) -> bool:

@@ -14,6 +14,7 @@ from esper_triton.urabrask.gauntlet import Policy, Progress, examine
 from esper_triton.urabrask.sandbox import Limits
 from esper_triton.urabrask.tags import figures_of, in_class, retag, tags_of
 from esper_triton.urza import Artifact, Urza
+from esper_triton.urza.designs import blueprint_of
 
 __all__ = ["read_report", "validate"]
 
@@ -41,7 +42,7 @@ def validate(
     returned and not kept.
 
     Args: as of `examine`, and
-        blueprint: what it was made from; may be left out where the store has it.
+        blueprint: what it was made from; by default what the artifact keeps.
 
     Raises as `Urza.load` and `Urza.set_status` do, ArtifactRefused for one that is ARCHIVED or of another blueprint,
     and ProofUnavailable where no sandbox can be started: the status is then as it was.
@@ -80,14 +81,6 @@ def validate(
     if report.verdict == "VALIDATED":
         retag(store, proven.manifest)
     return proven, report
-
-
-def blueprint_of(manifest: Manifest, blobs: dict[str, bytes]) -> Blueprint:
-    """The blueprint that was stored with an artifact. Raises ArtifactRefused where none was."""
-    raise ArtifactRefused(
-        f"artifact {manifest.id} was stored without its blueprint {manifest.blueprint_name!r}; give the blueprint, or "
-        "compile it again"
-    )
 
 
 def read_report(artifact_id: str, store: Urza) -> ValidationReport:
