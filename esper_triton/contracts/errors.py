@@ -27,6 +27,7 @@ __all__ = [
     "NonFiniteOutput",
     "NotAuthorized",
     "ProofFailed",
+    "ProofUnavailable",
     "ReplicaFailed",
     "SlotEmbargoed",
     "StateCorruption",
@@ -57,6 +58,10 @@ class CompileError(EsperError, RuntimeError):
 
 class ProofFailed(EsperError, RuntimeError):
     """A compiled artifact did not match its float64 reference; it was stored as REJECTED."""
+
+
+class ProofUnavailable(EsperError, RuntimeError):
+    """An artifact cannot be put to the proof here: no sandbox can be started. Its status is as it was."""
 
 
 class StoreUnavailable(EsperError, OSError):

@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["forked"]
+__all__ = ["begin_anew", "forked"]
 
 _forked = False
 
@@ -21,6 +21,13 @@ _forked = False
 def forked() -> bool:
     """True if this process was forked after `import triton`: kernels run on the thread that launches them."""
     return _forked
+
+
+def begin_anew() -> None:
+    """For a forked child whose parent has never run anything on more than one thread: its libgomp waits for nobody, so
+    its kernels may run on threads again."""
+    global _forked
+    _forked = False
 
 
 _held: Any = None

@@ -82,9 +82,13 @@ def check_runs_here(manifest: Manifest, device: torch.device) -> None:
     Raises ArtifactRefused with the way out.
     """
     if manifest.status is not KernelStatus.VALIDATED:
+        way = {
+            KernelStatus.REJECTED: f"`python -m esper_triton.urabrask report {manifest.id}` says why it was rejected",
+            KernelStatus.ARCHIVED: f"compile blueprint {manifest.blueprint_name!r} again",
+        }.get(manifest.status, f"`python -m esper_triton.urabrask validate {manifest.id}` proves it")
         raise ArtifactRefused(
-            f"artifact {manifest.id} is {manifest.status.value} and only VALIDATED ones run; "
-            "compile it again, or see its report for why it was not validated"
+            f"artifact {manifest.id} is {manifest.status.value} and only VALIDATED ones run; {way} (with --urza, where "
+            "the store is not the default one)"
         )
     check_machine(manifest, device)
 

@@ -9,12 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from esper_triton.contracts.blueprint import Blueprint
-from esper_triton.contracts.errors import ArtifactNotFound, CorruptObject, ProofFailed, UntrustedArtifact
+from esper_triton.contracts.errors import (
+    ArtifactNotFound,
+    ArtifactRefused,
+    CorruptObject,
+    ProofFailed,
+    UntrustedArtifact,
+)
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.tezzeret.forge import Forged
 from esper_triton.tezzeret.pipelines import Announce, BuildRecord, device_of, make, plan_of
 from esper_triton.tezzeret.request import Request, requests_for
 from esper_triton.tezzeret.targets import parse_target
+from esper_triton.urabrask.zygotes import warm_up
 from esper_triton.urza import Artifact, Urza
 
 __all__ = ["Built", "build_all", "is_stored", "requests_of", "stored"]
@@ -123,6 +130,8 @@ def stored(job: Mapping[str, Any], store: Urza) -> list[Built] | None:
 
 
 def _build(jobs: Sequence[_Job], store: Urza, announce: Announce) -> None:
+    if any(device_of(job.request.target) is not None for job in jobs):
+        warm_up()  # while kernels are compiled
     with contextlib.ExitStack() as turns:
         # In one order everywhere: two processes that wait for each other would wait forever.
         for job in sorted(jobs, key=lambda job: job.request.turn):
@@ -162,11 +171,11 @@ def _prove(job: _Job, store: Urza) -> None:
     assert job.artifact is not None
     if job.is_done:
         return
-    from esper_triton.urabrask.proof import prove
+    from esper_triton.urabrask import validate
 
     device = device_of(job.request.target)
     assert device is not None
-    job.artifact, _ = prove(job.request.blueprint, job.artifact.id, store, device)
+    job.artifact, _ = validate(job.artifact.id, store, "fast", blueprint=job.request.blueprint, device=device)
 
 
 def _code_bytes(artifact: Artifact, blobs: dict[str, bytes]) -> int:
@@ -174,10 +183,10 @@ def _code_bytes(artifact: Artifact, blobs: dict[str, bytes]) -> int:
 
 
 def _first_failure(store: Urza, artifact: Artifact) -> str:
-    if artifact.manifest.report is None:
-        return "it has no report"
-    from esper_triton.urabrask.proof import ProofReport
+    from esper_triton.urabrask.verdict import read_report
 
-    _, blobs = store.load(artifact.id)
-    failures = ProofReport.model_validate_json(blobs[artifact.manifest.report]).failures
-    return f"{failures[0]} (the first of {len(failures)})" if failures else "its report lists no failure"
+    try:
+        report = read_report(artifact.id, store)
+    except ArtifactRefused as error:
+        return str(error)
+    return "; ".join(report.reasons)

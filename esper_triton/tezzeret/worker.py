@@ -32,7 +32,7 @@ def main() -> int:
     import triton  # noqa: F401
 
     import esper_triton.tezzeret.builds
-    import esper_triton.urabrask.proof  # noqa: F401
+    import esper_triton.urabrask.verdict  # noqa: F401
 
     one_at_a_time = threading.Lock()
 

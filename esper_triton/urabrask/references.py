@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 
@@ -13,7 +14,12 @@ from esper_triton.contracts.graph import Op, infer
 from esper_triton.tezzeret.reference import reference
 from esper_triton.tezzeret.source import load_source
 
-__all__ = ["reference_of"]
+__all__ = ["draws_itself", "reference_of"]
+
+
+def draws_itself(reference: Callable[..., Tensor]) -> bool:
+    """Whether a reference takes `rand`, and so knows what has been dropped in training mode."""
+    return "rand" in inspect.signature(reference).parameters
 
 
 def reference_of(blueprint: Blueprint, dims: Mapping[str, int]) -> Callable[..., Tensor]:

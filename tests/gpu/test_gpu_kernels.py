@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.kasmina import KasminaLayer, KernelProgram
-from esper_triton.urabrask.proof import ProofReport
+from esper_triton.urabrask.verdict import read_report
 from esper_triton.urza import Urza
 
 D, R, IN = 48, 4, 6
@@ -30,10 +30,9 @@ def drawn_parameters(device: torch.device) -> dict[str, Tensor]:
 def test_the_shipped_adapter_is_proven_on_this_gpu(
     gpu_store: Urza, gpu_adapter: Callable[..., str], dtype: str
 ) -> None:
-    artifact, blobs = gpu_store.load(gpu_adapter(D, R, dtype))
-    assert artifact.status is KernelStatus.VALIDATED
-    assert artifact.manifest.report is not None
-    report = ProofReport.model_validate_json(blobs[artifact.manifest.report])
+    artifact_id = gpu_adapter(D, R, dtype)
+    assert gpu_store.get(artifact_id).status is KernelStatus.VALIDATED
+    report = read_report(artifact_id, gpu_store)
     assert (report.verdict, report.failures) == ("VALIDATED", ())
     computed = {"out", "grad_h", "grad_down_weight", "grad_down_bias", "grad_up_weight", "grad_up_bias"}
     assert all(1e-6 < report.worst[name] < 1 for name in computed)  # something was computed, and compared

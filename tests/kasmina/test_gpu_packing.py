@@ -442,11 +442,13 @@ def test_a_compile_proves_a_stored_artifact_on_the_gpu_that_it_is_for(
 ) -> None:
     asked: list[tuple[str, torch.device]] = []
 
-    def prove(blueprint: object, artifact_id: str, store: Urza, device: torch.device) -> tuple[object, None]:
+    def validate(
+        artifact_id: str, store: Urza, level: str, *, device: torch.device, **_: object
+    ) -> tuple[object, None]:
         asked.append((artifact_id, device))
         return store.get(artifact_id), None
 
-    monkeypatch.setattr("esper_triton.urabrask.proof.prove", prove)
+    monkeypatch.setattr("esper_triton.urabrask.verdict.validate", validate)
     monkeypatch.setattr(triton, "compile", lambda *_, **__: pytest.fail("compiled again"))
     pretend(monkeypatch, "cuda", ["80", "90"])
     compiled = esper.compile(adapter_path, dims={"d": D, "r": R}, targets=["cuda:90", "hip:gfx942"], urza=gpu_store)

@@ -165,7 +165,7 @@ def test_a_compiler_error_and_a_failed_proof_keep_their_kind(
         forge.submit(Blueprint.load(path), DIMS, urza=store).result()
     assert store.ids() == []
     path = adapter_variant(source={" + up_bias[None, :]": ""})
-    with pytest.raises(ProofFailed, match="was stored as REJECTED: rows="):
+    with pytest.raises(ProofFailed, match="was stored as REJECTED: equivalence: rows="):
         forge.submit(Blueprint.load(path), DIMS, urza=store).result()
 
 
