@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import graphs
 import pytest
 import torch
 from emitting import agreement, load, source_of
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.graph import layout_of
+from esper_triton.testing import graphs
 from esper_triton.tezzeret.rows import Tiles
 
 _ITEM = {"rows": 1, "sequence": 7, "image": 15}
