@@ -116,7 +116,7 @@ class _Examination:
         self,
         manifest: Manifest,
         blobs: Mapping[str, bytes],
-        blueprint: Blueprint | Oracle,
+        blueprint: Blueprint,
         plan: Plan,
         seed: int,
         device: torch.device,
@@ -323,8 +323,6 @@ class _Examination:
 
     def _oracle(self) -> Oracle:
         """A graph is evaluated here; a source brings Python of its own, which is run as its kernels are."""
-        if not isinstance(self.blueprint, Blueprint):
-            return self.blueprint
         if self.blueprint.ops:
             return LocalOracle.of_blueprint(self.blueprint, self.manifest.dims, self.manifest.dtype)
         return self._stack.enter_context(RemoteOracle.of_blueprint(self.blueprint, self.manifest, self.limits))
@@ -333,7 +331,7 @@ class _Examination:
 def examine(
     manifest: Manifest,
     blobs: Mapping[str, bytes],
-    blueprint: Blueprint | Oracle,
+    blueprint: Blueprint,
     *,
     level: Level = "fast",
     seed: int | None = None,
@@ -346,7 +344,7 @@ def examine(
     """Tries an artifact and says what came of it; changes nothing anywhere.
 
     Args:
-        blobs: the artifact's, by SHA-256. blueprint: what it was made from, or what knows the answers in its place.
+        blobs: the artifact's, by SHA-256. blueprint: what it was made from.
         level: `fast` (200 cases and the laws, some seconds), `standard` (about 30 s) or `thorough`.
         seed: of everything that is drawn; by default a new one, which the report has.
         seconds: how long cases are drawn, where not as long as the level says.
@@ -356,7 +354,7 @@ def examine(
 
     Raises ArtifactRefused where the blueprint is another one's, and ProofUnavailable where no sandbox can be started.
     """
-    if isinstance(blueprint, Blueprint) and blueprint.id != manifest.blueprint_id:
+    if blueprint.id != manifest.blueprint_id:
         raise ArtifactRefused(
             f"artifact {manifest.id} was not made from blueprint {blueprint.name!r} ({blueprint.id[:12]}), but from "
             f"{manifest.blueprint_name!r} ({manifest.blueprint_id[:12]})"
