@@ -17,7 +17,7 @@ from esper_triton.urabrask.subject import Call, Subject
 __all__ = ["VALUES", "call_of", "cases", "dirty_rows", "dropout_seed_of", "extents_of_case", "sizes", "tensors_of"]
 
 VALUES = ("normal", "large", "huge", "tiny", "denormal", "zeros", "equal", "sorted", "one row", "inf", "nan")
-"""What the inputs are of: `large` is where an exponential of a product overflows; of `tiny` inputs biases are tiny too,
+"""What the inputs are of: `large` is where the exponential of a product overflows; with `tiny` inputs biases are tiny,
 or nothing would show of them; `one row` is one for all, which may lie in memory once; `inf` and `nan` are among ordinary
 numbers, in some rows or items."""
 # Ordinary numbers every second time; then what most kernels get wrong.
@@ -65,7 +65,8 @@ def sizes(subject: Subject, seed: int) -> Iterator[Extents]:
         order = counts[:]
         draw.shuffle(order)
         if first:
-            order = [1, *order]
+            # One row less than two blocks is what blocks that are placed a little off leave out, or compute twice.
+            order = [1, min(most, 2 * max(blocks) - 1), *order]
             first = False
         for rows in order:
             yield _extents(subject.layout, rows, draw)
