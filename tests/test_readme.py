@@ -33,8 +33,9 @@ def test_the_training_loop_of_the_readme(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_model_on_a_bus_of_the_page_on_the_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "kernels").symlink_to(ROOT / "kernels")
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "oona.md").read_text("utf-8"), re.DOTALL)
-    module = run(block, tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "oona.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    module = run("\n".join(blocks), tmp_path)
     assert module.model.kasmina_layers["0"].seed_state(0).name == "TRAINING"
     assert module.bus.publish("audit.lifecycle", {}) is False
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Blueprint", "DTypeName", "Dim", "LaunchSpec", "Layout", "Op", "ParameterSpec", "TensorSpec"]
 
 SCHEMA_VERSION = "1.1"
+TEXT_LIMIT_BYTES = 1 << 20  # of a blueprint's canonical text; far above any honest design
 DTypeName = Literal["float32", "float16", "bfloat16"]
 Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 Grid = Annotated[tuple[str, ...], Field(min_length=1, max_length=3)]
@@ -259,6 +260,27 @@ class Blueprint(_Value):
             raise BlueprintError(f"blueprint {self.name!r} is a hand-written source; only graphs have a canonical form")
         ops, output = canonical_ops(self.ops, self.output, self.parameters)
         return self.model_copy(update={"ops": ops, "output": output})
+
+    def canonical_bytes(self) -> bytes:
+        """The design as it is kept with an artifact: JSON in UTF-8 with sorted keys, a graph in canonical form; the
+        text of a hand-written source is left out. `from_canonical_bytes` makes a blueprint with the same id of it."""
+        body = (self.canonical() if self.ops else self)._body()
+        return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_canonical_bytes(cls, content: bytes, source_text: str = "") -> Blueprint:
+        """What `canonical_bytes` was made of, up to names of values; `source_text` is that of a hand-written source.
+        The content may be anybody's. Raises BlueprintError with every fault found."""
+        if len(content) > TEXT_LIMIT_BYTES:
+            raise BlueprintError(f"blueprint: {len(content)} bytes; at most {TEXT_LIMIT_BYTES} are allowed")
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            raise BlueprintError(f"blueprint: not UTF-8: {error}") from error
+        body = _read("blueprint", text, is_json=True)
+        if body.get("source"):
+            body["source_text"] = source_text
+        return cls.validated("blueprint", body)
 
     @classmethod
     def load(cls, path: str | Path) -> Blueprint:

@@ -12,6 +12,7 @@ from esper_triton.contracts.errors import nearest
 __all__ = [
     "CHARACTERIZED",
     "COMMANDS",
+    "COMPILE_FAILED",
     "EPOCH",
     "FIELD_REPORTS",
     "HEALTH",
@@ -37,13 +38,26 @@ COMMANDS = "control.kasmina.commands"
 RESULTS = "control.kasmina.results"
 SUBMITTED = "compilation.blueprint.submitted"
 KERNEL_READY = "compilation.kernel.ready"
+COMPILE_FAILED = "compilation.blueprint.failed"
 CHARACTERIZED = "validation.kernel.characterized"
 EPOCH = "system.events.epoch"
 FIELD_REPORTS = "innovation.field_reports"
 LIFECYCLE = "audit.lifecycle"
 STORE = "audit.store"
 
-TOPICS = (HEALTH, COMMANDS, RESULTS, SUBMITTED, KERNEL_READY, CHARACTERIZED, EPOCH, FIELD_REPORTS, LIFECYCLE, STORE)
+TOPICS = (
+    HEALTH,
+    COMMANDS,
+    RESULTS,
+    SUBMITTED,
+    KERNEL_READY,
+    COMPILE_FAILED,
+    CHARACTERIZED,
+    EPOCH,
+    FIELD_REPORTS,
+    LIFECYCLE,
+    STORE,
+)
 """Every topic. `compilation.blueprint.submitted` and `compilation.kernel.ready` are the queues of workers too: one that
 subscribes with a group shares the jobs with the rest of the group."""
 

@@ -33,6 +33,7 @@ __all__ = [
     "StoreUnavailable",
     "UnknownTarget",
     "UntrustedArtifact",
+    "error_named",
     "nearest",
 ]
 
@@ -166,6 +167,18 @@ class StateCorruption(EsperError, RuntimeError):
             f"state arrays differ from the last commit ({shown}); roll back to the last checkpoint, or, if nothing "
             "else can have been damaged, write the arrays anew from the host's records with model.restore_state()"
         )
+
+
+def error_named(kind: str, message: str) -> EsperError | None:
+    """The error of this hierarchy that a class's name and a message stand for, as they come from another process; None
+    where there is no such class, or it is not made of a message alone."""
+    known = globals().get(kind)
+    if not isinstance(known, type) or not issubclass(known, EsperError):
+        return None
+    try:
+        return known(message)
+    except TypeError:
+        return None
 
 
 def nearest(name: str, candidates: Iterable[str], *, limit: int = 3) -> str:

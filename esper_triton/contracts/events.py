@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from esper_triton.contracts.blueprint import TEXT_LIMIT_BYTES
 from esper_triton.contracts.envelope import Message
-from esper_triton.contracts.manifest import ArtifactId, Digest, KernelStatus
+from esper_triton.contracts.manifest import ArtifactId, Digest, KernelStatus, TargetSpec
 
 __all__ = [
+    "CompileFailed",
     "CompileRequest",
     "EpochEvent",
     "FieldReport",
@@ -45,28 +47,52 @@ class EpochEvent(Message):
 
 
 class CompileRequest(Message):
-    """`compilation.blueprint.submitted`: somebody needs an artifact. Either of a stored blueprint by its digest, or of
-    the same blueprint as an artifact that there is, for another dtype or device."""
+    """`compilation.blueprint.submitted`: somebody needs artifacts. Either of a `blueprint` (its canonical text, of a
+    hand-written one with the text of its source), or of the one that an artifact keeps, for another dtype or target.
 
-    reason: Literal["submitted", "specialisation_miss"]
-    blueprint: Digest | None = None
+    `targets` are machines, since `cpu` is another one for whoever asks than for whoever compiles. Without `dims` they
+    are those of the artifact, or the blueprint's defaults.
+    """
+
+    reason: Literal["submitted", "specialisation_miss"] = "submitted"
+    blueprint: Annotated[str, Field(max_length=TEXT_LIMIT_BYTES)] | None = None
+    source_text: Annotated[str, Field(max_length=TEXT_LIMIT_BYTES)] = ""
     like_artifact_id: ArtifactId | None = None
     dims: dict[str, int] | None = None
     dtype: str
-    device: str
+    targets: Annotated[tuple[TargetSpec, ...], Field(min_length=1, max_length=32)]
     pipeline: str = "standard"
+    budget_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     model: str | None = None
     layer: str | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
 
+    @model_validator(mode="after")
+    def _one_design(self) -> CompileRequest:
+        if (self.blueprint is None) == (self.like_artifact_id is None):
+            raise ValueError("exactly one of blueprint and like_artifact_id is needed")
+        return self
+
 
 class KernelReady(Message):
-    """`compilation.kernel.ready`: an artifact has been committed."""
+    """`compilation.kernel.ready`: an artifact has been committed. It is `part` (from 0) of the `parts` that one request
+    has led to, in the order of its targets; they come together or not at all."""
 
     artifact_id: ArtifactId
     manifest_digest: Digest
     status: KernelStatus
     compile_seconds: float | None = None
+    hit: bool = False
+    part: Annotated[int, Field(ge=0)] = 0
+    parts: Annotated[int, Field(ge=1)] = 1
+
+
+class CompileFailed(Message):
+    """`compilation.blueprint.failed`: why a request led to no artifact that may run. `error` is the class of
+    `contracts.errors`, or of Python."""
+
+    error: str
+    message: str
 
 
 class KernelCharacterized(Message):

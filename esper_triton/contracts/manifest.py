@@ -30,7 +30,7 @@ __all__ = [
     "sha256",
 ]
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 # What the loader understands of binaries and launch plans. Raised when an older binary could not be launched rightly.
 LAUNCH_FORMAT = 1
 
@@ -125,6 +125,9 @@ class LaunchStep(_Value):
 class Manifest(_Value):
     """Everything needed to load and launch an artifact, and nothing that runs by being read.
 
+    `blueprint` is the blob with the text of the design that it was made from (`Blueprint.canonical_bytes`), None in
+    what releases before schema 1.3 have stored. The text of a hand-written source is the `source` of its kernels.
+
     Its address in a store is the SHA-256 of `canonical_bytes()`. A change of status is a new manifest under the same
     id.
     """
@@ -134,6 +137,7 @@ class Manifest(_Value):
     id: ArtifactId
     blueprint_id: Digest
     blueprint_name: str
+    blueprint: Digest | None = None
     input: Literal["x", "h", "xh"]
     layout: Layout = "rows"
     affine: bool = False
@@ -163,9 +167,13 @@ class Manifest(_Value):
     def blobs(self) -> tuple[Digest, ...]:
         """Digests of every blob that the artifact needs, each once, in a fixed order."""
         digests = [d for k in self.kernels.values() for d in (k.source, k.ttir, k.binary)]
-        if self.report is not None:
-            digests.append(self.report)
+        digests += [d for d in (self.blueprint, self.report) if d is not None]
         return tuple(dict.fromkeys(digests))
+
+    def with_status(self, status: KernelStatus, report: Digest | None) -> Manifest:
+        """The same artifact after a verdict. It has the schema of what is written, not of what was read: an older
+        release would take the fields that it does not know for damage."""
+        return self.model_copy(update={"schema_version": SCHEMA_VERSION, "status": status, "report": report})
 
     def canonical_bytes(self) -> bytes:
         """UTF-8 JSON with sorted keys."""

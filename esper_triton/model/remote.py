@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from esper_triton.contracts import envelope as topics
@@ -24,9 +25,11 @@ from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.pending import PendingLoad
 from esper_triton.kasmina.schedules import Schedule, schedule_from
+from esper_triton.model.germination import target_name
 from esper_triton.model.health import HealthReader
 from esper_triton.model.morphable import MorphableModel
 from esper_triton.oona import Delivery, Oona
+from esper_triton.tezzeret.targets import parse_target
 from esper_triton.urza import Event, Urza
 
 __all__ = ["Remote", "connect"]
@@ -387,13 +390,18 @@ class Remote:
         )
 
     def _missed(self, miss: SpecialisationMiss) -> None:
+        try:
+            target = parse_target(target_name(torch.device(miss.device)))
+        except ValueError as error:  # nothing compiles for such a device
+            _log.warning("%s", json.dumps({"event": "no_target", "device": miss.device, "reason": str(error)}))
+            return
         self.bus.publish(
             topics.SUBMITTED,
             CompileRequest(
                 reason="specialisation_miss",
                 like_artifact_id=miss.artifact_id,
-                dtype=miss.dtype,
-                device=miss.device,
+                dtype=miss.dtype.removeprefix("torch."),
+                targets=(target,),
                 model=self.name,
                 layer=miss.layer,
                 seed=miss.seed,

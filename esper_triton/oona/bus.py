@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,16 @@ from esper_triton.oona.local import LocalTransport
 from esper_triton.oona.pump import Pump
 from esper_triton.oona.subscription import Delivery, Gap, Subscription
 from esper_triton.oona.transport import Transport
-from esper_triton.oona.wire import check_message_limit
+from esper_triton.oona.wire import MODELS, check_message_limit
 
 __all__ = ["ANSWERS", "Oona"]
 
-ANSWERS: Mapping[str, str] = {
-    topics.COMMANDS: topics.RESULTS,
-    topics.SUBMITTED: topics.KERNEL_READY,
-    topics.KERNEL_READY: topics.CHARACTERIZED,
+ANSWERS: Mapping[str, tuple[str, ...]] = {
+    topics.COMMANDS: (topics.RESULTS,),
+    topics.SUBMITTED: (topics.KERNEL_READY, topics.COMPILE_FAILED),
+    topics.KERNEL_READY: (topics.CHARACTERIZED,),
 }
-"""The topic on which messages of a topic are answered."""
+"""The topics on which messages of a topic are answered; where there are several, the answer's model says which."""
 
 _log = logging.getLogger("esper_triton.oona")
 _time = time.time
@@ -213,30 +213,32 @@ class Oona:
                 delivery = answers.get(left)
                 if delivery is not None and delivery.envelope.in_reply_to == event_id:
                     return delivery.envelope
-        raise TimeoutError(f"no answer on {ANSWERS[topic]!r} to {event_id} within {timeout_s:g} s")
+        shown = " or ".join(map(repr, ANSWERS[topic]))
+        raise TimeoutError(f"no answer on {shown} to {event_id} within {timeout_s:g} s")
 
     def reply(self, to: Delivery, payload: Message | Mapping[str, Any]) -> bool:
-        """Answers a message, on the topic of its answers. Raises ValueError where there is none; otherwise as
+        """Answers a message, on the topic of such answers. Raises ValueError where there is none; otherwise as
         `publish`."""
         asked = to.envelope
         if asked.topic not in ANSWERS:
             raise ValueError(f"messages of {asked.topic!r} are not answered")
-        return self.publish(
-            ANSWERS[asked.topic], payload, trace_id=asked.trace_id or asked.event_id, in_reply_to=asked.event_id
-        )
+        found = ANSWERS[asked.topic]
+        topic = next((one for one in found if isinstance(payload, MODELS[one])), found[0])
+        return self.publish(topic, payload, trace_id=asked.trace_id or asked.event_id, in_reply_to=asked.event_id)
 
     # ---- receiving
 
     def subscribe(
         self,
-        pattern: str,
+        pattern: str | Sequence[str],
         group: str | None = None,
         *,
         start: Start = "new",
         window: int = 1024,
         on_gap: Callable[[Gap], None] | None = None,
     ) -> Subscription:
-        """Messages of a topic, or of all that a glob matches, from now on or from the earliest that is kept.
+        """Messages of a topic, of several, or of all that a glob matches, from now on or from the earliest that is
+        kept.
 
         Args:
             group: members of a group share the messages, and acknowledge each; the group stays when its members have
@@ -247,7 +249,8 @@ class Oona:
         Raises ValueError for a pattern that no topic matches, or a window below 1; BusUnavailable from a hub that
         refuses.
         """
-        found = topics_matching(pattern)
+        patterns = (pattern,) if isinstance(pattern, str) else pattern
+        found = tuple(dict.fromkeys(topic for one in patterns for topic in topics_matching(one)))
         if window < 1:
             raise ValueError(f"window must be at least 1, found {window}")
         if group is not None and (not group or group.startswith("~")):

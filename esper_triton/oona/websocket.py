@@ -103,16 +103,14 @@ class WebSocketTransport:
                 loop.call_soon_threadsafe(lambda: loop.create_task(self._send_acks()))
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """It has left."""
+        """It has left, and what it has acknowledged before goes out before."""
         with self._lock:
             numbers = [k for k, (member, _, _) in self._members.items() if member is subscription]
-            for number in numbers:
-                del self._members[number]
         loop = self._loop
         for number in numbers:
             if loop is not None:
                 with contextlib.suppress(RuntimeError):
-                    asyncio.run_coroutine_threadsafe(self._send(pack_frame("leave", sub=number)), loop)
+                    asyncio.run_coroutine_threadsafe(self._leave(number), loop)
 
     def forget(self, group: str) -> None:
         """Ends a group that will not come back. Raises BusUnavailable."""
@@ -290,6 +288,12 @@ class WebSocketTransport:
         for subscription, found in places.items():
             if subscription in numbers:
                 await self._send(pack_frame("ack", sub=numbers[subscription], places=found))
+
+    async def _leave(self, number: int) -> None:
+        await self._send_acks()
+        with self._lock:
+            self._members.pop(number, None)
+        await self._send(pack_frame("leave", sub=number))
 
     async def _say_goodbye(self) -> None:
         await self._send_acks()

@@ -13,6 +13,7 @@ from esper_triton.contracts.commands import CommandResult, KasminaCommand
 from esper_triton.contracts.envelope import Envelope, Message
 from esper_triton.contracts.errors import MalformedMessage
 from esper_triton.contracts.events import (
+    CompileFailed,
     CompileRequest,
     EpochEvent,
     FieldReport,
@@ -43,6 +44,7 @@ MODELS: Mapping[str, type[Message]] = {
     topics.RESULTS: CommandResult,
     topics.SUBMITTED: CompileRequest,
     topics.KERNEL_READY: KernelReady,
+    topics.COMPILE_FAILED: CompileFailed,
     topics.CHARACTERIZED: KernelCharacterized,
     topics.EPOCH: EpochEvent,
     topics.FIELD_REPORTS: FieldReport,

@@ -7,14 +7,19 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from esper_triton.contracts.errors import CompileError
+from esper_triton.contracts.blueprint import TEXT_LIMIT_BYTES
+from esper_triton.contracts.errors import BlueprintError, CompileError
 from esper_triton.contracts.manifest import KernelRecord, KernelStatus, Manifest, sha256
 from esper_triton.tezzeret.plan import KernelPlan, Plan
 from esper_triton.tezzeret.targets import runs_on_this_cpu, shared_memory_limit, triton_target
 
-__all__ = ["Forged", "forge"]
+__all__ = ["Forged", "TooLarge", "forge"]
 
 _BINARY_KIND: dict[str, Literal["o", "cubin", "hsaco"]] = {"cpu": "o", "cuda": "cubin", "hip": "hsaco"}
+
+
+class TooLarge(CompileError):
+    """A kernel's blocks do not fit the shared memory of its target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +39,24 @@ def forge(plan: Plan) -> Forged:
     No divisibility of strides or addresses is assumed, so one binary serves every view of a tensor; on a GPU that costs
     wide loads.
 
-    Raises CompileError naming kernel and target, from the compiler's own error.
+    Raises CompileError naming kernel and target, from the compiler's own error (TooLarge where smaller blocks would
+    do), and BlueprintError where the blueprint's text is too long to be kept.
     """
     started = time.perf_counter()
     blobs: dict[str, bytes] = {}
+    text = plan.blueprint.canonical_bytes()
+    if len(text) > TEXT_LIMIT_BYTES:
+        raise BlueprintError(
+            f"blueprint {plan.blueprint.name!r}: its text has {len(text)} bytes; at most {TEXT_LIMIT_BYTES} are allowed"
+        )
+    design = _keep(text, blobs)
     records = {name: _compile_kernel(plan, kernel, blobs) for name, kernel in plan.kernels.items()}
     blueprint = plan.blueprint
     manifest = Manifest(
         id=plan.artifact_id,
         blueprint_id=blueprint.id,
         blueprint_name=blueprint.name,
+        blueprint=design,
         input=blueprint.input,
         layout=blueprint.layout,
         affine=blueprint.affine,
@@ -83,7 +96,7 @@ def _compile_kernel(plan: Plan, kernel: KernelPlan, blobs: dict[str, bytes]) -> 
     metadata = compiled.metadata
     limit = shared_memory_limit(plan.target)
     if limit is not None and metadata.shared > limit:
-        raise CompileError(
+        raise TooLarge(
             f"{where} needs {metadata.shared} bytes of shared memory, one program can have {limit}; use smaller blocks"
         )
     for scratch in ("global", "profile"):  # the second is a profiler's

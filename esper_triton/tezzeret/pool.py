@@ -17,9 +17,8 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from esper_triton.contracts import errors
 from esper_triton.contracts.blueprint import Blueprint
-from esper_triton.contracts.errors import CompileError, EsperError, StoreUnavailable, UnknownTarget
+from esper_triton.contracts.errors import CompileError, EsperError, StoreUnavailable, UnknownTarget, error_named
 from esper_triton.tezzeret.artifacts import Artifacts
 from esper_triton.tezzeret.process import WorkerGone, WorkerProcess
 from esper_triton.urza import Artifact, Urza
@@ -355,11 +354,7 @@ class Forge:
             limit = self.memory_limit
             task._fail(CompileError(f"{who}: its compile needed more memory than memory_limit={limit} bytes"))
             return
-        known = getattr(errors, kind, None)
-        if isinstance(known, type) and issubclass(known, EsperError):
-            task._fail(known(message))
-        else:
-            task._fail(CompileError(f"{who}: {kind}: {message}"))
+        task._fail(error_named(kind, message) or CompileError(f"{who}: {kind}: {message}"))
 
     def _why(self, gone: WorkerGone) -> str:
         if gone.timed_out:

@@ -203,7 +203,7 @@ class ArchiveReader:
             if not resign:
                 raise
             status = manifest.status if manifest.status in _PENDING else KernelStatus.PENDING_BENCHMARKING
-            manifest = manifest.model_copy(update={"status": status, "report": None})
+            manifest = manifest.with_status(status, None)
             return Admitted(manifest, manifest.canonical_bytes(), None, manifest.blobs)
         return Admitted(manifest, stored, record, manifest.blobs)
 

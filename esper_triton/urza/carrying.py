@@ -128,4 +128,4 @@ def _digest(store: Urza, artifact_id: str) -> str | None:
 
 def _unproven(manifest: Manifest) -> Manifest:
     status = manifest.status if manifest.status in _PENDING else KernelStatus.PENDING_BENCHMARKING
-    return manifest.model_copy(update={"status": status, "report": None})
+    return manifest.with_status(status, None)

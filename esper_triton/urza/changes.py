@@ -102,11 +102,9 @@ def set_status(
             )
         manifest = artifact.manifest
         if status != artifact.status:
-            update: dict[str, object] = {"status": KernelStatus(status)}
             if report is not None:
                 check_size("the report", report, BLOB_LIMIT_BYTES)
-                update["report"] = sha256(report)
-            manifest = manifest.model_copy(update=update)
+            manifest = manifest.with_status(KernelStatus(status), manifest.report if report is None else sha256(report))
             content = manifest.canonical_bytes()  # else it keeps its bytes: they may be of an older schema
         try:
             probe = Record(id=artifact_id, manifest=record.manifest, tags=new_tags, figures=new_figures)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.errors import (
     ArtifactNotFound,
     CorruptObject,
@@ -24,6 +25,7 @@ from esper_triton.urza import changes, keeping
 from esper_triton.urza.archive import Admitted
 from esper_triton.urza.carrying import Imported, export_archive, import_archive
 from esper_triton.urza.collecting import Collected, Progress, all_objects, collect
+from esper_triton.urza.designs import blueprint_of
 from esper_triton.urza.directory import Damage, Directory, object_parts
 from esper_triton.urza.elsewhere import elsewhere
 from esper_triton.urza.events import Event, Events
@@ -203,6 +205,12 @@ class Urza:
         found = self._shelf.repaired_or_refused(artifact_id, lambda: self._shelf.whole(artifact_id, touch=True))
         self._index.used(artifact_id)
         return found
+
+    def blueprint(self, artifact_id: str) -> Blueprint:
+        """The design that the artifact was made from, verified, its values named anew. Raises as `load` does, and
+        ArtifactRefused where the artifact keeps none (a release before this one stored it), or one of another id."""
+        _, _, manifest, blobs = self.whole(artifact_id)
+        return blueprint_of(manifest, blobs)
 
     def release(self) -> None:
         """Gives back what `load` has leased through this object."""

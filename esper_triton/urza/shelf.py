@@ -491,6 +491,8 @@ def roles_of_blobs(manifest: Manifest) -> dict[str, str]:
     for name, kernel in manifest.kernels.items():
         for role in ("binary", "ttir", "source"):
             roles.setdefault(getattr(kernel, role), f"{role} of kernel {name!r}")
+    if manifest.blueprint is not None:
+        roles.setdefault(manifest.blueprint, "blueprint")
     if manifest.report is not None:
         roles.setdefault(manifest.report, "report")
     return roles

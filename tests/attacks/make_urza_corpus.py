@@ -157,6 +157,8 @@ def manifests() -> Iterator[tuple[str, bytes]]:
     yield "dim_has_thousands_of_digits", good.replace(b'"d": 8', b'"d": ' + b"9" * 5000)
     yield "seconds_are_nan", good.replace(b'"compile_seconds": 0.5', b'"compile_seconds": NaN')
     yield "seconds_are_negative", edited(good, compile_seconds=-1.0)
+    yield "blueprint_is_a_path", edited(good, blueprint="../blueprint")
+    yield "blueprint_is_missing", edited(good, blueprint="0" * 64)
     yield "report_is_a_path", edited(good, report="../report")
     yield "backend_is_unknown", edited(good, target__backend="abacus")
 
@@ -183,7 +185,7 @@ def archives() -> Iterator[tuple[str, bytes]]:
     objects = [entry(f"objects/{sha256(one)}", one) for one in (content, *BLOBS.values())]
     head = entry(f"records/{ARTIFACT_ID}", record().canonical_bytes())
 
-    def end(count: int = 4, heads: int = 1) -> tuple[tarfile.TarInfo, bytes]:
+    def end(count: int = 5, heads: int = 1) -> tuple[tarfile.TarInfo, bytes]:
         return entry("end.json", json.dumps({"objects": count, "records": heads}).encode())
 
     def with_entry(*added: tuple[tarfile.TarInfo, bytes]) -> bytes:
@@ -201,7 +203,7 @@ def archives() -> Iterator[tuple[str, bytes]]:
     yield "schema_is_newer", packed([entry("esper-urza.json", b'{"schema_version": 2}'), *objects, head, end()])
     yield "schema_is_text", packed([entry("esper-urza.json", b'{"schema_version": "1"}'), *objects, head, end()])
     yield "no_end", packed([begin, *objects, head])
-    yield "end_is_wrong", packed([begin, *objects, head, end(3)])
+    yield "end_is_wrong", packed([begin, *objects, head, end(4)])
     yield "leads_up", with_entry(entry("../../escape", b"x"))
     yield "leads_up_from_objects", with_entry(entry("objects/../../escape", b"x"))
     yield "is_absolute", with_entry(entry("/etc/escape", b"x"))
@@ -216,13 +218,13 @@ def archives() -> Iterator[tuple[str, bytes]]:
     yield "name_is_a_key", with_entry(entry("keys/forge.key", b"0" * 64))
     yield "name_is_no_id", with_entry(entry("records/anything", b"x"))
     extended = entry(f"objects/{sha256(b'x')}", b"x", pax_headers={"comment": "hello"})
-    yield "has_extended_headers", packed([begin, extended, *objects, head, end(5)], tarfile.PAX_FORMAT)
+    yield "has_extended_headers", packed([begin, extended, *objects, head, end(6)], tarfile.PAX_FORMAT)
     yield "an_object_twice", with_entry(objects[0])
-    yield "a_record_twice", packed([begin, *objects, head, head, end(4, 2)])
+    yield "a_record_twice", packed([begin, *objects, head, head, end(5, 2)])
     yield "object_is_corrupt", packed([begin, entry(f"objects/{BINARY}", b"changed"), *objects, head, end()])
-    yield "manifest_is_missing", packed([begin, *objects[1:], head, end(3)])
-    yield "blob_is_missing", packed([begin, *objects[:-1], head, end(3)])
-    yield "object_of_nobody", packed([begin, entry(f"objects/{sha256(b'x')}", b"x"), *objects, head, end(5)])
+    yield "manifest_is_missing", packed([begin, *objects[1:], head, end(4)])
+    yield "blob_is_missing", packed([begin, *objects[:-1], head, end(4)])
+    yield "object_of_nobody", packed([begin, entry(f"objects/{sha256(b'x')}", b"x"), *objects, head, end(6)])
     yield "record_is_garbage", packed([begin, *objects, entry(f"records/{ARTIFACT_ID}", b"garbage"), end()])
     other = entry(f"records/{ARTIFACT_ID}", record(manifest(OTHER_ID)).canonical_bytes())
     yield "record_is_of_another", packed([begin, *objects, other, end()])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from graphs import UNARY, blueprints, respelled
 from hypothesis import HealthCheck, assume, given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.canonical import canonical_extent
+from esper_triton.contracts.errors import BlueprintError
 from esper_triton.contracts.expressions import evaluate
 
 COMMON = """
@@ -47,6 +50,49 @@ def test_the_canonical_form_is_its_own(blueprint: Blueprint):
     again = canonical.canonical()
     assert (again.ops, again.output, again.id) == (canonical.ops, canonical.output, blueprint.id)
     assert Blueprint.from_text(canonical.to_toml()) == canonical
+
+
+@slow
+@given(st.data())
+def test_the_text_that_is_kept_is_one_for_all_spellings_and_gives_the_design_back(data: st.DataObject):
+    blueprint = data.draw(blueprints())
+    other = data.draw(respelled(blueprint)).model_copy(
+        update={"name": blueprint.name, "description": blueprint.description}
+    )
+    text = blueprint.canonical_bytes()
+    assert other.canonical_bytes() == text
+    again = Blueprint.from_canonical_bytes(text)
+    assert (again.id, again.name, again.dims) == (blueprint.id, blueprint.name, blueprint.dims)
+    assert (again.layout, again.affine) == (blueprint.layout, blueprint.affine)
+    assert again.canonical_bytes() == text
+
+
+def test_the_text_of_a_hand_written_kernel_is_kept_without_its_source(adapter_path):
+    blueprint = Blueprint.load(adapter_path)
+    text = blueprint.canonical_bytes()
+    assert b"triton" not in text
+    again = Blueprint.from_canonical_bytes(text, source_text=blueprint.source_text)
+    assert again == blueprint.model_copy(update={"path": None})
+    assert again.id == blueprint.id
+    assert Blueprint.from_canonical_bytes(text, source_text=blueprint.source_text + "\n").id != blueprint.id
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "not valid JSON"),
+        (b"[]", "not a JSON object but list"),
+        (b"\xff", "not UTF-8"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"name": "a", "input": "h", "dims": {"d": {}}}', "has neither a graph nor a source"),
+        (b'{"source_text": "import os"}', "'source_text' is filled in by the loader"),
+        (b'{"path": "/etc/passwd"}', "'path' is filled in by the loader"),
+        (b" " * ((1 << 20) + 1), "1048577 bytes; at most 1048576 are allowed"),
+    ],
+)
+def test_what_is_no_blueprint_is_said_to_be_none(content: bytes, fault: str):
+    with pytest.raises(BlueprintError, match=re.escape(fault)):
+        Blueprint.from_canonical_bytes(content)
 
 
 @slow

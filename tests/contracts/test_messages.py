@@ -62,7 +62,11 @@ def test_a_newer_major_version_is_refused_and_a_newer_minor_is_read(version: str
 def test_every_topic_has_a_model_and_telemetry_alone_may_be_dropped() -> None:
     assert set(MODELS) == set(TOPICS)
     assert [topic for topic in TOPICS if is_telemetry(topic)] == ["telemetry.seed.health"]
-    assert topics_matching("compilation.*") == ("compilation.blueprint.submitted", "compilation.kernel.ready")
+    assert topics_matching("compilation.*") == (
+        "compilation.blueprint.submitted",
+        "compilation.kernel.ready",
+        "compilation.blueprint.failed",
+    )
 
 
 FRAME = {

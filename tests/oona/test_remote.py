@@ -266,7 +266,7 @@ def test_transitions_reports_and_traces_follow_an_artifact(remote: Remote, adapt
 
 
 def test_a_missing_specialisation_goes_out_as_a_request_to_compile(
-    remote: Remote, adapter_for: Callable[..., str]
+    remote: Remote, adapter_for: Callable[..., str], adapter_store: Urza
 ) -> None:
     artifact = adapter_for(D, R)
     for one in (
@@ -282,7 +282,8 @@ def test_a_missing_specialisation_goes_out_as_a_request_to_compile(
         remote.model.step_boundary()
         request = jobs.get(10.0).parse()
     assert (request.reason, request.like_artifact_id) == ("specialisation_miss", artifact)
-    assert (request.dtype, request.device, request.layer, request.seed) == ("torch.float64", "cpu", "0", 0)
+    assert (request.dtype, request.layer, request.seed) == ("float64", "0", 0)
+    assert request.targets == (adapter_store.get(artifact).manifest.target,)
 
 
 def test_health_of_all_seeds_comes_in_one_message_and_what_was_not_measured_is_null(

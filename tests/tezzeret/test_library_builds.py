@@ -16,6 +16,9 @@ import pytest
 from shipped import BLUEPRINTS, KERNELS, dims_of
 
 import esper_triton as esper
+from esper_triton.contracts.blueprint import Blueprint
+from esper_triton.tezzeret.plan import plan_build
+from esper_triton.tezzeret.targets import parse_target
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILED = ["bottleneck_adapter", "channel_scale"]  # the others are written, and not compiled
@@ -63,6 +66,17 @@ def test_two_processes_with_two_stores_give_one_id_and_one_source(tmp_path: Path
     assert len(set(ids.values())) == len(BUILDS) * (len(BLUEPRINTS) - 1)
     assert len(set(sources.values())) >= len(BLUEPRINTS) - 1
     assert len(blobs) == len(BUILDS) * len(COMPILED)
+
+
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_the_design_that_an_artifact_keeps_is_written_as_the_same_artifact(name: str):
+    blueprint = BLUEPRINTS[name]
+    kept = Blueprint.from_canonical_bytes(blueprint.canonical_bytes())
+    target = parse_target("cuda:90")
+    plans = [plan_build(one, dims_of(name), "float32", target, "fast") for one in (blueprint, kept)]
+    assert plans[0].artifact_id == plans[1].artifact_id
+    assert plans[0].written.source_text == plans[1].written.source_text
+    assert plans[0].parameters == plans[1].parameters
 
 
 _NAME = r"%[-\w.$]+"

@@ -47,6 +47,13 @@ def test_compiling_for_a_gpu_that_is_not_here_puts_a_valid_cubin_into_the_store(
         assert 0 < record.shared_bytes <= 227 * 1024
 
 
+def test_an_artifact_is_built_again_from_what_it_keeps(adapter_path: Path, adapter_store: esper.Urza, adapter_id: str):
+    kept = adapter_store.blueprint(adapter_id)
+    assert kept == esper.Blueprint.load(adapter_path).model_copy(update={"path": None})
+    again = esper.compile(kept, dims={"d": 64, "r": 16}, targets=["cpu"], urza=adapter_store)
+    assert again.id == adapter_id
+
+
 def test_the_code_of_a_cpu_artifact_is_an_object_file_for_this_machine(
     adapter_store: esper.Urza, adapter_id: str
 ) -> None:

@@ -187,7 +187,7 @@ def dropped(entries: list) -> None:
 
 def recounted(entries: list) -> None:
     del entries[1]
-    entries[-1] = (entries[-1][0], b'{"objects": 6, "records": 2}')
+    entries[-1] = (entries[-1][0], b'{"objects": 7, "records": 2}')
 
 
 def twice(entries: list) -> None:

@@ -88,7 +88,7 @@ def test_a_record_is_written_last(shared, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(SharedUrza, "_put", counted)
     store.commit(*make_artifact())
-    assert [f"refs/{ARTIFACT_ID}" in path for path in written] == [False] * 4 + [True]
+    assert [f"refs/{ARTIFACT_ID}" in path for path in written] == [False] * 5 + [True]
 
     def breaks(self: SharedUrza, path: str, content: bytes) -> None:
         if "refs/" in path:

@@ -55,7 +55,7 @@ def test_each_line_has_the_hash_of_the_one_before_it_and_says_what_changed(kept)
     assert entries[3]["before"] == entries[1]["after"]
     verified = kept.verify()
     assert (verified.artifacts, verified.entries, verified.faults) == (2, 4, ())
-    assert verified.objects == 7, "three blobs, two manifests and two that were replaced"
+    assert verified.objects == 8, "four blobs, two manifests and two that were replaced"
 
 
 def test_a_record_that_was_put_back_is_found(kept, make_artifact):
