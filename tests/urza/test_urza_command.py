@@ -104,7 +104,7 @@ def test_gc_says_what_it_removed_and_pin_keeps(run, first, urza):
     assert urza.ids() == [first]
     assert run("pin", first, "--remove")[:2] == (0, "nothing is pinned\n")
     code, out, _ = run("gc", "--max-bytes", "0")
-    assert "removed 1 artifact, 5 objects, 0 requests, " in out
+    assert "removed 1 artifact, 6 objects, 0 requests, " in out
     assert "; 0 bytes are left" in out
     assert urza.ids() == []
 
