@@ -20,6 +20,7 @@ __all__ = [
     "LIFECYCLE",
     "RESULTS",
     "SCHEMA_VERSION",
+    "STORE",
     "SUBMITTED",
     "TOPICS",
     "Envelope",
@@ -42,6 +43,7 @@ CHARACTERIZED = "validation.kernel.characterized"
 EPOCH = "system.events.epoch"
 FIELD_REPORTS = "innovation.field_reports"
 LIFECYCLE = "audit.lifecycle"
+STORE = "audit.store"
 
 TOPICS = (
     HEALTH,
@@ -54,6 +56,7 @@ TOPICS = (
     EPOCH,
     FIELD_REPORTS,
     LIFECYCLE,
+    STORE,
 )
 """Every topic. `compilation.blueprint.submitted` and `compilation.kernel.ready` are the queues of workers too: one that
 subscribes with a group shares the jobs with the rest of the group."""

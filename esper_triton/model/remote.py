@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torch import nn
 from esper_triton.contracts import envelope as topics
 from esper_triton.contracts.commands import CommandKind, CommandResult, CommandStatus, KasminaCommand
 from esper_triton.contracts.errors import EsperError, MalformedMessage, nearest
-from esper_triton.contracts.events import CompileRequest, EpochEvent, FieldReport, TransitionEvent
+from esper_triton.contracts.events import CompileRequest, EpochEvent, FieldReport, StoreEvent, TransitionEvent
 from esper_triton.contracts.manifest import ARTIFACT_ID
 from esper_triton.kasmina.cache import KernelCache
 from esper_triton.kasmina.events import SpecialisationMiss, Transition
@@ -29,6 +30,7 @@ from esper_triton.model.health import HealthReader
 from esper_triton.model.morphable import MorphableModel
 from esper_triton.oona import Delivery, Oona
 from esper_triton.tezzeret.targets import parse_target
+from esper_triton.urza import Event, Urza
 
 __all__ = ["Remote", "connect"]
 
@@ -73,8 +75,8 @@ class Remote:
     carried out once and answered each time; results tell what became of the command when it had taken effect, and a
     load is answered at the boundary where its kernel is in place or its seed is culled.
 
-    Every transition is published, every epoch that `epoch_boundary` begins, what kernels are missing, and the health of
-    all seeds in one message.
+    Every transition is published, every epoch that `epoch_boundary` begins, what kernels are missing, what happens to
+    the stores of the layers (as far as this process does it), and the health of all seeds in one message.
 
     Args: see `connect`.
     """
@@ -102,6 +104,10 @@ class Remote:
         for layer in dict.fromkeys(self._layers.values()):
             self._endings += [layer.on_transition(self._moved), layer.on_specialisation_miss(self._missed)]
             layer._kasmina.boundary = self
+        stores = {id(layer._kasmina.urza): layer._kasmina.urza for layer in self._layers.values()}
+        self._endings += [
+            store.on_event(partial(self._stored, store)) for store in stores.values() if store is not None
+        ]
 
     def close(self) -> None:
         """Takes the model off the bus. Commands that have not been answered are another's, or nobody's."""
@@ -375,6 +381,20 @@ class Remote:
                 metric_after=sum(on) / len(on) if on else None,
             ),
             trace_id=trace_id,
+        )
+
+    def _stored(self, store: Urza, event: Event) -> None:
+        """On whichever thread it has happened."""
+        self.bus.publish(
+            topics.STORE,
+            StoreEvent(
+                model=self.name,
+                store=store.location,
+                kind=event.kind,
+                artifact_id=event.artifact_id,
+                message=event.message,
+                details=event.details,
+            ),
         )
 
     def _missed(self, miss: SpecialisationMiss) -> None:

@@ -19,6 +19,7 @@ from esper_triton.contracts.events import (
     FieldReport,
     KernelCharacterized,
     KernelReady,
+    StoreEvent,
     TransitionEvent,
 )
 from esper_triton.contracts.health import HealthFrame
@@ -48,6 +49,7 @@ MODELS: Mapping[str, type[Message]] = {
     topics.EPOCH: EpochEvent,
     topics.FIELD_REPORTS: FieldReport,
     topics.LIFECYCLE: TransitionEvent,
+    topics.STORE: StoreEvent,
 }
 """What the payload of each topic is."""
 
