@@ -22,6 +22,7 @@ from esper_triton.contracts.events import (
     FieldReport,
     KernelCharacterized,
     KernelReady,
+    StoreEvent,
     TransitionEvent,
 )
 from esper_triton.contracts.health import HealthFrame
@@ -74,6 +75,9 @@ class Counted(Protocol):
 
     def answered(self, result: CommandResult) -> None:
         """A command was answered."""
+
+    def stored(self, event: StoreEvent) -> None:
+        """Something has happened to a store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +240,7 @@ class View:
             FieldReport: self._take_report,
             KasminaCommand: self._take_command,
             CommandResult: self._take_result,
+            StoreEvent: self._take_store,
         }
 
     def take(self, envelope: Envelope, message: Message) -> None:
@@ -445,6 +450,19 @@ class View:
             model=result.model,
             layer=result.layer,
             seed=result.seed,
+            trace_id=envelope.trace_id,
+        )
+
+    def _take_store(self, envelope: Envelope, event: StoreEvent) -> None:
+        if self._counted is not None:
+            self._counted.stored(event)
+        self._enter(
+            at=envelope.timestamp,
+            kind="store",
+            text=f"{event.kind}: {event.message}",
+            failure=event.kind in ("quarantined", "degraded"),
+            model=event.model,
+            artifact_id=event.artifact_id,
             trace_id=envelope.trace_id,
         )
 

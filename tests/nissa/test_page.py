@@ -213,6 +213,12 @@ def test_it_fits_a_phone_and_both_schemes(
     cell(page, "layers.9", 19).click()
     page.get_by_role("heading", name="Seed 19 of layers.9").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    seeds, detail = page.locator("#seeds").bounding_box(), page.locator("#detail").bounding_box()
+    if width < 760:  # over everything
+        assert (detail["x"], detail["y"], detail["width"]) == (0, 0, width)
+    else:  # beside the seeds
+        assert detail["x"] >= seeds["x"] + seeds["width"]
+        assert detail["y"] == seeds["y"]
     contrast = page.evaluate(CONTRAST)
     assert min(contrast.values()) >= 4.5, contrast  # WCAG 2.2, 1.4.3
 

@@ -11,6 +11,7 @@ from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.nissa.details import seed_detail
 from esper_triton.nissa.live import overview
 from esper_triton.nissa.view import ACTIVE, STATES, View
+from esper_triton.oona.wire import MODELS
 
 
 def test_states_are_those_of_the_lifecycle() -> None:
@@ -86,6 +87,14 @@ def test_a_compile_is_followed_from_its_request_to_the_last_of_its_artifacts() -
     assert [job.what for job in view.jobs.values()][1:] == ["what is no blueprint"] * 3 + ["3"]
 
 
+def test_messages_of_every_topic_are_taken() -> None:
+    view = View()
+    one_of_everything(view)
+    assert set(view._takers) == set(MODELS.values())
+    kinds = {entry.kind for entry in view.entries}
+    assert kinds == {"lifecycle", "epoch", "compile", "proof", "report", "command", "store"}
+
+
 def test_what_is_kept_is_bounded() -> None:
     view = View()
     for k in range(6000):
@@ -108,7 +117,7 @@ def test_an_overview_has_what_a_script_asks_for() -> None:
     assert (model["active_alpha_mean"], round(model["active_health_mean"], 5)) == (0.625, 0.7)
     assert found["compile"]["waiting"] == 1
     assert [job["outcome"] for job in found["compile"]["jobs"]] == ["ready", "failed", "waiting"]
-    assert [entry["kind"] for entry in found["failures"]] == ["lifecycle", "compile", "proof", "command"]
+    assert [entry["kind"] for entry in found["failures"]] == ["lifecycle", "compile", "proof", "command", "store"]
     assert found["bus"]["groups"]["tezzeret"] == {"lag": 4, "held": 2}
     assert "~own" not in found["bus"]["groups"]
 
