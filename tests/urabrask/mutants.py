@@ -4,6 +4,8 @@ An edit names the kernel, what stands there and what stands there instead; one t
 change of what is written cannot make a mutant an unbroken kernel.
 """
 
+# ruff: noqa: E501  # lines of the source, whole
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import graphs_of_mutants
+
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.report import Level
 from esper_triton.tezzeret import plan as planning
