@@ -17,9 +17,9 @@ from esper_triton.urabrask.subject import Call, Subject
 __all__ = ["VALUES", "call_of", "cases", "dirty_rows", "dropout_seed_of", "extents_of_case", "sizes", "tensors_of"]
 
 VALUES = ("normal", "large", "huge", "tiny", "denormal", "zeros", "equal", "sorted", "one row", "inf", "nan")
-"""What the inputs are of: `large` is where the exponential of a product overflows; with `tiny` inputs biases are tiny,
-or nothing would show of them; `one row` is one for all, which may lie in memory once; `inf` and `nan` are among ordinary
-numbers, in some rows or items."""
+"""What the inputs are of. `large` is where the exponential of a product overflows; with `tiny` inputs biases are tiny
+too, or nothing would show of them; `one row` is one for all, which may lie in memory once; `inf` and `nan` are among
+ordinary numbers, in some rows or items."""
 # Ordinary numbers every second time; then what most kernels get wrong.
 _TURNS = (
     "normal",
