@@ -121,15 +121,19 @@ class StoreEvent(Message):
 
 
 class FieldReport(Message):
-    """`innovation.field_reports`: what a seed has done for a model. `blueprint` is the start of the blueprint's id, as
-    in the artifact's; metrics are the validation metric without and with the seed, null where it was not measured."""
+    """`innovation.field_reports`: what a seed has done for a model, or that its kernel failed there. `blueprint` is the
+    start of the blueprint's id, as in the artifact's; metrics are the validation metric without and with the seed, null
+    where it was not measured. Of what is FAULTED, `fault` says how: a launch that raised, values that were not finite
+    where the host's were, or a drift from what they should be; `message` says it in words."""
 
     model: str
     blueprint: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
     artifact_id: ArtifactId
     layer: str
     seed: Annotated[int, Field(ge=0)]
-    outcome: Literal["FOSSILIZED", "CULLED", "ROLLED_BACK"]
+    outcome: Literal["FOSSILIZED", "CULLED", "ROLLED_BACK", "FAULTED"]
+    fault: Literal["launch", "non_finite", "drift"] | None = None
+    message: Annotated[str, Field(max_length=2000)] = ""
     metric_before: float | None = None
     metric_after: float | None = None
     metrics: dict[str, float] = Field(default_factory=dict)

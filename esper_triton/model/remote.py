@@ -10,15 +10,23 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
 
 from esper_triton.contracts import envelope as topics
 from esper_triton.contracts.commands import CommandKind, CommandResult, CommandStatus, KasminaCommand
-from esper_triton.contracts.errors import EsperError, MalformedMessage, nearest
-from esper_triton.contracts.events import CompileRequest, EpochEvent, FieldReport, StoreEvent, TransitionEvent
-from esper_triton.contracts.manifest import ARTIFACT_ID
+from esper_triton.contracts.errors import EsperError, MalformedMessage, NonFiniteOutput, ReplicaFailed, nearest
+from esper_triton.contracts.events import (
+    CompileRequest,
+    EpochEvent,
+    FieldReport,
+    KernelCharacterized,
+    StoreEvent,
+    TransitionEvent,
+)
+from esper_triton.contracts.manifest import ARTIFACT_ID, KernelStatus
 from esper_triton.kasmina.cache import KernelCache
 from esper_triton.kasmina.events import SpecialisationMiss, Transition
 from esper_triton.kasmina.layer import KasminaLayer
@@ -35,7 +43,14 @@ from esper_triton.urza import Event, Urza
 __all__ = ["Remote", "connect"]
 
 _S = SeedLifecycleState
+_REPORTED: dict[SeedLifecycleState, Literal["FOSSILIZED", "CULLED", "ROLLED_BACK", "FAULTED"]] = {
+    _S.FOSSILIZED: "FOSSILIZED",
+    _S.CULLED: "CULLED",
+    _S.ROLLED_BACK: "ROLLED_BACK",
+    _S.ERROR_RECOVERY: "FAULTED",
+}
 _REMEMBERED = 10_000
+_GONE = frozenset((_S.DORMANT, _S.CULLED, _S.CANCELLED, _S.ROLLED_BACK))
 _PER_BOUNDARY = 256  # commands; the rest waits for the next one, so that nobody can stop the training with many
 _log = logging.getLogger("esper_triton.model")
 
@@ -69,6 +84,8 @@ class Remote:
     carried out once and answered each time; results tell what became of the command when it had taken effect, and a
     load is answered at the boundary where its kernel is in place or its seed is culled.
 
+    A verdict that rejects a kernel takes it out of the seeds that use it at the next boundary.
+
     Every transition is published, every epoch that `epoch_boundary` begins, what kernels are missing, what happens to
     the stores of the layers (as far as this process does it), and the health of all seeds in one message.
 
@@ -92,6 +109,7 @@ class Remote:
         self._layers = model.kasmina_layers
         self._health = HealthReader(name, self._layers, latency_budget_us=latency_budget_us)
         self._commands = bus.subscribe(topics.COMMANDS, f"kasmina:{name}")
+        self._verdicts = bus.subscribe(topics.CHARACTERIZED)
 
     def open(self) -> None:
         """Listens to the layers, and stands at the model's boundaries."""
@@ -113,12 +131,18 @@ class Remote:
             if record is not None and record.boundary is self:
                 record.boundary = None
         self._commands.close()
+        self._verdicts.close()
 
     # ---- boundaries, on the training thread
 
     def before_boundary(self) -> None:
-        """Gives the layers the commands that have come since the last time."""
+        """Gives the layers the commands that have come since the last time, and takes out what was rejected since."""
         self._entered.clear()
+        for _ in range(_PER_BOUNDARY):
+            verdict = self._verdicts.poll()
+            if verdict is None:
+                break
+            self._heed(verdict)
         for _ in range(_PER_BOUNDARY):
             delivery = self._commands.poll()
             if delivery is None:
@@ -168,6 +192,33 @@ class Remote:
     def publish_health(self) -> bool:
         """One message with what was measured of every seed. Returns what `Oona.publish` does."""
         return self.bus.publish(topics.HEALTH, self._health.read())
+
+    def _heed(self, delivery: Delivery) -> None:
+        """A kernel that has been rejected while seeds use it is taken out of them, and not loaded again in this
+        process. Of a seed that is permanent that is not possible: it is told, once."""
+        try:
+            verdict = delivery.parse()
+        except MalformedMessage as error:
+            _log.warning("%s", json.dumps({"event": "malformed_verdict", "reason": str(error)[:500]}))
+            return
+        assert isinstance(verdict, KernelCharacterized)
+        if verdict.status is not KernelStatus.REJECTED:
+            return
+        for name, layer in self._layers.items():
+            record = layer.__dict__.get("_kasmina")
+            for seed in () if record is None else record.seeds:
+                if seed.artifact_id != verdict.artifact_id or seed.state in _GONE:
+                    continue
+                KernelCache.process().record_failure(verdict.artifact_id, id(record), raised=True)
+                try:
+                    layer.request_transition(seed.index, _S.CULLED)
+                    what = "is culled"
+                except (EsperError, ValueError) as error:
+                    what = f"cannot be culled: {error}"
+                told = {"event": "artifact_rejected", "artifact": verdict.artifact_id, "layer": name}
+                _log.warning(
+                    "%s", json.dumps(told | {"seed": seed.index, "what": what, "reasons": verdict.reasons[:3]})
+                )
 
     # ---- commands
 
@@ -310,7 +361,7 @@ class Remote:
             ),
             trace_id=trace_id,
         )
-        if event.target in (_S.FOSSILIZED, _S.CULLED, _S.ROLLED_BACK) and event.artifact_id is not None:
+        if event.target in _REPORTED and event.artifact_id is not None:
             self._report(event, trace_id)
 
     def _met(self, event: Transition) -> str | None:
@@ -327,6 +378,14 @@ class Remote:
             return
         evaluation = layer._kasmina.seeds[event.seed].permanent_evaluation if event.target is _S.FOSSILIZED else None
         on, off = ((), ()) if evaluation is None else (evaluation.on, evaluation.off)
+        fault: Literal["launch", "non_finite"] | None = None
+        message = ""
+        if event.target is _S.ERROR_RECOVERY:
+            error = layer._kasmina.seeds[event.seed].last_error
+            if isinstance(error, ReplicaFailed):  # another replica's, which reports it
+                return
+            fault = "non_finite" if isinstance(error, NonFiniteOutput) else "launch"
+            message = f"{type(error).__name__}: {error}"[:2000]
         self.bus.publish(
             topics.FIELD_REPORTS,
             FieldReport(
@@ -335,7 +394,9 @@ class Remote:
                 artifact_id=event.artifact_id,
                 layer=event.layer,
                 seed=event.seed,
-                outcome=event.target.name,  # type: ignore[arg-type]  # one of the three above
+                outcome=_REPORTED[event.target],
+                fault=fault,
+                message=message,
                 metric_before=sum(off) / len(off) if off else None,
                 metric_after=sum(on) / len(on) if on else None,
             ),
