@@ -124,9 +124,7 @@ def test_two_runs_are_the_same_and_one_that_was_interrupted_goes_on_as_they_do(
 
     def grown(directory: Path | None, epochs: int, resumed: bool = False) -> Run:
         KernelCache.process().reset()
-        controller = esper.Heuristic(
-            store, warmup_epochs=1, plateau_epochs=0, blueprints=["bottleneck_adapter"]
-        )
+        controller = esper.Heuristic(store, warmup_epochs=1, plateau_epochs=0, blueprints=["bottleneck_adapter"])
         run = build(store, checkpoints=directory, controller=controller, measure_every=5)
         if resumed:
             torch.manual_seed(99)  # whatever has happened in the new process
