@@ -16,6 +16,7 @@ _HOME = {
     "Blueprint": "esper_triton.contracts.blueprint",
     "EsperError": "esper_triton.contracts.errors",
     "Forge": "esper_triton.tezzeret.pool",
+    "GrowthConfig": "esper_triton.config",
     "GrowthHook": "esper_triton.model",
     "Heuristic": "esper_triton.tamiyo",
     "KasminaLayer": "esper_triton.kasmina",
@@ -34,6 +35,7 @@ _HOME = {
     "connect": "esper_triton.model",
     "dashboard": "esper_triton.nissa",
     "esper_state_dict": "esper_triton.model",
+    "load_config": "esper_triton.config",
     "load_esper_state_dict": "esper_triton.model",
     "load_model": "esper_triton.model",
     "replicate": "esper_triton.model",
@@ -48,6 +50,7 @@ __all__ = [
     "Blueprint",
     "EsperError",
     "Forge",
+    "GrowthConfig",
     "GrowthHook",
     "Heuristic",
     "KasminaLayer",
@@ -67,6 +70,7 @@ __all__ = [
     "connect",
     "dashboard",
     "esper_state_dict",
+    "load_config",
     "load_esper_state_dict",
     "load_model",
     "replicate",
@@ -78,6 +82,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from esper_triton.compile import compile
+    from esper_triton.config import GrowthConfig, load_config
     from esper_triton.contracts.blueprint import Blueprint
     from esper_triton.contracts.errors import EsperError
     from esper_triton.kasmina import KasminaLayer, KasminaStateLayout, KernelCache, Policy, SeedLifecycleState

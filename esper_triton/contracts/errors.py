@@ -17,6 +17,7 @@ __all__ = [
     "BusUnavailable",
     "CheckpointError",
     "CompileError",
+    "ConfigError",
     "CorruptObject",
     "EsperError",
     "InvalidCommit",
@@ -78,6 +79,10 @@ class ArtifactNotFound(EsperError, KeyError):
 
     def __str__(self) -> str:  # KeyError would show the repr of the message
         return str(self.args[0]) if self.args else ""
+
+
+class ConfigError(EsperError, ValueError):
+    """A configuration file says something that it cannot. The message lists every fault at once."""
 
 
 class CorruptObject(EsperError, RuntimeError):

@@ -49,8 +49,10 @@ class LossWatch:
             return f"the loss is {loss}"
         if len(self._losses) >= _FEWEST:
             median = statistics.median(self._losses)
-            spread = statistics.median(abs(value - median) for value in self._losses)
-            bound = median + (self._factor - 1.0) * max(abs(median), spread)
+            bound = median + (self._factor - 1.0) * abs(median)
+            if loss > bound:  # nearly never, and the spread takes longer
+                spread = statistics.median(abs(value - median) for value in self._losses)
+                bound = max(bound, median + (self._factor - 1.0) * spread)
             if loss > bound:
                 self._suspicious += 1
                 if self._suspicious < self._patience:

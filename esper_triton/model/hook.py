@@ -270,6 +270,8 @@ class GrowthHook:
     def train_seeds(self) -> float | None:
         """What `optimizer.step()` does before it by itself, for a loop that gives it a closure: call it at the
         closure's end. The loss of the seeds in TRAINING, None where there is none."""
+        if all(layer._kasmina.observed is None for layer in self._layers.values()):
+            return None
         return self.model.train_seeds()
 
     def rollback(self, reason: str) -> Rollback:
