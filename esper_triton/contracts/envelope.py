@@ -18,6 +18,7 @@ __all__ = [
     "HEALTH",
     "KERNEL_READY",
     "LIFECYCLE",
+    "PROOF_FAILED",
     "RESULTS",
     "SCHEMA_VERSION",
     "STORE",
@@ -41,6 +42,7 @@ KERNEL_READY = "compilation.kernel.ready"
 COMPILE_FAILED = "compilation.blueprint.failed"
 CHARACTERIZED = "validation.kernel.characterized"
 EPOCH = "system.events.epoch"
+PROOF_FAILED = "validation.kernel.failed"
 FIELD_REPORTS = "innovation.field_reports"
 LIFECYCLE = "audit.lifecycle"
 STORE = "audit.store"
@@ -53,6 +55,7 @@ TOPICS = (
     KERNEL_READY,
     COMPILE_FAILED,
     CHARACTERIZED,
+    PROOF_FAILED,
     EPOCH,
     FIELD_REPORTS,
     LIFECYCLE,

@@ -17,6 +17,7 @@ __all__ = [
     "FieldReport",
     "KernelCharacterized",
     "KernelReady",
+    "ProofFailed",
     "StoreEvent",
     "TransitionEvent",
 ]
@@ -105,6 +106,15 @@ class KernelCharacterized(Message):
     status: KernelStatus
     reasons: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+
+
+class ProofFailed(Message):
+    """`validation.kernel.failed`: why an artifact that was to be proven has no verdict. `error` is the class of
+    `contracts.errors`, or of Python."""
+
+    artifact_id: ArtifactId | None = None
+    error: str
+    message: str
 
 
 class StoreEvent(Message):

@@ -22,6 +22,7 @@ from esper_triton.contracts.events import (
     FieldReport,
     KernelCharacterized,
     KernelReady,
+    ProofFailed,
     StoreEvent,
     TransitionEvent,
 )
@@ -237,6 +238,7 @@ class View:
             KernelReady: self._take_ready,
             CompileFailed: self._take_failure,
             KernelCharacterized: self._take_verdict,
+            ProofFailed: self._take_unproven,
             FieldReport: self._take_report,
             KasminaCommand: self._take_command,
             CommandResult: self._take_result,
@@ -391,6 +393,16 @@ class View:
             kind="compile",
             text=f"{failure.error}: {failure.message}",
             failure=True,
+            trace_id=envelope.trace_id,
+        )
+
+    def _take_unproven(self, envelope: Envelope, failure: ProofFailed) -> None:
+        self._enter(
+            at=envelope.timestamp,
+            kind="proof",
+            text=f"{failure.artifact_id or 'what was to be proven'}: {failure.error}: {failure.message}",
+            failure=True,
+            artifact_id=failure.artifact_id,
             trace_id=envelope.trace_id,
         )
 

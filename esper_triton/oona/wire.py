@@ -19,6 +19,7 @@ from esper_triton.contracts.events import (
     FieldReport,
     KernelCharacterized,
     KernelReady,
+    ProofFailed,
     StoreEvent,
     TransitionEvent,
 )
@@ -46,6 +47,7 @@ MODELS: Mapping[str, type[Message]] = {
     topics.KERNEL_READY: KernelReady,
     topics.COMPILE_FAILED: CompileFailed,
     topics.CHARACTERIZED: KernelCharacterized,
+    topics.PROOF_FAILED: ProofFailed,
     topics.EPOCH: EpochEvent,
     topics.FIELD_REPORTS: FieldReport,
     topics.LIFECYCLE: TransitionEvent,
