@@ -13,6 +13,7 @@ STAMP := $(VENV)/.installed
 # all there.
 PACKAGES := $(VENV)/third_party/requirements.txt $(VENV)/company/requirements.txt $(VENV)/s3/requirements.txt \
   $(VENV)/nissa/requirements.txt
+DOCS_VENV := $(VENV)-docs
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # Processes that run tests side by side; 0 runs them in one.
@@ -24,7 +25,7 @@ OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-gpu test-matrix lint types clean
+.PHONY: help demo docs test test-gpu test-matrix lint types clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +33,7 @@ help:
 	@echo 'make test    lint, types and tests (PYTEST_ARGS="-k name" for some of them)'
 	@echo 'make test-gpu  tests and benchmarks that need a GPU, which make test skips without one; see docs/gpu.md'
 	@echo 'make test-matrix  the tests of the CPU backend on $(MATRIX) as well; results go to docs/cpu-matrix.md'
+	@echo 'make docs    the documentation as a site, build/site/index.html, which needs no other host'
 	@echo 'make lint    ruff: rules and format'
 	@echo 'make types   mypy, strict on the package'
 	@echo 'make clean   remove .venv and everything that the tools left behind'
@@ -53,6 +55,11 @@ test-gpu: $(STAMP)
 
 test-matrix: $(STAMP) $(MATRIX_VENVS:%=%/.installed)
 	@$(BIN)/python tests/matrix.py $(VENV) $(MATRIX_VENVS) $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
+
+# Warnings, as of a link that leads nowhere, are errors.
+docs: $(DOCS_VENV)/.installed
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	@echo build/site/index.html
 
 lint: $(STAMP)
 	@$(BIN)/python -m ruff check --quiet --output-format concise .
@@ -86,10 +93,17 @@ $(VENV)-matrix/%/.installed: $(STAMP)
 	@$(BIN)/python tests/matrix_venv.py $(@D) $*
 	@touch $@
 
+# It reads the package's docstrings and imports none of it, so it needs nothing of what that needs.
+$(DOCS_VENV)/.installed: docs/requirements.txt $(STAMP)
+	@echo 'Setting up $(@D) (once) ...' >&2
+	@$(BIN)/python -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet -r $<
+	@touch $@
+
 $(PACKAGES): $(VENV)/%/requirements.txt: tests/%/requirements.txt $(STAMP)
 	@$(BIN)/python tests/package_folder.py $<
 	@touch $@
 
 clean:
-	@rm -rf $(VENV) $(VENV)-matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-matrix $(DOCS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
