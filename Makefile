@@ -9,9 +9,10 @@ BIN := $(VENV)/bin
 MATRIX := 3.6.0 3.8.0 3.9.0
 MATRIX_VENVS := $(MATRIX:%=$(VENV)-matrix/%)
 STAMP := $(VENV)/.installed
-# Packages that tests/third_party, tests/company and tests/s3 run besides. Each list stands there in copy once they are
+# Packages that tests/third_party, tests/company, tests/s3 and tests/nissa run besides. Each list stands there in copy once they are
 # all there.
-PACKAGES := $(VENV)/third_party/requirements.txt $(VENV)/company/requirements.txt $(VENV)/s3/requirements.txt
+PACKAGES := $(VENV)/third_party/requirements.txt $(VENV)/company/requirements.txt $(VENV)/s3/requirements.txt \
+  $(VENV)/nissa/requirements.txt
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # Processes that run tests side by side; 0 runs them in one.
@@ -40,6 +41,7 @@ demo: $(STAMP)
 
 test: lint types $(PACKAGES)
 	@$(BIN)/python tests/oona/redis_server.py
+	@$(BIN)/python tests/nissa/chromium.py
 	@$(BIN)/python -m pytest -q -n $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 # The laws, and the benches as a table. Without a GPU every one of the tests would be skipped, and that is not a success.

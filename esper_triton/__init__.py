@@ -16,9 +16,14 @@ _HOME = {
     "Blueprint": "esper_triton.contracts.blueprint",
     "EsperError": "esper_triton.contracts.errors",
     "Forge": "esper_triton.tezzeret.pool",
+    "GrowthConfig": "esper_triton.config",
+    "GrowthHook": "esper_triton.model",
+    "Heuristic": "esper_triton.tamiyo",
     "KasminaLayer": "esper_triton.kasmina",
     "KasminaStateLayout": "esper_triton.kasmina",
     "KernelCache": "esper_triton.kasmina",
+    "LossWatch": "esper_triton.model",
+    "Manual": "esper_triton.tamiyo",
     "MorphableModel": "esper_triton.model",
     "Oona": "esper_triton.oona",
     "Policy": "esper_triton.kasmina",
@@ -28,7 +33,9 @@ _HOME = {
     "bake": "esper_triton.model",
     "compile": "esper_triton.compile",
     "connect": "esper_triton.model",
+    "dashboard": "esper_triton.nissa",
     "esper_state_dict": "esper_triton.model",
+    "load_config": "esper_triton.config",
     "load_esper_state_dict": "esper_triton.model",
     "load_model": "esper_triton.model",
     "replicate": "esper_triton.model",
@@ -43,9 +50,14 @@ __all__ = [
     "Blueprint",
     "EsperError",
     "Forge",
+    "GrowthConfig",
+    "GrowthHook",
+    "Heuristic",
     "KasminaLayer",
     "KasminaStateLayout",
     "KernelCache",
+    "LossWatch",
+    "Manual",
     "MorphableModel",
     "Oona",
     "Policy",
@@ -56,7 +68,9 @@ __all__ = [
     "bake",
     "compile",
     "connect",
+    "dashboard",
     "esper_state_dict",
+    "load_config",
     "load_esper_state_dict",
     "load_model",
     "replicate",
@@ -68,10 +82,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from esper_triton.compile import compile
+    from esper_triton.config import GrowthConfig, load_config
     from esper_triton.contracts.blueprint import Blueprint
     from esper_triton.contracts.errors import EsperError
     from esper_triton.kasmina import KasminaLayer, KasminaStateLayout, KernelCache, Policy, SeedLifecycleState
     from esper_triton.model import (
+        GrowthHook,
+        LossWatch,
         MorphableModel,
         attach,
         bake,
@@ -85,7 +102,9 @@ if TYPE_CHECKING:
         unwrap,
         wrap,
     )
+    from esper_triton.nissa import dashboard
     from esper_triton.oona import Oona
+    from esper_triton.tamiyo import Heuristic, Manual
     from esper_triton.tezzeret.pool import Forge
     from esper_triton.urza import Artifact, Urza
 

@@ -6,8 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import esper_triton as esper
+
+# A machine that is busy with other things draws slowly, which is no fault of a test.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 ADAPTER = Path(__file__).resolve().parent / "data" / "bottleneck_adapter.toml"
 

@@ -14,7 +14,8 @@ __all__ = ["CommandKind", "CommandResult", "CommandStatus", "KasminaCommand"]
 
 
 class CommandKind(enum.StrEnum):
-    """What a command asks for."""
+    """What a command asks for. `rollback` takes a seed out at once and locks its slot; a `GrowthHook` then takes the
+    whole run back to its last checkpoint."""
 
     REQUEST_GERMINATION = "request_germination"
     CANCEL = "cancel"
@@ -23,6 +24,7 @@ class CommandKind(enum.StrEnum):
     CULL = "cull"
     UNLOAD = "unload"
     RESET = "reset"
+    ROLLBACK = "rollback"
 
 
 class KasminaCommand(Message):
@@ -35,6 +37,7 @@ class KasminaCommand(Message):
         target: the state that `advance` moves to; by default the one that follows.
         strategy: the schedule of a ramp that `advance` begins, as `linear:1000` (steps); the policy's by default.
         force: `reset` opens the slot during its embargo and after a rollback too.
+        reason: why it is given, in words for people.
         tags: what the artifact was selected for; noted, and not looked at.
         deadline: seconds since 1970 after which the command is not carried out any more.
     """
@@ -49,6 +52,7 @@ class KasminaCommand(Message):
     target: str | None = None
     strategy: str | None = None
     force: bool = False
+    reason: str = ""
     tags: tuple[str, ...] = ()
     deadline: float | None = None
 

@@ -18,8 +18,10 @@ __all__ = [
     "HEALTH",
     "KERNEL_READY",
     "LIFECYCLE",
+    "PROOF_FAILED",
     "RESULTS",
     "SCHEMA_VERSION",
+    "STORE",
     "SUBMITTED",
     "TOPICS",
     "Envelope",
@@ -40,8 +42,10 @@ KERNEL_READY = "compilation.kernel.ready"
 COMPILE_FAILED = "compilation.blueprint.failed"
 CHARACTERIZED = "validation.kernel.characterized"
 EPOCH = "system.events.epoch"
+PROOF_FAILED = "validation.kernel.failed"
 FIELD_REPORTS = "innovation.field_reports"
 LIFECYCLE = "audit.lifecycle"
+STORE = "audit.store"
 
 TOPICS = (
     HEALTH,
@@ -51,9 +55,11 @@ TOPICS = (
     KERNEL_READY,
     COMPILE_FAILED,
     CHARACTERIZED,
+    PROOF_FAILED,
     EPOCH,
     FIELD_REPORTS,
     LIFECYCLE,
+    STORE,
 )
 """Every topic. `compilation.blueprint.submitted` and `compilation.kernel.ready` are the queues of workers too: one that
 subscribes with a group shares the jobs with the rest of the group."""

@@ -17,6 +17,7 @@ __all__ = [
     "BusUnavailable",
     "CheckpointError",
     "CompileError",
+    "ConfigError",
     "CorruptObject",
     "EsperError",
     "InvalidCommit",
@@ -32,6 +33,7 @@ __all__ = [
     "SlotEmbargoed",
     "StateCorruption",
     "StoreUnavailable",
+    "TrainingDiverged",
     "UnknownTarget",
     "UntrustedArtifact",
     "error_named",
@@ -77,6 +79,10 @@ class ArtifactNotFound(EsperError, KeyError):
 
     def __str__(self) -> str:  # KeyError would show the repr of the message
         return str(self.args[0]) if self.args else ""
+
+
+class ConfigError(EsperError, ValueError):
+    """A configuration file says something that it cannot. The message lists every fault at once."""
 
 
 class CorruptObject(EsperError, RuntimeError):
@@ -156,6 +162,10 @@ class MalformedMessage(EsperError, ValueError):
 
 class NonFiniteOutput(EsperError, ArithmeticError):
     """A seed's kernel returned values that are not finite where the host's were."""
+
+
+class TrainingDiverged(EsperError, ArithmeticError):
+    """The loss of a run diverges, and going back to the last checkpoint has not helped, or there is none."""
 
 
 class StateCorruption(EsperError, RuntimeError):

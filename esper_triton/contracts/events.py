@@ -17,6 +17,8 @@ __all__ = [
     "FieldReport",
     "KernelCharacterized",
     "KernelReady",
+    "ProofFailed",
+    "StoreEvent",
     "TransitionEvent",
 ]
 
@@ -104,6 +106,28 @@ class KernelCharacterized(Message):
     status: KernelStatus
     reasons: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+
+
+class ProofFailed(Message):
+    """`validation.kernel.failed`: why an artifact that was to be proven has no verdict. `error` is the class of
+    `contracts.errors`, or of Python."""
+
+    artifact_id: ArtifactId | None = None
+    error: str
+    message: str
+
+
+class StoreEvent(Message):
+    """`audit.store`: something has happened to a store that a model loads from, as `esper_triton.urza.Event` has it:
+    a file was set aside since it was damaged (`quarantined`), say, or the store does without something (`degraded`).
+    `store` is the directory or URL that it was opened with."""
+
+    model: str
+    store: str
+    kind: str
+    artifact_id: str | None = None
+    message: str
+    details: dict[str, str] = Field(default_factory=dict)
 
 
 class FieldReport(Message):

@@ -164,6 +164,8 @@ def _constant(node: ast.expr) -> object:
             return -value
         case ast.List(elts=items) | ast.Tuple(elts=items):
             return tuple(_constant(item) for item in items)
+        case ast.Name(id="true" | "false" as word):  # as in the TOML around it
+            return word == "true"
     return ast.unparse(node)
 
 

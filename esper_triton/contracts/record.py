@@ -85,15 +85,26 @@ class AuditEntry(_Value):
 
     `previous` is the SHA-256 of the line before it (zeros at the start), newline left out. `source` and `target` are
     the statuses before and after, null for an artifact that is not there. `before` and `after` are the SHA-256 of the
-    record's bytes. An entry of a record that was signed elsewhere is `imported`, and vouches for nothing. A `void`
-    entry says that the change before it was never made: its writer died.
+    record's bytes. An entry of a record that was signed elsewhere is `imported`, and vouches for nothing. `pinned` and
+    `unpinned` leave the record as it is. A `void` entry says that the change before it was never made: its writer died.
     """
 
     schema_version: str = SCHEMA_VERSION
     sequence: Annotated[int, Field(ge=0)]
     previous: Digest
     when: str
-    what: Literal["committed", "imported", "status", "characterized", "removed", "quarantined", "signed", "void"]
+    what: Literal[
+        "committed",
+        "imported",
+        "status",
+        "characterized",
+        "pinned",
+        "unpinned",
+        "removed",
+        "quarantined",
+        "signed",
+        "void",
+    ]
     artifact: ArtifactId
     source: KernelStatus | None
     target: KernelStatus | None

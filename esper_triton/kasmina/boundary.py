@@ -23,7 +23,7 @@ from esper_triton.kasmina.dispatch import Dispatch
 from esper_triton.kasmina.events import SpecialisationMiss, Transition
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.measuring import Measured, measure_step, who
-from esper_triton.kasmina.moves import Made, apply_faults, apply_requests
+from esper_triton.kasmina.moves import Made, apply_faults, apply_requests, roll_back
 from esper_triton.kasmina.plan import make_plan
 from esper_triton.kasmina.record import LayerRecord
 from esper_triton.kasmina.schedules import Signals
@@ -48,6 +48,7 @@ __all__ = [
     "host_forward",
     "install_dispatch",
     "is_silent",
+    "lock_seed",
     "put",
     "refresh",
     "restore_state",
@@ -77,6 +78,18 @@ def put(record: LayerRecord, request: Request) -> Outlook:
             record.name, request, before, epoch=record.epoch, embargo_epochs=record.policy.embargo_epochs
         ),
     )
+
+
+def lock_seed(layer: KasminaLayer, seed: int) -> None:
+    """After everything has been put back as it was: the seed, whatever it was then, is in ROLLED_BACK, without a
+    kernel. Raises ValueError for a FOSSILIZED one, which is part of the model."""
+    record, own = layer._kasmina, layer._seed(seed)
+    with record.queue.lock:
+        if own.state is _S.FOSSILIZED:
+            raise ValueError(f"seed {seed} of layer {record.name!r} is FOSSILIZED: it cannot be rolled back")
+        made = roll_back(record, own) if own.state is not _S.ROLLED_BACK else []
+        refresh(layer)
+    tell(record, made)
 
 
 def commits_at_once(record: LayerRecord) -> bool:

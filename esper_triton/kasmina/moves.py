@@ -24,7 +24,7 @@ from esper_triton.kasmina.transitions import (
     follow,
 )
 
-__all__ = ["Made", "apply_faults", "apply_requests", "release", "warn"]
+__all__ = ["Made", "apply_faults", "apply_requests", "release", "roll_back", "warn"]
 
 _S = SeedLifecycleState
 _FROZEN = tuple(state for state in _S if state.is_frozen)
@@ -126,6 +126,13 @@ def apply_faults(record: LayerRecord) -> list[Made]:
         elif seed.state is _S.TRAINING:
             _discard_kernel(record, seed)
             _cull(record, seed, made)
+    return made
+
+
+def roll_back(record: LayerRecord, seed: Seed) -> list[Made]:
+    """To ROLLED_BACK from wherever the seed is: nobody's request, so the table is not asked."""
+    made: list[Made] = []
+    _enter(record, seed, _S.ROLLED_BACK, made)
     return made
 
 

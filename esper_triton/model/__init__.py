@@ -4,6 +4,8 @@ checkpoints; and making it fixed."""
 from esper_triton.model.baking import bake
 from esper_triton.model.checkpoint import esper_state_dict, load_esper_state_dict
 from esper_triton.model.distributed import Replicas, replicate
+from esper_triton.model.divergence import LossWatch
+from esper_triton.model.hook import GrowthHook, Rollback
 from esper_triton.model.morphable import MorphableModel, seed_parameters, unwrap, wrap
 from esper_triton.model.optim import Attachment, attach
 from esper_triton.model.remote import Remote, connect
@@ -11,9 +13,12 @@ from esper_triton.model.saving import load_model, save_model
 
 __all__ = [
     "Attachment",
+    "GrowthHook",
+    "LossWatch",
     "MorphableModel",
     "Remote",
     "Replicas",
+    "Rollback",
     "attach",
     "bake",
     "connect",

@@ -12,7 +12,7 @@ from esper_triton.kasmina.gates import Evaluation
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 
-__all__ = ["measure"]
+__all__ = ["measure", "undisturbed"]
 
 _S = SeedLifecycleState
 _MEASURED = (_S.STABILIZATION, _S.EVALUATING, _S.FINE_TUNING)
@@ -37,7 +37,7 @@ def measure(
         raise ValueError(f"repeats must be at least 2, to measure the metric's noise, found {repeats}")
     alpha = layer.state.alpha(seed)
     on, off = [], []
-    with _undisturbed(model):
+    with undisturbed(model):
         for _ in range(repeats):
             # Both of a pair draw the same random numbers; the next pair draws others.
             before = _random_state(model)
@@ -55,7 +55,7 @@ def measure(
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; modes and random streams as they were afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     random_state = _random_state(model)

@@ -135,11 +135,13 @@ class Attachment:
                 self._sync(name, layer, seed)
 
     def follow(self, scheduler: LRScheduler) -> None:
-        """Adds a scheduler that was built after `attach`. Raises ValueError where it is another optimizer's."""
+        """Adds a scheduler that was built after `attach`; one that is followed already is no other. Raises ValueError
+        where it is another optimizer's."""
         optimizer = self._optimizer()
         if optimizer is not None:
             _check_schedules(scheduler, optimizer)
-        self._schedulers.append(weakref.ref(scheduler))
+        if not any(reference() is scheduler for reference in self._schedulers):
+            self._schedulers.append(weakref.ref(scheduler))
         self._told_of_schedulers = True
 
     def detach(self) -> None:
@@ -274,7 +276,8 @@ class _LayerObserver:
 
 
 def _check_schedules(scheduler: LRScheduler, optimizer: Optimizer) -> None:
-    if getattr(scheduler, "optimizer", None) is not optimizer:
+    own = getattr(scheduler, "optimizer", None)
+    if own is not optimizer and getattr(own, "optimizer", None) is not optimizer:  # accelerate puts one around another
         raise ValueError(f"{type(scheduler).__name__} does not schedule the optimizer that is attached")
 
 

@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,29 +18,31 @@ from torch import nn
 from esper_triton.contracts import envelope as topics
 from esper_triton.contracts.commands import CommandKind, CommandResult, CommandStatus, KasminaCommand
 from esper_triton.contracts.errors import EsperError, MalformedMessage, NonFiniteOutput, ReplicaFailed, nearest
-from esper_triton.contracts.events import CompileRequest, EpochEvent, FieldReport, KernelCharacterized, TransitionEvent
+from esper_triton.contracts.events import (
+    CompileRequest,
+    EpochEvent,
+    FieldReport,
+    KernelCharacterized,
+    StoreEvent,
+    TransitionEvent,
+)
 from esper_triton.contracts.manifest import ARTIFACT_ID, KernelStatus
 from esper_triton.kasmina.cache import KernelCache
 from esper_triton.kasmina.events import SpecialisationMiss, Transition
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.pending import PendingLoad
-from esper_triton.kasmina.schedules import Schedule, schedule_from
+from esper_triton.model.commanding import ask
 from esper_triton.model.germination import target_name
 from esper_triton.model.health import HealthReader
 from esper_triton.model.morphable import MorphableModel
 from esper_triton.oona import Delivery, Oona
 from esper_triton.tezzeret.targets import parse_target
+from esper_triton.urza import Event, Urza
 
 __all__ = ["Remote", "connect"]
 
 _S = SeedLifecycleState
-_ONWARDS = {
-    _S.TRAINING: _S.GRAFTING,
-    _S.GRAFTING: _S.STABILIZATION,
-    _S.STABILIZATION: _S.EVALUATING,
-    _S.FINE_TUNING: _S.FOSSILIZED,
-}
 _REPORTED: dict[SeedLifecycleState, Literal["FOSSILIZED", "CULLED", "ROLLED_BACK", "FAULTED"]] = {
     _S.FOSSILIZED: "FOSSILIZED",
     _S.CULLED: "CULLED",
@@ -83,8 +86,8 @@ class Remote:
 
     A verdict that rejects a kernel takes it out of the seeds that use it at the next boundary.
 
-    Every transition is published, every epoch that `epoch_boundary` begins, what kernels are missing, and the health of
-    all seeds in one message.
+    Every transition is published, every epoch that `epoch_boundary` begins, what kernels are missing, what happens to
+    the stores of the layers (as far as this process does it), and the health of all seeds in one message.
 
     Args: see `connect`.
     """
@@ -113,6 +116,10 @@ class Remote:
         for layer in dict.fromkeys(self._layers.values()):
             self._endings += [layer.on_transition(self._moved), layer.on_specialisation_miss(self._missed)]
             layer._kasmina.boundary = self
+        stores = {id(layer._kasmina.urza): layer._kasmina.urza for layer in self._layers.values()}
+        self._endings += [
+            store.on_event(partial(self._stored, store)) for store in stores.values() if store is not None
+        ]
 
     def close(self) -> None:
         """Takes the model off the bus. Commands that have not been answered are another's, or nobody's."""
@@ -251,27 +258,10 @@ class Remote:
 
     def _carry_out(self, delivery: Delivery, command: KasminaCommand, layer: KasminaLayer) -> None:
         """Raises what the layer's method raises; nothing was changed then."""
-        seed = command.seed
         if command.command is CommandKind.REQUEST_GERMINATION:
             self._germinate(delivery, command, layer)
             return
-        target: SeedLifecycleState | None = None
-        match command.command:
-            case CommandKind.CANCEL:
-                target = _S.CANCELLED
-                KasminaLayer.request_transition(layer, seed, target)
-            case CommandKind.CULL:
-                target = _S.CULLED
-                KasminaLayer.request_transition(layer, seed, target)
-            case CommandKind.ADVANCE:
-                target = self._advance(command, layer)
-            case CommandKind.SET_ALPHA:
-                assert command.alpha is not None
-                KasminaLayer.set_alpha(layer, seed, command.alpha)
-            case CommandKind.UNLOAD:
-                target = _S.DORMANT if KasminaLayer.unload_kernel(layer, seed) else None
-            case CommandKind.RESET:
-                target = _S.DORMANT if KasminaLayer.reset_seed(layer, seed, force=command.force) else None
+        target = ask(layer, command)
         self._asked.append(_Asked(delivery, command, layer, target))
 
     def _took_effect(self, asked: _Asked) -> bool:
@@ -280,24 +270,6 @@ class Remote:
         if asked.command.command is CommandKind.SET_ALPHA:
             return (name, seed, _S.ERROR_RECOVERY) not in self._entered
         return asked.target is None or (name, seed, asked.target) in self._entered
-
-    def _advance(self, command: KasminaCommand, layer: KasminaLayer) -> SeedLifecycleState:
-        seed = layer._seed(command.seed)
-        target = None if command.target is None else _state(command.target)
-        if target is None:
-            target = _ONWARDS.get(seed.state)
-            if seed.state is _S.EVALUATING:
-                target = _S.FINE_TUNING if seed.parameters else _S.FOSSILIZED
-        if target is None:
-            raise ValueError(f"seed {command.seed} of layer {command.layer!r} is {seed.state.name}: nothing follows it")
-        schedule = None if command.strategy is None else _schedule(command.strategy)
-        if target is _S.GRAFTING:
-            KasminaLayer.graft(layer, command.seed, schedule or layer._kasmina.policy.schedule)
-        elif schedule is not None:
-            raise ValueError(f"a strategy belongs to a move to GRAFTING, found {command.strategy!r} for {target.name}")
-        else:
-            KasminaLayer.request_transition(layer, command.seed, target)
-        return target
 
     def _germinate(self, delivery: Delivery, command: KasminaCommand, layer: KasminaLayer) -> None:
         assert command.artifact_id is not None
@@ -431,6 +403,20 @@ class Remote:
             trace_id=trace_id,
         )
 
+    def _stored(self, store: Urza, event: Event) -> None:
+        """On whichever thread it has happened."""
+        self.bus.publish(
+            topics.STORE,
+            StoreEvent(
+                model=self.name,
+                store=store.location,
+                kind=event.kind,
+                artifact_id=event.artifact_id,
+                message=event.message,
+                details=event.details,
+            ),
+        )
+
     def _missed(self, miss: SpecialisationMiss) -> None:
         try:
             target = parse_target(target_name(torch.device(miss.device)))
@@ -480,17 +466,3 @@ def connect(
     remote = Remote(model, bus, name=name, health_every=health_every, latency_budget_us=latency_budget_us)
     remote.open()
     return remote
-
-
-def _state(name: str) -> SeedLifecycleState:
-    if name not in _S.__members__:
-        raise ValueError(f"no state {name!r}{nearest(name, _S.__members__)}")
-    return SeedLifecycleState[name]
-
-
-def _schedule(strategy: str) -> Schedule:
-    """`linear:1000` and the like. Raises ValueError."""
-    kind, _, steps = strategy.partition(":")
-    if not steps.isdecimal():
-        raise ValueError(f"a strategy is a schedule with its steps, as linear:1000, found {strategy!r}")
-    return schedule_from({"schedule": kind, "steps": int(steps)})

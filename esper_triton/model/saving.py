@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import secrets
 import statistics
@@ -21,7 +22,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import esper_triton
-from esper_triton.contracts.errors import CheckpointError, StoreUnavailable
+from esper_triton.contracts.errors import CheckpointError, EsperError
 from esper_triton.contracts.lineage import SCHEMA_VERSION, Lineage, LineageEntry
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
@@ -29,7 +30,7 @@ from esper_triton.kasmina.persistence import Missing, version_fault
 from esper_triton.model.checkpoint import esper_state_dict, prepare
 from esper_triton.urza import Urza
 
-__all__ = ["load_model", "save_model"]
+__all__ = ["load_model", "save_model", "weight_faults"]
 
 _logger = logging.getLogger(__name__)
 _LINEAGE = "lineage.json"
@@ -95,7 +96,7 @@ def load_model(directory: str | Path, model: _M, urza: Urza | None = None, *, mi
         raise CheckpointError(f"the weights in {directory} have no 'model' or no 'esper' section")
     if not any(isinstance(module, KasminaLayer) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has no seeds; wrap it first{_how_to_wrap(section)}")
-    faults = list(_weight_faults(model, weights))
+    faults = list(weight_faults(model, weights))
     if faults:
         raise CheckpointError(f"the weights in {directory} do not fit this model: " + "; ".join(faults))
     prepared = prepare(model, section, urza=urza, missing=missing)
@@ -109,14 +110,19 @@ def _keep(model: nn.Module, directory: Path, lineage: Lineage) -> None:
     path = directory.resolve()
     place = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
     name = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', path.name).lstrip('_.-')[:60] or 'model'}-{place}"
-    layers = [module._kasmina.urza for module in model.modules() if isinstance(module, KasminaLayer)]
-    for store in {urza.location: urza for urza in layers if urza is not None}.values():
+    stores = {layer: one._kasmina.urza for layer, one in model.named_modules() if isinstance(one, KasminaLayer)}
+    for location, store in {urza.location: urza for urza in stores.values() if urza is not None}.items():
+        named = name
+        of_it = {layer for layer, urza in stores.items() if urza is not None and urza.location == location}
+        seeds = tuple(entry for entry in lineage.seeds if entry.layer in of_it)
+        if "://" in location:  # other machines name theirs there, and may save to the same path
+            named = f"{re.sub(r'[^A-Za-z0-9-]', '_', platform.node()).lstrip('_-')[:20] or 'machine'}-{name}"
         try:
-            if lineage.seeds:
-                store.name_lineage(name, lineage)
+            if seeds:
+                store.name_lineage(named, lineage.model_copy(update={"seeds": seeds}))
             else:
-                store.forget_lineage(name)
-        except StoreUnavailable as error:
+                store.forget_lineage(named)
+        except EsperError as error:  # also where this may only read the store: the model is saved
             _logger.warning("a collection may remove what the model saved in %s has grown: %s", directory, error)
 
 
@@ -173,7 +179,8 @@ def _lineage(directory: Path) -> Lineage:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def _weight_faults(model: nn.Module, weights: Mapping[str, Any]) -> Iterator[str]:
+def weight_faults(model: nn.Module, weights: Mapping[str, Any]) -> Iterator[str]:
+    """What of a saved `state_dict` does not fit the model's own."""
     own = model.state_dict()
     for name in own.keys() - weights.keys():
         yield f"{name!r} is missing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,11 +157,14 @@ def _bus(view: View) -> dict[str, Any]:
 
 
 def _numbers(values: NDArray[Any]) -> list[float | int | None]:
+    """Five digits are more than anybody sees; JSON has no NaN."""
     if not np.issubdtype(values.dtype, np.floating):
         return [*values.tolist()]
-    return [_number(value) for value in values.tolist()]
+    rounded = np.round(values.astype(np.float64), 5)
+    known = np.isfinite(rounded)
+    found = rounded.tolist()
+    return found if known.all() else [v if k else None for v, k in zip(found, known.tolist(), strict=True)]
 
 
 def _number(value: float) -> float | None:
-    """Five digits are more than anybody sees; JSON has no NaN."""
-    return None if not np.isfinite(value) else round(value, 5)
+    return round(value, 5) if math.isfinite(value) else None

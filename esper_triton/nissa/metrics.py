@@ -29,6 +29,7 @@ from esper_triton.contracts.events import (
     FieldReport,
     KernelCharacterized,
     KernelReady,
+    StoreEvent,
     TransitionEvent,
 )
 from esper_triton.nissa.view import STATES, UNKNOWN, ModelView, View, state_name
@@ -88,6 +89,8 @@ class Metrics:
         self._verdicts = counter("esper_validations", "Verdicts on artifacts.", "verdict")
         self._proof = histogram("esper_validation_seconds", "From a build to its verdict.")
         self._reports = counter("esper_field_reports", "Seeds that came to their end.", "outcome")
+        self._stored = counter("esper_store_events", "What has happened to the stores of models.", "kind")
+        self._kind = _Bounded(16)
         self._answers = counter("esper_command_results", "Answers to commands.", "status")
 
     def show(self, view: View) -> None:
@@ -142,6 +145,10 @@ class Metrics:
     def answered(self, result: CommandResult) -> None:
         """Counts an answer."""
         self._answers.labels(result.status.value).inc()
+
+    def stored(self, event: StoreEvent) -> None:
+        """Counts what has happened to a store."""
+        self._stored.labels(self._kind(event.kind)).inc()
 
 
 class _Shown(Collector):

@@ -22,6 +22,8 @@ from esper_triton.contracts.events import (
     FieldReport,
     KernelCharacterized,
     KernelReady,
+    ProofFailed,
+    StoreEvent,
     TransitionEvent,
 )
 from esper_triton.contracts.health import HealthFrame
@@ -74,6 +76,9 @@ class Counted(Protocol):
 
     def answered(self, result: CommandResult) -> None:
         """A command was answered."""
+
+    def stored(self, event: StoreEvent) -> None:
+        """Something has happened to a store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +154,7 @@ class ModelView:
         self.alphas, self.healths = History(0), History(0)
         self.means = History(2)  # of alpha and health, over active seeds
         self._places: dict[tuple[str, int], int] = {}
+        self._moved: dict[tuple[str, int], tuple[float, int]] = {}  # when, and to what, since the last frame was made
 
     def place(self, layer: str, seed: int) -> int | None:
         """Where a seed stands in the columns; None where no frame has had it."""
@@ -167,6 +173,11 @@ class ModelView:
             self.alphas, self.healths = History(count), History(count)
         self.epochs, self.steps = frame.epochs, frame.steps
         self.state = np.array([_NUMBERS.get(name, UNKNOWN) for name in frame.state], np.uint8)
+        # Telemetry and moves come on their own ways: a move that was made after the frame may be here before it.
+        self._moved = {key: move for key, move in self._moved.items() if move[0] > frame.timestamp}
+        for key, (_, number) in self._moved.items():
+            if key in self._places:
+                self.state[self._places[key]] = number
         self.alpha = np.array(frame.alpha, np.float32)
         self.health, self.latency_us = _column(frame.health_score, count), _column(frame.execution_latency_us, count)
         self.errors = np.array(frame.error_count, np.int64)
@@ -177,12 +188,15 @@ class ModelView:
         self.means.add(frame.timestamp, np.array([_mean(self.alpha, self.active), _mean(self.health, self.active)]))
         self.version += 1
 
-    def take_move(self, event: TransitionEvent) -> None:
-        """One seed is in another state."""
+    def take_move(self, event: TransitionEvent, at: float) -> None:
+        """One seed is in another state, since `at`."""
         self.artifacts[event.layer, event.seed] = None if event.target == "DORMANT" else event.artifact_id
-        place = self.place(event.layer, event.seed)
+        if self.frame is not None and at < self.frame.timestamp:
+            return
+        place, number = self.place(event.layer, event.seed), _NUMBERS.get(event.target, UNKNOWN)
+        self._moved[event.layer, event.seed] = at, number
         if place is not None:
-            self.state[place] = _NUMBERS.get(event.target, UNKNOWN)
+            self.state[place] = number
             self.version += 1
 
     @property
@@ -224,9 +238,11 @@ class View:
             KernelReady: self._take_ready,
             CompileFailed: self._take_failure,
             KernelCharacterized: self._take_verdict,
+            ProofFailed: self._take_unproven,
             FieldReport: self._take_report,
             KasminaCommand: self._take_command,
             CommandResult: self._take_result,
+            StoreEvent: self._take_store,
         }
 
     def take(self, envelope: Envelope, message: Message) -> None:
@@ -278,7 +294,7 @@ class View:
     def _take_move(self, envelope: Envelope, event: TransitionEvent) -> None:
         model = self._model(event.model)
         if model is not None:
-            model.take_move(event)
+            model.take_move(event, envelope.timestamp)
         key = event.model, event.layer, event.seed
         began = self._loading.pop(key, None)
         if event.target == "LOADING":
@@ -380,6 +396,16 @@ class View:
             trace_id=envelope.trace_id,
         )
 
+    def _take_unproven(self, envelope: Envelope, failure: ProofFailed) -> None:
+        self._enter(
+            at=envelope.timestamp,
+            kind="proof",
+            text=f"{failure.artifact_id or 'what was to be proven'}: {failure.error}: {failure.message}",
+            failure=True,
+            artifact_id=failure.artifact_id,
+            trace_id=envelope.trace_id,
+        )
+
     def _take_verdict(self, envelope: Envelope, verdict: KernelCharacterized) -> None:
         began = self._unproven.pop(verdict.artifact_id, None)
         if self._counted is not None:
@@ -436,6 +462,19 @@ class View:
             model=result.model,
             layer=result.layer,
             seed=result.seed,
+            trace_id=envelope.trace_id,
+        )
+
+    def _take_store(self, envelope: Envelope, event: StoreEvent) -> None:
+        if self._counted is not None:
+            self._counted.stored(event)
+        self._enter(
+            at=envelope.timestamp,
+            kind="store",
+            text=f"{event.kind}: {event.message}",
+            failure=event.kind in ("quarantined", "degraded"),
+            model=event.model,
+            artifact_id=event.artifact_id,
             trace_id=envelope.trace_id,
         )
 

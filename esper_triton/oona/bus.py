@@ -36,7 +36,7 @@ __all__ = ["ANSWERS", "Oona"]
 ANSWERS: Mapping[str, tuple[str, ...]] = {
     topics.COMMANDS: (topics.RESULTS,),
     topics.SUBMITTED: (topics.KERNEL_READY, topics.COMPILE_FAILED),
-    topics.KERNEL_READY: (topics.CHARACTERIZED,),
+    topics.KERNEL_READY: (topics.CHARACTERIZED, topics.PROOF_FAILED),
 }
 """The topics on which messages of a topic are answered; where there are several, the answer's model says which."""
 

@@ -19,6 +19,8 @@ from esper_triton.contracts.events import (
     FieldReport,
     KernelCharacterized,
     KernelReady,
+    ProofFailed,
+    StoreEvent,
     TransitionEvent,
 )
 from esper_triton.contracts.health import HealthFrame
@@ -45,9 +47,11 @@ MODELS: Mapping[str, type[Message]] = {
     topics.KERNEL_READY: KernelReady,
     topics.COMPILE_FAILED: CompileFailed,
     topics.CHARACTERIZED: KernelCharacterized,
+    topics.PROOF_FAILED: ProofFailed,
     topics.EPOCH: EpochEvent,
     topics.FIELD_REPORTS: FieldReport,
     topics.LIFECYCLE: TransitionEvent,
+    topics.STORE: StoreEvent,
 }
 """What the payload of each topic is."""
 

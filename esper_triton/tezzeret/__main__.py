@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import signal
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from esper_triton.contracts import envelope as topics
 from esper_triton.contracts.errors import EsperError
-from esper_triton.oona import Oona
+from esper_triton.oona.workers import add_bus_arguments, bus_of, ends_with_a_signal, serve
 from esper_triton.tezzeret.jobs import compile_server
 from esper_triton.tezzeret.pool import Forge
 from esper_triton.urza import Urza, default_root
@@ -32,15 +29,12 @@ def _parser() -> argparse.ArgumentParser:
     worker = parser.add_subparsers(dest="command", required=True).add_parser(
         "worker", help="serve the queue of the bus until it is ended", epilog=_EPILOG
     )
+    add_bus_arguments(worker)
     add = worker.add_argument
-    add("--bus", required=True, metavar="URL", help="ws://host:port of a hub, or redis://host:port/0")
     add("--store", metavar="URL", help="directory or URL of the store; else $ESPER_URZA or ~/.cache/esper/urza")
     add("--jobs", type=int, default=1, metavar="N", help="jobs at a time, each in a process of its own (default: 1)")
-    add("--token-file", type=Path, metavar="FILE", help="the bus's token, on its first line")
-    add("--tls-ca", type=Path, metavar="FILE", help="PEM certificates to trust for wss://")
     add("--time-limit", type=float, default=600.0, metavar="SECONDS", help="of one job (default: %(default)g)")
     add("--memory-limit", type=int, metavar="BYTES", help="that one job may take; by default no limit")
-    add("--grace", type=float, default=30.0, metavar="SECONDS", help="for jobs to end after SIGTERM (%(default)g)")
     add("--allow-sources", action="store_true", help="also run hand-written sources that come over the bus")
     return parser
 
@@ -49,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 after SIGTERM or SIGINT, 1 with one line on stderr for what is wrong."""
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = ends_with_a_signal()
     try:
         return _serve(options, stop)
     except (EsperError, OSError, ValueError) as error:
@@ -62,21 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(options: argparse.Namespace, stop: threading.Event) -> int:
     store = Urza(options.store or default_root())
     store.ids()  # a store that cannot be read at all is told now
-    token = os.environ.get("ESPER_OONA_TOKEN") or None
-    if options.token_file is not None:
-        token = options.token_file.read_text(encoding="utf-8").partition("\n")[0].strip()
     with (
         Forge(store, jobs=options.jobs, time_limit=options.time_limit, memory_limit=options.memory_limit) as forge,
-        Oona(options.bus, name="tezzeret", token=token, tls_ca=options.tls_ca) as bus,
+        bus_of(options, "tezzeret") as bus,
     ):
         server = compile_server(bus, forge, store, slots=options.jobs, allow_sources=options.allow_sources)
-        server.start()
-        sys.stdout.write(
-            f"serving {topics.SUBMITTED} of {options.bus} with {options.jobs} at a time; store: {store.location}\n"
-        )
-        sys.stdout.flush()
-        stop.wait()
-        server.stop(options.grace)
+        says = f"serving {topics.SUBMITTED} of {options.bus} with {options.jobs} at a time; store: {store.location}"
+        serve(server, stop, says, options.grace)
     return 0
 
 

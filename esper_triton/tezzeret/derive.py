@@ -118,8 +118,13 @@ def _linear(g: Graph, node: Node, grad: Node) -> tuple[Node | None, ...]:
 
 
 def _rmax(g: Graph, node: Node, grad: Node) -> tuple[Node | None, ...]:
-    """Equal maxima share, as in torch's amax."""
-    is_largest = g.pointwise("eq", node.args[0], node)
+    """Equal maxima share, as in torch's amax.
+
+    The largest is found again among the values that it is compared with: those that went through memory are rounded,
+    and what was the largest before may be none of them.
+    """
+    largest = g.node("rmax", node.args, node.level, node.shape, nan=node["nan"], again=True)
+    is_largest = g.pointwise("eq", node.args[0], largest)
     return (g.mul(g.div(grad, g.rsum(is_largest)), is_largest),)
 
 

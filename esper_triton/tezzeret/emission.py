@@ -152,7 +152,7 @@ def emit(design: Design, tiles: Tiles) -> Emitted:
     wanted = list(input_grads.values()) + [t for gradient in gradients for t in gradient.terms]
     needed = needed_from_forward([out], wanted)
     roots, became = merge_products(g, [out, *needed], [])
-    kernels = fuse(roots, [], inputs, separate=tiles.separate)
+    kernels = fuse(roots, [], inputs, held=tiles.held, separate=tiles.separate)
     targets = list(dict.fromkeys(t for kernel in kernels for t in kernel.targets))
     kept = {t: assembly.intermediate(t) for t in targets if t is not roots[0]}
     outputs = {t: _tensor(i) for t, i in kept.items()} | {roots[0]: Tensor("out", "row_stride", True)}
@@ -166,7 +166,7 @@ def emit(design: Design, tiles: Tiles) -> Emitted:
     grads = dict(zip(input_grads, merged, strict=False))
     renewed = iter(merged[len(grads) :])
     gradients = [replace(gradient, terms=tuple(next(renewed) for _ in gradient.terms)) for gradient in gradients]
-    kernels = fuse(list(grads.values()), gradients, memory, separate=tiles.separate)
+    kernels = fuse(list(grads.values()), gradients, memory, held=tiles.held, separate=tiles.separate)
     targets = list(dict.fromkeys(t for kernel in kernels for t in kernel.targets))
     own = {grad: Tensor(f"grad_{name}", "row_stride", True) for name, grad in grads.items()}
     scratch = {t: assembly.intermediate(t) for t in targets if t not in own}

@@ -13,9 +13,13 @@ from esper_triton.contracts.manifest import KernelRecord, KernelStatus, Manifest
 from esper_triton.tezzeret.plan import KernelPlan, Plan
 from esper_triton.tezzeret.targets import runs_on_this_cpu, shared_memory_limit, triton_target
 
-__all__ = ["Forged", "forge"]
+__all__ = ["Forged", "TooLarge", "forge"]
 
 _BINARY_KIND: dict[str, Literal["o", "cubin", "hsaco"]] = {"cpu": "o", "cuda": "cubin", "hip": "hsaco"}
+
+
+class TooLarge(CompileError):
+    """A kernel's blocks do not fit the shared memory of its target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +39,8 @@ def forge(plan: Plan) -> Forged:
     No divisibility of strides or addresses is assumed, so one binary serves every view of a tensor; on a GPU that costs
     wide loads.
 
-    Raises CompileError naming kernel and target, from the compiler's own error, and BlueprintError where the
-    blueprint's text is too long to be kept.
+    Raises CompileError naming kernel and target, from the compiler's own error (TooLarge where smaller blocks would
+    do), and BlueprintError where the blueprint's text is too long to be kept.
     """
     started = time.perf_counter()
     blobs: dict[str, bytes] = {}
@@ -92,7 +96,7 @@ def _compile_kernel(plan: Plan, kernel: KernelPlan, blobs: dict[str, bytes]) -> 
     metadata = compiled.metadata
     limit = shared_memory_limit(plan.target)
     if limit is not None and metadata.shared > limit:
-        raise CompileError(
+        raise TooLarge(
             f"{where} needs {metadata.shared} bytes of shared memory, one program can have {limit}; use smaller blocks"
         )
     for scratch in ("global", "profile"):  # the second is a profiler's

@@ -145,13 +145,18 @@ class _Partition:
 
 
 def fuse(
-    targets: Sequence[Node], gradients: Sequence[Gradient], memory: Iterable[Node], *, separate: bool = False
+    targets: Sequence[Node],
+    gradients: Sequence[Gradient],
+    memory: Iterable[Node],
+    *,
+    held: int = FULL_WIDTH**2,
+    separate: bool = False,
 ) -> list[Kernel]:
     """The kernels that write `targets` and `gradients`, in an order in which each finds what it reads.
 
     Args:
-        memory: values that are there already, besides the inputs. separate: every operation for itself, through memory:
-            what fusing is compared with.
+        memory: values that are there already, besides the inputs. held: most elements of a weight between two values
+            that are held whole. separate: every operation for itself, through memory: what fusing is compared with.
     """
     part = _Partition([*memory])
     terms = [term for gradient in gradients for term in gradient.terms]
@@ -161,6 +166,7 @@ def fuse(
         for node in reached([*targets, *terms], stop=part.memory):
             if node not in part.memory:
                 _cut_for(part, node)
+                _cut_between(part, node, held)
                 if separate and node.level != "none" and (node.op in POINTWISE or node.op in ACCUMULATORS):
                     part.cut_at(node)
         _cut_shared_products(part, targets)
@@ -210,6 +216,18 @@ def _cut_for(part: _Partition, node: Node) -> None:
                 costly = node.op == "outer" and _has_costly(part, operand, rows=False)
                 for n in inside if narrow and not costly else [operand]:
                     part.store(n)
+
+
+def _cut_between(part: _Partition, node: Node, held: int) -> None:
+    """Where a product that `node` needs whole has an operand that is whole too, and the weight between them is too
+    large, the operand goes through memory."""
+    if node.op not in ("linear", "rsum", "rmax"):
+        return
+    for inner in part.inside(node.args, rows=True):
+        if inner.op == "linear" and inner.width <= FULL_WIDTH:
+            for operand in inner.args[::2]:
+                if operand.width * inner.width > held and not _is_cheap(part, operand, rows=True, chunks=False):
+                    part.cut_at(operand)
 
 
 def _has_costly(part: _Partition, operand: Node, *, rows: bool) -> bool:

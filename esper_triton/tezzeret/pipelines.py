@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.errors import CompileError
 from esper_triton.contracts.manifest import ArtifactId, Digest, TargetSpec
-from esper_triton.tezzeret.forge import Forged, forge
+from esper_triton.tezzeret.forge import Forged, TooLarge, forge
 from esper_triton.tezzeret.plan import Plan, plan_build
 from esper_triton.tezzeret.request import Request
 from esper_triton.tezzeret.rows import Tiles
@@ -44,6 +44,7 @@ _WARPS = (1, 2, 4, 8)
 _HELD_A_THREAD = 128
 _HELD_COLUMNS = 256
 _STAGES = (1, 2, 3, 4)
+_LEAST_HELD = 16 * 256
 # For each knob its limits; a neighbour has twice or half of it.
 _LIMITS = {
     "rows": (16, 256),
@@ -170,12 +171,11 @@ def make(request: Request, record: BuildRecord | None, announce: Announce) -> tu
         plan = plan_of(request, record.choice)
         if plan.artifact_id == record.artifact_id:
             return forge(plan), record
-    choice = first_choice(request.blueprint, request.target, request.dims, request.pipeline)
-    plan = plan_of(request, choice)
     announce("compiling", 0.1)
     if request.pipeline == "fast":
-        return forge(plan), _record(request, plan, choice)
-    return _Search(request, announce).run(choice, plan)
+        first = _first(request)
+        return first.forged, _record(request, first.plan, first.choice)
+    return _Search(request, announce).run()
 
 
 def _candidate(choice: Choice, cost: float | None = None, rows_us: dict[int, float] | None = None) -> Candidate:
@@ -206,6 +206,32 @@ class _Built:
     forged: Forged
 
 
+def _first(request: Request) -> _Built:
+    """The pipeline's first choice, with smaller blocks where a target's shared memory is too small for it.
+
+    Raises CompileError; TooLarge where the smallest blocks are too large.
+    """
+    choice: Choice = first_choice(request.blueprint, request.target, request.pipeline)
+    while True:
+        plan = plan_of(request, choice)
+        try:
+            return _Built(choice, plan, forge(plan))
+        except TooLarge:
+            smaller = _smaller(choice)
+            if smaller == choice or not request.blueprint.ops:  # a source that is written has its own blocks
+                raise
+            choice = smaller
+
+
+def _smaller(choice: Choice) -> Choice:
+    tiles = choice.tiles
+    held = max(tiles.held // 2, _LEAST_HELD)
+    cols, depth = (
+        max(extent // 2, _LIMITS[knob][0]) for knob, extent in (("cols", tiles.cols), ("depth", tiles.depth))
+    )
+    return dataclasses.replace(choice, tiles=dataclasses.replace(tiles, held=held, cols=cols, depth=depth))
+
+
 class _Search:
     """From the first choice to better ones next to it."""
 
@@ -216,12 +242,12 @@ class _Search:
         self.tried: list[Candidate] = []
         self.is_thorough = request.pipeline == "aggressive"
 
-    def run(self, choice: Choice, plan: Plan) -> tuple[Forged, BuildRecord]:
+    def run(self) -> tuple[Forged, BuildRecord]:
         """Raises CompileError where no candidate compiles: that of the first."""
         started = time.perf_counter()
         end = started + (self.request.budget_s if self.is_thorough else math.inf)
-        self.seen.add(plan.artifact_id)
-        best = self._first(choice, plan, end)
+        best = _first(self.request)
+        self.seen.add(best.plan.artifact_id)
         if not self.is_thorough and self.device is None:
             return best.forged, _record(self.request, best.plan, best.choice)
         cost: float | None = None
@@ -232,16 +258,6 @@ class _Search:
             if not self.is_thorough:
                 break
         return best.forged, _record(self.request, best.plan, best.choice, cost, self.tried)
-
-    def _first(self, choice: Choice, plan: Plan, end: float) -> _Built:
-        """The first choice, or a neighbour where that does not compile and there is time to look for one."""
-        try:
-            return _Built(choice, plan, forge(plan))
-        except CompileError:
-            compiled = self._compiled(self._around(choice), end) if self.is_thorough else []
-            if not compiled:
-                raise
-            return compiled[0]
 
     def _around(self, choice: Choice) -> list[tuple[Choice, Plan]]:
         """Neighbours whose kernels are others than all that have been seen."""

@@ -86,7 +86,7 @@ def plan_build(
     faults = [*_pipeline_faults(pipeline), *dim_faults(blueprint.dims, dims), *_dtype_faults(dtype)]
     _raise(blueprint, faults)  # what follows needs the numbers
     request = blueprint
-    choice = choice or first_choice(request, target, dims, pipeline)
+    choice = choice or first_choice(request, target, pipeline)
     if request.ops:
         blueprint = write(request, dims, dtype, choice.tiles)
     constexprs, parameters = _sizes(blueprint, dims, faults)

@@ -18,10 +18,9 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from esper_triton.contracts.blueprint import Blueprint
-from esper_triton.contracts.errors import CompileError, EsperError, UnknownTarget, error_named
+from esper_triton.contracts.errors import CompileError, EsperError, StoreUnavailable, UnknownTarget, error_named
 from esper_triton.tezzeret.artifacts import Artifacts
 from esper_triton.tezzeret.process import WorkerGone, WorkerProcess
-from esper_triton.tezzeret.worker import store_text
 from esper_triton.urza import Artifact, Urza
 
 if TYPE_CHECKING:
@@ -216,10 +215,17 @@ class Forge:
             "targets": names,
             "pipeline": pipeline,
             "budget_s": budget_s,
-            "store": store_text(store),
+            "store": store.sent(),
             "memory_limit": self.memory_limit,
             "cpu_limit": self.cpu_limit,
         }
+        try:
+            json.dumps(job["store"])
+        except TypeError as error:
+            raise StoreUnavailable(
+                f"store {store.location} cannot be opened by a worker: {error} (of its options); give that in the "
+                "environment"
+            ) from None
         # What is no size goes as text, for the request's check to say so.
         task = CompileTask(blueprint.name, json.dumps(job, default=repr).encode() + b"\n", store)
         with self._changed:

@@ -19,13 +19,15 @@ class Tiles:
     """Extents of blocks, all powers of two.
 
     rows, cols, depth: of a kernel with products: rows of a block, columns of the result, and columns of the operands
-    that are multiplied at a time. sums_rows: rows of a block of a kernel without products. full: columns that such a
-    kernel holds at once. sum_depth: rows that are added up at a time. separate: nothing is fused.
+    that are multiplied at a time. held: most elements of a weight's tile where operands or results are held whole.
+    sums_rows: rows of a block of a kernel without products. full: columns that such a kernel holds at once. sum_depth:
+    rows that are added up at a time. separate: nothing is fused.
     """
 
     rows: int = 32
     cols: int = 64
     depth: int = 64
+    held: int = FULL_WIDTH**2
     sums_rows: int = 1
     full: int = 8192
     sum_depth: int = 32
@@ -182,11 +184,12 @@ class _Rows:
     def is_full(self, width: int) -> bool:
         return power_of_2(width) <= self.full
 
-    def block(self, width: int, *, depth: bool = False) -> int:
+    def whole_block(self, width: int) -> int:
+        return max(16 if self.products else 1, power_of_2(width))
+
+    def chunk_block(self, *, depth: bool) -> int:
+        """Columns at a time of a width that is not held whole, as a result or as an operand."""
         tiles = self.around.tiles
-        least = 16 if self.products else 1
-        if self.is_full(width):
-            return max(least, power_of_2(width))
         if not self.products:
             return min(1024, tiles.full)
         # What is held whole beside it leaves less room.
@@ -206,9 +209,9 @@ class _Rows:
         if lines > 1:
             self.row = Index("row", rows=True, ok="line_ok", name="row", block=block)
         self.whole: dict[int, Index] = {}
-        resident = [n for n in self.kernel.computed if n.op != "linear" or self.is_full(n.width)]
-        self._phases(resident)
-        self._outputs([n for n in self.kernel.computed if n not in resident])
+        streamed = self._streamed()
+        self._phases([n for n in self.kernel.computed if n not in streamed])
+        self._outputs(streamed)
         grid = f"cdiv({'batch' if level == 'batch' else 'rows'}{'' if lines == 1 else f' * {lines}'}, {block})"
         text = writer.function(name, self._doc())
         return KernelSource(name=name, text=text, grid=(grid,), constexprs=tuple(writer.constexprs))
@@ -228,8 +231,40 @@ class _Rows:
         """All columns of a width that is held whole."""
         if width not in self.whole:
             with self.writer.before():
-                self.whole[width] = self.writer.columns(width, self.block(width))
+                self.whole[width] = self.writer.columns(width, self.whole_block(width))
         return self.whole[width]
+
+    def _streamed(self) -> list[Node]:
+        """The products that are computed with the outputs that need them, some columns at a time: those that are too
+        wide to be held, and those whose weight's tile would be too large."""
+        computed = self.kernel.computed
+        inner = {n for node in computed for n in reached(node.args, stop=self.reads)}
+        needs = {target: self._products_of(target) for target in self.kernel.targets}
+        found = {n for n in computed if n.op == "linear" and not self.is_full(n.width)}
+        for node in computed:
+            if node.op != "linear" or node in found or not self._is_too_large(node):
+                continue
+            together = {node}  # what is in one output goes together
+            while more := {n for used in needs.values() if together & used for n in used} - together:
+                together |= more
+            if not together & inner:
+                found |= together
+        return [n for n in computed if n in found]
+
+    def _products_of(self, target: Node) -> set[Node]:
+        """The products whose elements a target's elements are computed from, one from one."""
+        computed = set(self.kernel.computed)
+        return {n for n in reached([target], stop=computed | set(self.reads)) if n in computed and n.op == "linear"}
+
+    def _is_too_large(self, node: Node) -> bool:
+        """Whether the whole of a product needs too large a tile of a weight."""
+        widths = [a.width for a in node.args[::2] if not self._is_readable(a)]
+        return any(self.whole_block(w) * self.whole_block(node.width) > self.around.tiles.held for w in widths)
+
+    def _is_readable(self, operand: Node) -> bool:
+        """Whether any columns of it can be had: it is computed from memory, and from what has one value a row."""
+        inside = set(reached([operand], stop=[*self.reads, *self.kernel.computed]))
+        return not any(n in inside and n.width > 1 for n in self.kernel.computed)
 
     def at(self, node: Node, last: Index) -> At:
         return self.writer.place(node, self.line, self.row, last)
@@ -280,7 +315,7 @@ class _Rows:
             if node.op == "rmax" and node["nan"]:
                 return f"tl.reduce({value.code}, 1, larger, keep_dims=True)"
             return f"{'tl.sum' if node.op == 'rsum' else 'tl.max'}({value.code}, axis=1, keep_dims=True)"
-        terms = width if self.is_full(width) else self.block(width, depth=True)
+        terms = width if self.is_full(width) else self.chunk_block(depth=True)
         return f"({value.code} * {float(terms)})" if node.op == "rsum" else value.code
 
     def _lowest(self, operand: Node, at: At) -> Value:
@@ -292,8 +327,8 @@ class _Rows:
 
     @contextmanager
     def _chunks(self, width: int, *, depth: bool) -> Iterator[Index]:
-        """A loop over the columns of a width that is not held whole."""
-        writer, block = self.writer, self.block(width, depth=depth)
+        """A loop over the columns of a width."""
+        writer, block = self.writer, self.chunk_block(depth=depth)
         start = writer.variable("start")
         step = writer.constant(f"BLOCK_{writer.symbol(width).upper()}", block)
         with writer.block(f"for {start} in range(0, {width}, {step}):"):
@@ -306,7 +341,17 @@ class _Rows:
         columns = {node: last or self.columns(node.width) for node in nodes}
         for node in nodes:
             writer.line(self._comment(node))
-        if len(depths) == 1 and self.is_full(depths[0]):
+        held = self.around.tiles.held
+        at_once = [
+            self.is_full(depth)
+            and all(
+                not self._is_readable(node.args[2 * pair])
+                or self.whole_block(depth) * self._extent(columns[node]) <= held
+                for node in nodes
+            )
+            for pair, depth in enumerate(depths)
+        ]
+        if at_once == [True]:
             for node in nodes:
                 code = self._product(node, 0, self.columns(depths[0]), columns[node], None)
                 writer.results[node] = Value(writer.assign(writer.hint(node), code), True, True)
@@ -314,23 +359,33 @@ class _Rows:
         block = writer.constant("BLOCK_ROWS", self.rows)
         sums = {}
         for node in nodes:
-            extent = writer.constant(f"BLOCK_{writer.symbol(node.width).upper()}", self.block(node.width))
-            sums[node] = writer.assign(writer.hint(node), f"tl.zeros([{block}, {extent}], dtype=tl.float32)")
+            sums[node] = writer.assign(
+                writer.hint(node), f"tl.zeros([{block}, {columns[node].block}], dtype=tl.float32)"
+            )
 
         def add(pairs: Iterable[tuple[Node, int]], k: Index) -> None:
             for node, pair in pairs:
                 code = self._product(node, pair, k, columns[node], sums[node])
                 writer.line(f"{sums[node]} = {code}")
 
-        for width in dict.fromkeys(depths):
-            pairs = [(node, pair) for pair, depth in enumerate(depths) if depth == width for node in nodes]
-            if self.is_full(width):
+        for width, whole in dict.fromkeys(zip(depths, at_once, strict=True)):
+            same = [pair for pair, found in enumerate(zip(depths, at_once, strict=True)) if found == (width, whole)]
+            pairs = [(node, pair) for pair in same for node in nodes]
+            if whole:
                 add(pairs, self.columns(width))
-            else:
+                continue
+            tile = max(self._extent(columns[node]) for node in nodes) * self.chunk_block(depth=True)
+            together = len(pairs) if len(pairs) * tile <= held else 1  # a loop has the tiles of all of its products
+            for first in range(0, len(pairs), together):
                 with self._chunks(width, depth=True) as k:
-                    add(pairs, k)
+                    add(pairs[first : first + together], k)
         for node in nodes:
             writer.results[node] = Value(sums[node], True, True)
+
+    def _extent(self, columns: Index) -> int:
+        """How many columns a block has."""
+        assert columns.block is not None
+        return self.around.constants.values[columns.block]
 
     def _comment(self, node: Node) -> str:
         names = self.around.names
@@ -349,22 +404,30 @@ class _Rows:
     # ---- what is written
 
     def _outputs(self, streamed: Sequence[Node]) -> None:
-        groups: dict[int, list[Node]] = {}
+        groups: dict[tuple[int, bool], list[Node]] = {}
         for target in self.kernel.targets:
-            groups.setdefault(target.width, []).append(target)
-        for width, targets in groups.items():
-            if width == 1 or self.is_full(width):
+            whole = self.is_full(target.width) and not self._products_of(target) & set(streamed)
+            groups.setdefault((target.width, whole), []).append(target)
+        for (width, whole), targets in groups.items():
+            if whole:
                 last = self.columns(width)
                 for target in targets:
                     self._store(target, last)
                 continue
+            inside = set(reached(targets, stop=self.reads))
+            needed = [n for n in streamed if n in inside and n.width == width]
+            self._hold_operands(needed)
             with self._chunks(width, depth=False) as last:
-                inside = set(reached(targets, stop=self.reads))
-                needed = [n for n in streamed if n in inside and n.width == width]
                 for depths in dict.fromkeys(map(_depths, needed)):
                     self._products([n for n in needed if _depths(n) == depths], last)
                 for target in targets:
                     self._store(target, last)
+
+    def _hold_operands(self, products: Sequence[Node]) -> None:
+        """Computes what a loop over the results' columns multiplies in every turn."""
+        for operand in dict.fromkeys(a for node in products for a in node.args[::2]):
+            if self.is_full(operand.width) and not self._is_readable(operand):
+                self.writer.operand(operand, self.at(operand, self.columns(operand.width)), rows=False)
 
     def _store(self, target: Node, last: Index) -> None:
         writer, tensor = self.writer, self.around.outputs[target]

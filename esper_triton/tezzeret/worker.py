@@ -1,8 +1,9 @@
 """A process that compiles: `python -m esper_triton.tezzeret.worker`, started by the pool and spoken to through pipes.
 
-A message is one line of JSON. In: a job, with its blueprint, store and limits. Out: `ready` once, then for each job any
-number of `stage`, and `built` or `error`. Nothing is pickled. When stdin ends, so does the worker, in the middle of a
-job too: whoever would have read the answer is gone.
+A message is one line of JSON. In: a job, with its blueprint, limits and store, of one elsewhere with the token, which
+need not be in the environment. Out: `ready` once, then for each job any number of `stage`, and `built` or `error`.
+Nothing is pickled. When stdin ends, so does the worker, in the middle of a job too: whoever would have read the answer
+is gone.
 """
 
 from __future__ import annotations
@@ -14,12 +15,9 @@ import resource
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from esper_triton.urza import Urza
-
-__all__ = ["limit_process", "main", "run_job", "store_of", "store_text"]
+__all__ = ["limit_process", "main", "run_job"]
 
 
 def main() -> int:
@@ -74,51 +72,15 @@ def _read(jobs: queue.SimpleQueue[str]) -> None:
 def run_job(job: dict[str, Any], answer: Any) -> list[dict[str, Any]]:
     """Builds a job's requests and tells what came of each. Raises as `build_all` does."""
     from esper_triton.tezzeret.builds import build_all, requests_of
+    from esper_triton.urza import Urza
 
     def announce(stage: str, part: float) -> None:
         answer({"stage": stage, "progress": part})
 
-    built = build_all(requests_of(job), store_of(job["store"]), announce)
+    built = build_all(requests_of(job), Urza.received(job["store"]), announce)
     return [
         {"id": one.artifact.id, "hit": one.hit, "seconds": one.seconds, "code_bytes": one.code_bytes} for one in built
     ]
-
-
-def store_text(store: Urza) -> dict[str, Any]:
-    """A store's options in JSON's types, for `store_of` in another process: it has to sign and to trust alike. One that
-    is elsewhere is opened by its URL, with what the environment says of it."""
-    if "://" in store.location:
-        return {"location": store.location}
-    _, (root, trust, keys, roles, max_bytes) = store.__reduce__()
-    return {
-        "root": root,
-        "trust": {
-            "local": trust.local,
-            "unsigned": trust.unsigned,
-            "keys": {str(role): sorted(known) for role, known in trust.keys.items()},
-        },
-        "keys": keys,
-        "roles": [str(role) for role in roles],
-        "max_bytes": max_bytes,
-    }
-
-
-def store_of(text: dict[str, Any]) -> Urza:
-    """The store that `store_text` was made of."""
-    from esper_triton.contracts.record import Role
-    from esper_triton.urza import Trust, Urza
-
-    if "location" in text:
-        return Urza(text["location"])
-    keys = {Role(role): frozenset(known) for role, known in text["trust"]["keys"].items()}
-    trust = Trust(local=text["trust"]["local"], unsigned=text["trust"]["unsigned"], keys=keys)
-    return Urza(
-        text["root"],
-        trust=trust,
-        keys=text["keys"],
-        roles=[Role(r) for r in text["roles"]],
-        max_bytes=text["max_bytes"],
-    )
 
 
 def limit_process(memory_limit: int | None, cpu_limit: float | None) -> None:

@@ -25,19 +25,22 @@ class Choice:
     num_stages: int = 2
 
 
-def tiles_for(target: TargetSpec, dims: Mapping[str, int]) -> Tiles:
-    """Blocks for a target, without a measurement.
+def tiles_for(target: TargetSpec, *, convolves: bool = False) -> Tiles:
+    """Blocks for a target, without a measurement; `convolves`: with 3x3 weights.
 
     On a CPU a block of 64 rows amortises the packing of a weight's tile over 64 rows while its operands of 128 columns
-    stay in the second-level cache; rows without products are taken one at a time. On a GPU the tiles of two pipeline
-    stages have to fit a program's shared memory and its accumulators the registers of four warps.
+    stay in the second-level cache; of a 3x3 weight, whose taps lie nine elements apart, packing costs so much more that
+    twice the rows pay for it. Rows without products are taken one at a time. On a GPU the tiles of two pipeline
+    stages have to fit a program's shared memory, where the weight's tiles of a loop lie, and its accumulators the
+    registers of four warps.
     """
     if target.backend == "cpu":
-        return Tiles(rows=64, cols=128, depth=128, sums_rows=1, full=8192, sum_depth=32)
-    return Tiles(rows=32, cols=64, depth=32, sums_rows=4, full=4096, sum_depth=32)
+        rows, depth = (128, 64) if convolves else (64, 128)
+        return Tiles(rows=rows, cols=128, depth=depth, held=2**20, sums_rows=1, full=8192, sum_depth=32)
+    return Tiles(rows=32, cols=64, depth=32, held=64 * 256, sums_rows=4, full=4096, sum_depth=32)
 
 
-def first_choice(blueprint: Blueprint, target: TargetSpec, dims: Mapping[str, int], pipeline: str) -> Choice:
+def first_choice(blueprint: Blueprint, target: TargetSpec, pipeline: str) -> Choice:
     """What a pipeline builds, or begins with.
 
     The time to compile for a GPU goes with the elements that a thread holds, each of which is code of its own: `fast`
@@ -45,9 +48,11 @@ def first_choice(blueprint: Blueprint, target: TargetSpec, dims: Mapping[str, in
     """
     if pipeline == "fast" and blueprint.ops and target.backend != "cpu":
         return Choice(
-            tiles=Tiles(rows=16, cols=32, depth=16, sums_rows=4, full=4096, sum_depth=16), num_warps=8, num_stages=2
+            tiles=Tiles(rows=16, cols=32, depth=16, held=32 * 256, sums_rows=4, full=4096, sum_depth=16),
+            num_warps=8,
+            num_stages=2,
         )
-    return Choice(tiles=tiles_for(target, dims))
+    return Choice(tiles=tiles_for(target, convolves=any(op.op == "conv3x3" for op in blueprint.ops)))
 
 
 def write(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, tiles: Tiles) -> Blueprint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from esper_triton.contracts.errors import EsperError, ProofUnavailable, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.contracts.query import KernelQuery
+from esper_triton.oona.workers import add_bus_arguments, bus_of, ends_with_a_signal, serve
 from esper_triton.urza import Urza, default_root
 
 if TYPE_CHECKING:
@@ -90,24 +92,47 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=run)
         return added
 
+    def add_effort(to: argparse.ArgumentParser) -> None:
+        to.add_argument(
+            "--level", choices=("fast", "standard", "thorough"), default="standard", help="how much (standard)"
+        )
+        to.add_argument(
+            "--policy",
+            choices=("strict", "static-ok"),
+            default="strict",
+            help="static-ok: one whose GPU is not here is VALIDATED by what can be read of it and its Triton IR",
+        )
+
     validate = add("validate", _validate, "prove artifacts and give them their status")
     validate.add_argument("ids", nargs="*", metavar="ID", help="artifacts")
     validate.add_argument("--pending", action="store_true", help="every artifact that has no verdict yet")
-    validate.add_argument(
-        "--level", choices=("fast", "standard", "thorough"), default="standard", help="how much (standard)"
-    )
+    add_effort(validate)
     validate.add_argument("--seed", type=int, metavar="N", help="of everything that is drawn; else a new one")
     validate.add_argument("--seconds", type=float, metavar="S", help="draw cases for so long, not as the level says")
-    validate.add_argument(
-        "--policy",
-        choices=("strict", "static-ok"),
-        default="strict",
-        help="static-ok: an artifact whose GPU is not here is VALIDATED by what can be read of it and its Triton IR",
-    )
     report = add("report", _report, "what an artifact was validated or rejected for")
     report.add_argument("ids", nargs=1, metavar="ID", help="an artifact")
     report.add_argument("--html", type=Path, metavar="FILE", help="write a page with the distribution of its latency")
+    worker = add("worker", _worker, "prove what is compiled, as the bus tells, until it is ended by SIGTERM")
+    add_bus_arguments(worker)
+    add_effort(worker)
     return parser
+
+
+def _worker(store: Urza, options: argparse.Namespace) -> int:
+    from esper_triton.contracts import envelope as topics
+    from esper_triton.urabrask.jobs import proof_server
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    stop = ends_with_a_signal()
+    store.ids()  # a store that cannot be read at all is told now
+    try:
+        with bus_of(options, "urabrask") as bus:
+            server = proof_server(bus, store, level=options.level, policy=options.policy)
+            says = f"serving {topics.KERNEL_READY} of {options.bus} at level {options.level}; store: {store.location}"
+            serve(server, stop, says, options.grace)
+    except (OSError, ValueError) as error:
+        return _failed(error, 2)
+    return 0
 
 
 def _validate(store: Urza, options: argparse.Namespace) -> int:

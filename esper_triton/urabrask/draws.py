@@ -17,9 +17,10 @@ from esper_triton.urabrask.subject import Call, Subject
 
 __all__ = ["VALUES", "call_of", "cases", "dirty_rows", "dropout_seed_of", "extents_of_case", "sizes", "tensors_of"]
 
-VALUES = ("normal", "huge", "tiny", "denormal", "zeros", "equal", "sorted", "one row", "inf", "nan")
-"""What the inputs are of: `one row` is one for all, which may lie in memory once; `inf` and `nan` are among ordinary
-numbers, in some rows or items."""
+VALUES = ("normal", "large", "huge", "tiny", "denormal", "zeros", "equal", "sorted", "one row", "inf", "nan")
+"""What the inputs are of. `large` is where the exponential of a product overflows; with `tiny` inputs biases are tiny
+too, or nothing would show of them; `one row` is one for all, which may lie in memory once; `inf` and `nan` are among
+ordinary numbers, in some rows or items."""
 # Ordinary numbers every second time; then what most kernels get wrong.
 _TURNS = (
     "normal",
@@ -28,7 +29,7 @@ _TURNS = (
     "normal",
     "nan",
     "huge",
-    "normal",
+    "large",
     "sorted",
     "normal",
     "inf",
@@ -44,6 +45,7 @@ _MOST_ELEMENTS = 1 << 18  # of an activation
 _MOST_PRODUCTS = 1 << 28
 _ALPHAS = (1.0, 0.0, 0.3, 0.999, 1e-3, 0.5)
 _POISONED_EVERY = 8
+_TINY = (1e-10, 1e-3)  # and in float16
 
 
 def sizes(subject: Subject, seed: int, most_products: int = _MOST_PRODUCTS) -> Iterator[Extents]:
@@ -67,7 +69,8 @@ def sizes(subject: Subject, seed: int, most_products: int = _MOST_PRODUCTS) -> I
         order = counts[:]
         draw.shuffle(order)
         if first:
-            order = [1, *order]
+            # One row less than two blocks is what blocks that are placed a little off leave out, or compute twice.
+            order = [1, min(most, 2 * max(blocks) - 1), *order]
             first = False
         for rows in order:
             yield _extents(subject.layout, rows, draw)
@@ -151,6 +154,8 @@ def tensors_of(manifest: Manifest, case: CaseRecord, subject: Subject) -> dict[s
     found["grad_out"] = torch.randn(case.rows, subject.width, generator=generator).to(dtype)
     for name, record in manifest.parameters.items():
         scale = record.shape[-1] ** -0.5 if len(record.shape) > 1 else 1.0
+        if case.values == "tiny" and len(record.shape) == 1:
+            scale = _TINY[dtype is torch.float16]
         drawn = (torch.randn(*record.shape, generator=generator) * scale).to(dtype)
         found[name] = drawn if case.parameters == "drawn" else torch.full_like(drawn, torch.nan)
     return found
@@ -169,11 +174,13 @@ def _values(kind: str, shape: Sequence[int], dtype: torch.dtype, generator: torc
     normal = torch.randn(*shape, generator=generator)
     narrow = dtype is torch.float16
     match kind:
+        case "large":
+            value = normal * 30.0
         case "huge":
             # So that squares, and sums of them, can be represented where kernels compute, in float32.
             value = normal * (30.0 if narrow else 1e10)
         case "tiny":
-            value = normal * (1e-3 if narrow else 1e-10)
+            value = normal * _TINY[narrow]
         case "denormal":
             steps = torch.randint(-9, 10, tuple(shape), generator=generator)
             return (steps.double() * limits.smallest_normal * limits.eps).to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import ValidationError
 
-from esper_triton.contracts.errors import EsperError, StoreUnavailable
+from esper_triton.contracts.errors import ArtifactNotFound, EsperError, InvalidCommit, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
 from esper_triton.urza import Urza, default_root
@@ -44,16 +45,20 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code that --help documents. An error is a line of stderr."""
     options = _parser().parse_args(argv)
+    root = options.urza or default_root()
     try:
-        store = _opened(options.urza or default_root(), options, trust=options.trust, keys=options.keys)
+        if options.command in (_serve, _sign) and elsewhere(root) is not None:
+            raise ValueError(f"{root}: only a directory can be served, and signed for: do it where that is")
+        store = _opened(root, options, trust=options.trust, keys=options.keys)
     except (ValueError, StoreUnavailable) as error:
         return _failed(error, 2)
     command: Callable[[Urza, argparse.Namespace], int] = options.command
     try:
+        if command not in (_import, _pull, _serve):
+            _note_where_there_is_none(store)
         return command(store, options)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        return _failed(ValueError(f"{'.'.join(map(str, first['loc']))} {first['input']!r}: {first['msg']}"), 2)
+    except _Misused as error:
+        return _failed(error, 2)
     except EsperError as error:
         return _failed(error, 2 if isinstance(error, StoreUnavailable) else 1)
     finally:
@@ -69,11 +74,22 @@ def _opened(root: str | Path, options: argparse.Namespace, **more: Any) -> Urza:
             token = options.token_file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise StoreUnavailable(f"token file {options.token_file} cannot be read: {error}") from error
+        if len(token.split()) != 1:
+            raise ValueError(f"token file {options.token_file}: one token was expected, and nothing else")
     if str(root).startswith(("https://", "http://")):
         more |= {"token": token, "ca": options.ca}
     store = Urza(root, cache=options.cache, **more)
     store.on_event(lambda event: sys.stderr.write(f"note: {event.message}\n") if event.kind == "degraded" else None)
     return store
+
+
+def _note_where_there_is_none(store: Urza) -> None:
+    if elsewhere(store.location) is None and not store.root.exists():
+        sys.stderr.write(f"note: there is no store at {store.root} yet\n")
+
+
+class _Misused(ValueError):
+    """The command line is wrong in a way that only the command finds."""
 
 
 def _failed(error: Exception, code: int) -> int:
@@ -94,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         "--urza",
         default=None,
         metavar="DIR|URL",
-        help="the store: a directory or https://...; else $ESPER_URZA or ~/.cache/esper/urza",
+        help="the store: a directory, https://... or s3://...; else $ESPER_URZA or ~/.cache/esper/urza",
     )
     common.add_argument(
         "--trust", default="local", metavar="POLICY", help="local (default), unsigned-ok, or keys:prover=HEX,forge=HEX"
@@ -129,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
 
     ls = add("ls", _ls, "the artifacts that fit, the fastest first")
     ls.add_argument("--status", action="append", metavar="STATUS", help="VALIDATED and the like; all where not given")
-    ls.add_argument("--blueprint", metavar="SHA256", help="made from this blueprint")
+    ls.add_argument("--blueprint", metavar="SHA256", help="made from this blueprint; its first 12 digits do")
     ls.add_argument("--target", metavar="TARGET", help="cpu, cuda90, ...")
     ls.add_argument("--tag", action="append", default=[], metavar="TAG", help="with this tag; may be repeated")
     ls.add_argument("--limit", type=int, default=50, metavar="N", help="the most that are shown (50)")
@@ -182,13 +198,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _ls(store: Urza, options: argparse.Namespace) -> int:
     statuses = tuple(KernelStatus) if options.status is None else tuple(options.status)
-    query = KernelQuery(
-        statuses=statuses,
-        blueprint_id=options.blueprint,
-        target=options.target,
-        required=tuple(options.tag),
-        limit=options.limit,
-    )
+    try:
+        query = KernelQuery(
+            statuses=statuses,
+            blueprint_id=_whole_blueprint(store, options.blueprint),
+            target=options.target,
+            required=tuple(options.tag),
+            limit=options.limit,
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = {"statuses": "status", "blueprint_id": "blueprint", "required": "tag"}
+        name = str(first["loc"][0])
+        raise _Misused(f"argument --{option.get(name, name)}: {first['input']!r}: {first['msg']}") from None
     found = store.query(query)
     if options.json:
         return _print_json({"artifacts": [match.model_dump(mode="json") for match in found]})
@@ -197,8 +219,20 @@ def _ls(store: Urza, options: argparse.Namespace) -> int:
         table.add_row(match.id, match.blueprint_name, match.status.value, " ".join(match.tags), *_numbers(match))
     _print(table)
     shown = "" if len(found) < options.limit else f"; there may be more than --limit {options.limit}"
-    sys.stdout.write(f"{len(found)} artifacts in {store.root}{shown}\n")
+    sys.stdout.write(f"{_count(len(found), 'artifact')} in {store.location}{shown}\n")
     return 0
+
+
+def _whole_blueprint(store: Urza, begin: str | None) -> str | None:
+    """A blueprint's id by its first digits, as artifacts' ids have 12 of them."""
+    if begin is None or not re.fullmatch(r"[0-9a-f]{12,63}", begin):
+        return begin
+    for artifact_id in store.ids():
+        if artifact_id.startswith(begin[:12]):
+            whole = store.get(artifact_id).manifest.blueprint_id
+            if whole.startswith(begin):
+                return whole
+    return begin.ljust(64, "0")  # which is nobody's
 
 
 def _show(store: Urza, options: argparse.Namespace) -> int:
@@ -256,16 +290,24 @@ def _verify(store: Urza, options: argparse.Namespace) -> int:
                 table.add_row(fault.subject, fault.message)
             _print(table)
         sys.stdout.write(
-            f"{verified.artifacts} artifacts, {verified.objects} objects ({verified.size_bytes:,} bytes), "
-            f"{verified.entries} lines of the audit log: {len(verified.faults) or 'no'} "
-            f"{'fault' if len(verified.faults) == 1 else 'faults'}\n"
+            f"{_place(store)}: {_count(verified.artifacts, 'artifact')}, {_count(verified.objects, 'object')} "
+            f"({verified.size_bytes:,} bytes), {_count(verified.entries, 'line')} of the audit log: "
+            f"{_count(len(verified.faults), 'fault') if verified.faults else 'no faults'}\n"
         )
     return 1 if verified.faults else 0
 
 
+def _place(store: Urza) -> str:
+    """Whose bytes were looked at."""
+    return str(store.root) if elsewhere(store.location) is None else f"{store.root}, the cache of {store.location}"
+
+
 def _gc(store: Urza, options: argparse.Namespace) -> int:
-    with _progress("collecting") as progress:
-        done = store.gc(options.max_bytes, dry_run=options.dry_run, progress=progress)
+    try:
+        with _progress("collecting") as progress:
+            done = store.gc(options.max_bytes, dry_run=options.dry_run, progress=progress)
+    except InvalidCommit as error:  # a URL
+        raise _Misused(str(error)) from error
     if options.json:
         return _print_json(asdict(done))
     table = _table(("artifact", "what became of it"), ())
@@ -277,16 +319,27 @@ def _gc(store: Urza, options: argparse.Namespace) -> int:
     if table.row_count:
         _print(table)
     over = f", {done.over_bytes:,} more than allowed" if done.over_bytes else ""
+    removed = ", ".join(
+        _count(number, what)
+        for number, what in (
+            (len(done.removed), "artifact"),
+            (done.objects, "object"),
+            (done.requests, "request"),
+            (done.freed_bytes, "byte"),
+        )
+    )
     sys.stdout.write(
-        f"{'would remove' if done.dry_run else 'removed'} {len(done.removed)} artifacts and {done.objects} objects, "
-        f"{done.freed_bytes:,} bytes; {done.kept_bytes:,} bytes are left{over}\n"
+        f"{'would remove' if done.dry_run else 'removed'} {removed}; {done.kept_bytes:,} bytes are left{over}\n"
     )
     return 0
 
 
 def _pin(store: Urza, options: argparse.Namespace) -> int:
-    if options.id is not None and options.remove:
-        store.unpin(options.id)
+    if options.remove:
+        if options.id is None:
+            raise _Misused("--remove needs the ID of what is to be kept no longer")
+        if not store.unpin(options.id):
+            raise ArtifactNotFound(f"{options.id!r} is not pinned in {store.location}")
     elif options.id is not None:
         store.pin(options.id)
     pins = store.pins()
@@ -299,6 +352,8 @@ def _pin(store: Urza, options: argparse.Namespace) -> int:
 def _history(store: Urza, options: argparse.Namespace) -> int:
     changes = store.history(options.id)
     if not changes:
+        if re.fullmatch(r"[0-9a-f]{12,64}", options.id):
+            raise ArtifactNotFound(f"no artifact of blueprint {options.id} was ever in {store.location}")
         store.get(options.id)  # says that there is none
     if options.json:
         return _print_json({"history": [change.model_dump(mode="json") for change in changes]})
@@ -311,7 +366,7 @@ def _export(store: Urza, options: argparse.Namespace) -> int:
         count, size_bytes = store.export(options.file, options.ids or None, progress)
     if options.json:
         return _print_json({"file": options.file, "artifacts": count, "size_bytes": size_bytes})
-    sys.stdout.write(f"{count} artifacts, {size_bytes:,} bytes: {options.file}\n")
+    sys.stdout.write(f"{_count(count, 'artifact')}, {size_bytes:,} bytes: {options.file}\n")
     return 0
 
 
@@ -326,6 +381,8 @@ def _print_carried(done: Imported, options: argparse.Namespace) -> int:
         return _print_json(asdict(done))
     for ids, what in ((done.taken, "stored"), (done.unproven, "stored as unproven"), (done.kept, "was there")):
         sys.stdout.write("".join(f"{one} {what}\n" for one in ids))
+    if not done.taken + done.unproven + done.kept:
+        sys.stdout.write("there was nothing to store\n")
     return 0
 
 
@@ -351,12 +408,14 @@ def _pull(store: Urza, options: argparse.Namespace) -> int:
 
 def _carry(store: Urza, options: argparse.Namespace, *, push: bool) -> int:
     try:
-        if elsewhere(options.other) is not None and elsewhere(options.urza or "") is not None:
+        if elsewhere(options.other) is not None and elsewhere(store.location) is not None:
             raise ValueError(f"{store.location} and {options.other} are both URLs; one of two must be a directory")
         other = _opened(options.other, options, trust=options.other_trust)
     except ValueError as error:
-        return _failed(error, 2)
+        raise _Misused(str(error)) from error
     try:
+        if not push:
+            _note_where_there_is_none(other)
         with _progress("pushing" if push else "pulling") as progress:
             source, target = (store, other) if push else (other, store)
             done = carry(source, target, options.ids or None, resign=options.resign, progress=progress)
@@ -376,8 +435,6 @@ def _serve(store: Urza, options: argparse.Namespace) -> int:
         sys.stdout.flush()
 
     try:
-        if elsewhere(store.location) is not None:
-            raise ValueError(f"{store.location}: only a directory can be served")
         if options.token_file is None:
             raise ValueError("--token-file is needed: a server without tokens would answer nobody")
         if (options.tls_cert is None) != (options.tls_key is None):
@@ -392,7 +449,11 @@ def _serve(store: Urza, options: argparse.Namespace) -> int:
         tls = None
         if options.tls_cert is not None:
             tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            tls.load_cert_chain(options.tls_cert, options.tls_key)
+            try:
+                tls.load_cert_chain(options.tls_cert, options.tls_key)
+            except OSError as error:
+                named = f"--tls-cert {options.tls_cert} and --tls-key {options.tls_key}"
+                raise ValueError(f"{named} cannot be used: {error.strerror or error}") from error
         limits = Limits(object_bytes=options.max_object, per_second=options.rate, burst=max(1, int(options.rate * 5)))
         serve(store, tokens, host=options.host, port=options.port, tls=tls, limits=limits, announce=announce)
     except StoreUnavailable:
@@ -403,6 +464,10 @@ def _serve(store: Urza, options: argparse.Namespace) -> int:
 
 
 # ---- printing
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _print_json(body: dict[str, Any]) -> int:

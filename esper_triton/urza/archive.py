@@ -24,15 +24,8 @@ from esper_triton.contracts.errors import (
 )
 from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
 from esper_triton.contracts.record import Record
-from esper_triton.urza.shelf import (
-    BLOB_LIMIT_BYTES,
-    MANIFEST_LIMIT_BYTES,
-    RECORD_LIMIT_BYTES,
-    OtherSchema,
-    is_id,
-    parse_manifest,
-    parse_record,
-)
+from esper_triton.urza.parsing import OtherSchema, is_id, parse_manifest, parse_record
+from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, RECORD_LIMIT_BYTES
 
 __all__ = ["Admitted", "ArchiveReader", "write_archive"]
 
@@ -255,7 +248,10 @@ class ArchiveReader:
         if end != said:
             raise self._refused(f"its end says {end[:100]!r}, and {said!r} was found")
         self._file.seek(offset)
-        if self._file.read(tarfile.RECORDSIZE + 1).strip(b"\0") or self._file.read(1):
+        # Two empty blocks, and then as many as make it a multiple of a record.
+        most = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
+        rest = self._file.read(most)
+        if rest.strip(b"\0") or len(rest) == most:
             raise self._refused("something comes after its end")
         return contents
 

@@ -22,22 +22,16 @@ from esper_triton.contracts.errors import (
 from esper_triton.contracts.manifest import Manifest, sha256
 from esper_triton.contracts.query import KernelMatch
 from esper_triton.contracts.record import Record
+from esper_triton.urza import keeping
 from esper_triton.urza.carrying import Imported, Progress
+from esper_triton.urza.collecting import Collected
 from esper_triton.urza.directory import Damage
 from esper_triton.urza.incoming import Incoming, sweep
 from esper_triton.urza.library import Urza
-from esper_triton.urza.shelf import (
-    BLOB_LIMIT_BYTES,
-    MANIFEST_LIMIT_BYTES,
-    Artifact,
-    OtherSchema,
-    parse_manifest,
-    parse_record,
-)
+from esper_triton.urza.parsing import OtherSchema, parse_manifest, parse_record
+from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, Artifact
 
 __all__ = ["CachedUrza", "Unreachable", "cache_root"]
-
-_ABANDONED_S = 7 * 86400.0
 
 
 class Unreachable(StoreUnavailable):
@@ -52,8 +46,12 @@ class CachedUrza(Urza, abc.ABC):
     into the cache as a whole. Where the store cannot be reached, what the cache has is served, and told once as an
     event (`degraded`); what it lacks raises Unreachable, a StoreUnavailable. Who rules over the store elsewhere can
     give an old record of an artifact, rightly signed as that is, and nothing here can tell.
+
+    Objects and records come here without waiting for the disk, which would be most of the time of a load. A power cut
+    may damage those of the last seconds, as a load finds, which then fetches them again.
     """
 
+    _replaceable = ("objects", "refs")
     _fresh_s: float
     _where: str
 
@@ -63,6 +61,11 @@ class CachedUrza(Urza, abc.ABC):
         self._swept = False
 
     # ---- what each kind has of its own
+
+    @property
+    @abc.abstractmethod
+    def _how_to_shrink(self) -> str:
+        """Why no collection is made from here, and what to do."""
 
     @abc.abstractmethod
     def _ask_record(self, artifact_id: str, known: str | None) -> bytes | None:
@@ -120,6 +123,18 @@ class CachedUrza(Urza, abc.ABC):
             "of it was stored"
         )
 
+    # ---- space
+
+    def pin(self, artifact_id: str) -> bool:
+        self._fetch(artifact_id)
+        return super().pin(artifact_id)
+
+    def gc(self, max_bytes: int | None = None, *, dry_run: bool = False, progress: Progress | None = None) -> Collected:
+        raise InvalidCommit(
+            f"nothing was removed: {self._how_to_shrink}; for the cache of it here, `python -m esper_triton.urza gc "
+            f"--urza {self.root}`, or max_bytes="
+        )
+
     # ---- inside
 
     def _fetch(self, artifact_id: str, *, again: bool = False) -> None:
@@ -142,6 +157,7 @@ class CachedUrza(Urza, abc.ABC):
         except ArtifactNotFound:
             if super().__contains__(artifact_id):
                 self.drop(artifact_id)
+                keeping.unpin(self._shelf, artifact_id)
             raise
         self._asked[artifact_id] = now
 
@@ -187,7 +203,7 @@ class CachedUrza(Urza, abc.ABC):
             return self.directory.read_object(digest, "object", limit_bytes=limit_bytes)
         if not self._swept:
             self._swept = True
-            sweep(self.directory, _ABANDONED_S)
+            sweep(self.directory)
         with Incoming(self.directory, digest) as incoming:
             try:
                 return self.directory.read_object(digest, "object", limit_bytes=limit_bytes)  # another was faster

@@ -8,13 +8,8 @@ from pydantic import ValidationError
 
 from esper_triton.contracts.errors import InvalidCommit
 from esper_triton.contracts.manifest import Manifest, sha256
-from esper_triton.urza.shelf import (
-    BLOB_LIMIT_BYTES,
-    MANIFEST_LIMIT_BYTES,
-    OtherSchema,
-    parse_manifest,
-    roles_of_blobs,
-)
+from esper_triton.urza.parsing import OtherSchema, parse_manifest
+from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, roles_of_blobs
 
 __all__ = ["check_commit", "check_size"]
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -35,15 +36,16 @@ from esper_triton.urza.wire import Answer, MissingThere, Patience, Server
 
 __all__ = ["RemoteUrza", "cache_root"]
 
-_ABANDONED_S = 7 * 86400.0
-
 
 class RemoteUrza(CachedUrza):
     """A store behind a server; see CachedUrza for what is kept here.
 
+    A pickle of it has no token: whoever opens that finds one in `$ESPER_URZA_TOKEN`.
+
     `commit`, `set_status` and what is made of them are done by the server, which signs them if the token allows.
-    `query`, `history` and `ids` ask it, and the cache while it cannot be reached. Pins, lineages, leases, `gc`
-    and `verify` are of the cache.
+    `query`, `history`, `ids` and `pins` ask it, and the cache while it cannot be reached. What is pinned, or named by a
+    lineage, stays at the server and in the cache. Leases and `verify` are of the cache: what a process has loaded lies
+    there, so that it needs nothing of the server any more.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class RemoteUrza(CachedUrza):
         cache: str | Path | None = None,
         token: str | None = None,
         ca: str | Path | None = None,
-        patience: Patience | None = None,
+        patience: Patience | Mapping[str, Any] | None = None,
         fresh_s: float = 5.0,
     ) -> None:
         """Asks nothing yet.
@@ -68,29 +70,31 @@ class RemoteUrza(CachedUrza):
                 in the cache, and a server that names others later is refused.
             max_bytes: what the cache may hold.
             cache: its directory; by default one in `~/.cache/esper/` by the URL.
-            token: else `$ESPER_URZA_TOKEN`. ca: certificates to trust instead of the system's.
+            token: '' for none, else `$ESPER_URZA_TOKEN`. ca: certificates to trust instead of the system's.
+            patience: or its fields by name.
 
         Raises ValueError, and StoreUnavailable where `ca` cannot be read.
         """
         if keys is not None:
             raise ValueError(f"{url!r}: a server signs with its own keys; keys= is for a directory")
         token = os.environ.get("ESPER_URZA_TOKEN") if token is None else token
+        patience = Patience(**patience) if isinstance(patience, Mapping) else patience
         self._server = Server(url, token=token or None, ca=ca, patience=patience)
         self._begin(self._server.url, fresh_s)
         self._keys_known = False
         super().__init__(cache or cache_root(self._server.url), trust=trust, roles=(), max_bytes=max_bytes)
-        self._options: dict[str, Any] = {
-            "trust": self.trust,
+        self._options = {
+            "trust": self.trust.as_json(),
             "max_bytes": max_bytes,
             "cache": str(self.root),
-            "token": token,
-            "ca": None if ca is None else os.fspath(ca),
-            "patience": patience,
+            "token": token or "",
+            "ca": None if ca is None else os.path.abspath(ca),
+            "patience": asdict(self._server.patience),
             "fresh_s": fresh_s,
         }
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self._server.url, self._options)
+    def _sent_without_secrets(self) -> dict[str, Any]:
+        return {name: value for name, value in self.sent().items() if name != "token"}
 
     def __contains__(self, artifact_id: object) -> bool:
         if not isinstance(artifact_id, str):
@@ -188,7 +192,65 @@ class RemoteUrza(CachedUrza):
         self._take(artifact_id, self._record_of(answer))
         return self.get(artifact_id)
 
+    # ---- space
+
+    def pin(self, artifact_id: str) -> bool:
+        try:
+            changed = self._ask_pin(artifact_id, pinned=True)
+        except InvalidCommit as error:  # no id
+            raise ArtifactNotFound(str(error)) from None
+        with contextlib.suppress(ArtifactRefused, CorruptObject, Unreachable):  # what may not be loaded here
+            super().pin(artifact_id)
+        return changed
+
+    def unpin(self, artifact_id: str) -> bool:
+        try:
+            changed = self._ask_pin(artifact_id, pinned=False)
+        except InvalidCommit:
+            return False
+        super().unpin(artifact_id)
+        return changed
+
+    def pins(self) -> list[str]:
+        try:
+            return sorted(map(str, self._server.ask("GET", "/v1/pins").json()["pins"]))
+        except Unreachable as error:
+            self._offline(error)
+            return super().pins()
+        except (KeyError, TypeError) as error:
+            raise StoreUnavailable(f"{self._server.url}: its answer has no pins: {error}") from error
+
+    def keep_named(self, name: str, artifact_ids: Iterable[str]) -> None:
+        ids = sorted(set(artifact_ids))
+        try:
+            super().keep_named(name, filter(self._shelf.contains, ids))
+        finally:
+            self._ask_named(name, ids)
+
+    def forget_lineage(self, name: str) -> bool:
+        try:
+            return super().forget_lineage(name)
+        finally:
+            with contextlib.suppress(InvalidCommit):  # no name
+                self._ask_named(name, [])
+
+    def _ask_pin(self, artifact_id: str, *, pinned: bool) -> bool:
+        path = f"/v1/artifacts/{quote(artifact_id, safe='')}/pin"
+        answer = self._server.ask("POST", path, json.dumps({"pinned": pinned}).encode()).json()
+        try:
+            return bool(answer["changed"])
+        except (KeyError, TypeError) as error:
+            raise StoreUnavailable(f"{self._server.url}: it does not say what became of a pin: {error}") from error
+
+    def _ask_named(self, name: str, ids: list[str]) -> None:
+        body = json.dumps({"artifacts": ids}).encode()
+        self._server.ask("POST", f"/v1/lineages/{quote(name, safe='')}", body)
+
     # ---- inside
+
+    @property
+    def _how_to_shrink(self) -> str:
+        return f"{self._where} collects its garbage where its directory is, by `gc` there"
 
     def _put(self, digest: str, content: bytes) -> None:
         path = f"/v1/objects/{digest}"
@@ -237,7 +299,3 @@ class RemoteUrza(CachedUrza):
                     self.directory.remove(("keys", "public"))
                     raise StoreUnavailable(f"{self._server.url}: its public keys are not of 64 hex digits")
         self._keys_known = True
-
-
-def _remake(url: str, options: Mapping[str, Any]) -> RemoteUrza:
-    return RemoteUrza(url, **options)

@@ -12,10 +12,13 @@ from esper_triton.contracts.errors import ArtifactNotFound, ArtifactRefused, Sto
 from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
 from esper_triton.urza.audit import parse_entry
 from esper_triton.urza.directory import Damage, Directory, object_parts
+from esper_triton.urza.incoming import sweep
+from esper_triton.urza.keeping import named_by_lineages
 from esper_triton.urza.leases import gate, leased
+from esper_triton.urza.requests import stale
 from esper_triton.urza.shelf import Shelf
 
-__all__ = ["Collected", "all_objects", "collect", "named_by_lineages"]
+__all__ = ["Collected", "all_objects", "collect"]
 
 _AT_ONCE = 32
 _QUARANTINE_S = 30 * 86400.0
@@ -28,13 +31,14 @@ class Collected:
     """What a collection did, or with `dry_run` would have done. Sizes in bytes.
 
     removed: ids of artifacts. objects: how many files below `objects/` were removed, with the manifests and blobs of
-    those artifacts, and freed_bytes what they and old files of the quarantine held. kept_bytes: what is left below
-    `objects/`. over_bytes: by how much that is more than was allowed, since the rest may not be removed. kept: for each
-    reason the artifacts that could not be.
+    those artifacts. requests: how many were forgotten. freed_bytes: what both, and old files of the quarantine and of
+    transfers, held. kept_bytes: what is left below `objects/`. over_bytes: by how much that is more than was allowed,
+    since the rest may not be removed. kept: for each reason the artifacts that could not be.
     """
 
     removed: tuple[str, ...]
     objects: int
+    requests: int
     freed_bytes: int
     kept_bytes: int
     over_bytes: int
@@ -63,7 +67,8 @@ def collect(
     First goes the artifact with the largest time since its last use over 1 + the seconds that its compilation took:
     what took nine seconds to compile stays ten times as long as what took none. Never removed are pinned and leased
     artifacts, and VALIDATED ones that a lineage names. Where an artifact is of a newer release, no object is removed:
-    which ones it needs cannot be known.
+    which ones it needs cannot be known. What requests were built as is forgotten when nobody has asked for it for 30
+    days and the artifact is not here.
 
     Others may read and write at the same time. What is there is found out without the lock, and what has changed since
     then is looked at again within it; a reader whose artifact goes away meanwhile is told that it is not there.
@@ -72,10 +77,12 @@ def collect(
     """
     marked = _mark(shelf, progress)
     if shelf.directory.stat(()) is None:  # looking for garbage does not make a store
-        return _outcome(marked, [], [], {}, max_bytes, 0, dry_run=dry_run)
+        return _outcome(marked, [], [], {}, {}, max_bytes, 0, dry_run=dry_run)
     victims, kept = _victims(shelf, marked, max_bytes)
     if dry_run:
-        return _outcome(marked, victims, _orphans(marked, victims), kept, max_bytes, 0, dry_run=True)
+        leaving = set(victims)
+        requests = stale(shelf.directory, lambda one: one not in leaving and shelf.contains(one))
+        return _outcome(marked, victims, _orphans(marked, victims), requests, kept, max_bytes, 0, dry_run=True)
     gone: list[str] = []
     with shelf.lock():
         for begin in range(0, len(victims), _AT_ONCE):
@@ -92,8 +99,11 @@ def collect(
         orphans = _orphans(marked, gone)
         for digest in orphans:
             shelf.directory.remove(object_parts(digest))
-        quarantined = _clear(shelf.directory)
-    return _outcome(marked, gone, orphans, kept, max_bytes, quarantined, dry_run=False)
+        requests = stale(shelf.directory, shelf.contains)
+        for request in requests:
+            shelf.directory.remove(("requests", request))
+        cleared = _clear(shelf.directory)
+    return _outcome(marked, gone, orphans, requests, kept, max_bytes, cleared, dry_run=False)
 
 
 def all_objects(directory: Directory) -> dict[str, int]:
@@ -183,16 +193,6 @@ def _victims(shelf: Shelf, marked: _Marked, max_bytes: int | None) -> tuple[list
     return victims, kept
 
 
-def named_by_lineages(directory: Directory) -> dict[str, list[str]]:
-    """By the id of each artifact that a lineage names, the names of these lineages. Raises StoreUnavailable."""
-    found: dict[str, list[str]] = {}
-    for name in directory.names("lineages"):
-        content = directory.read_from(("lineages", name), 0, "lineage")
-        for artifact_id in content.decode("ascii", "replace").split():
-            found.setdefault(artifact_id, []).append(name)
-    return found
-
-
 def _orphans(marked: _Marked, gone: list[str]) -> list[str]:
     if marked.unreadable:
         return []
@@ -202,8 +202,9 @@ def _orphans(marked: _Marked, gone: list[str]) -> list[str]:
 
 
 def _clear(directory: Directory) -> int:
-    """Removes what has lain in the quarantine for 30 days, and the locks of builds that have ended; bytes freed."""
-    freed = 0
+    """Removes what has lain in the quarantine for 30 days, what was not received to its end for a week, and the locks
+    of builds that have ended; bytes freed."""
+    freed = sweep(directory)
     for name, stat in directory.sizes("quarantine").items():
         if time.time() - stat.st_mtime > _QUARANTINE_S:
             freed += stat.st_size if directory.remove(("quarantine", name)) else 0
@@ -219,9 +220,10 @@ def _outcome(
     marked: _Marked,
     gone: list[str],
     orphans: list[str],
+    requests: dict[str, int],
     kept: dict[str, list[str]],
     max_bytes: int | None,
-    quarantined: int,
+    cleared: int,
     *,
     dry_run: bool,
 ) -> Collected:
@@ -232,7 +234,8 @@ def _outcome(
     return Collected(
         removed=tuple(gone),
         objects=len(orphans),
-        freed_bytes=freed + quarantined,
+        requests=len(requests),
+        freed_bytes=freed + sum(requests.values()) + cleared,
         kept_bytes=left,
         over_bytes=0 if max_bytes is None else max(0, left - max_bytes),
         kept={reason: tuple(ids) for reason, ids in kept.items()},

@@ -16,17 +16,16 @@ import secrets
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 from esper_triton.contracts.errors import StoreUnavailable
 from esper_triton.contracts.manifest import sha256
 from esper_triton.urza.filesystem import on_network
 from esper_triton.urza.locks import HeldLock
 
-__all__ = ["Damage", "Directory", "Objects", "object_parts"]
+__all__ = ["Damage", "Directory", "object_parts"]
 
 # A file that was changed within one tick of its file system's clock keeps its times. What was changed so recently is
 # hashed again: two seconds is the coarsest tick there is (FAT), and enough for a clock that is set a little wrong.
@@ -69,27 +68,19 @@ class Damage(Exception):
         self.expected, self.found, self.size_bytes, self.missing = expected, found, size_bytes, missing
 
 
-class Objects(Protocol):
-    """What a store needs of the place where its bytes are: content by digest, and nothing else.
-
-    Records, the audit log and locks stay in a directory; a shared place for objects needs only these.
-    """
-
-    def read_object(self, digest: str, what: str, *, limit_bytes: int) -> bytes:
-        """The bytes whose SHA-256 is `digest`. Raises Damage (missing ones too) and StoreUnavailable."""
-
-    def write_object(self, content: bytes, *, limit_bytes: int) -> str:
-        """Stores `content`, in the place of a damaged one too; returns its SHA-256. Raises StoreUnavailable."""
-
-
 class Directory:
     """Files under `root`. What writes may be called only inside `lock()`, where it does not say otherwise; reading
-    needs no lock."""
+    needs no lock.
 
-    def __init__(self, root: Path) -> None:
+    What lies in the `replaceable` (names directly under the root) can be had again from elsewhere. Nobody waits until
+    the disk has it: after a power cut it may be damaged, as whoever reads it finds.
+    """
+
+    def __init__(self, root: Path, *, replaceable: Iterable[str] = ()) -> None:
         self.root = root
+        self._replaceable = frozenset(replaceable)
         self._verified: OrderedDict[str, tuple[int, ...]] = OrderedDict()
-        self._remembers: bool | None = None
+        self._is_local: bool | None = None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -157,7 +148,7 @@ class Directory:
 
         They are hashed on this call, unless this process has hashed this very file before and it is unchanged since:
         the same inode, size, time of change of content and of inode, the last of which no program can set. On a network
-        file system, whose times are another machine's, nothing is remembered.
+        file system, whose times are another machine's, that is not relied on.
         """
         parts = object_parts(digest)
         try:
@@ -167,7 +158,8 @@ class Directory:
                     began_ns = time.time_ns()
                     content, before = self._content(descriptor, parts, what, limit_bytes)
                     identity = _identity(before)
-                    if self._verified.get(digest) == identity == _identity(os.fstat(descriptor)):
+                    known = self._verified.get(digest) == identity == _identity(os.fstat(descriptor))
+                    if known and self._may_rely():
                         return content
                     found = sha256(content)
                     after = os.fstat(descriptor)
@@ -184,12 +176,23 @@ class Directory:
             reason = f"is corrupt: SHA-256 expected {digest}, found {found} ({len(content)} bytes)"
             raise Damage(parts, what, reason, expected=digest, found=found, size_bytes=len(content))
         settled = began_ns - max(before.st_mtime_ns, before.st_ctime_ns) > SETTLED_NS
-        if settled and identity == _identity(after) and self._may_remember():
+        if settled and identity == _identity(after):
             self._verified[digest] = identity
             if len(self._verified) > _REMEMBERED:
                 with contextlib.suppress(KeyError):  # another thread may have emptied it
                     self._verified.popitem(last=False)
         return content
+
+    def expect_objects(self, digests: Iterable[str]) -> None:
+        """Has the system begin to read them, all at once, where they are not in memory. Never raises."""
+        for digest in digests:
+            parts = object_parts(digest)
+            with contextlib.suppress(OSError, Damage, StoreUnavailable):
+                descriptor = self._open(parts, "object")
+                try:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
 
     def open_object(self, digest: str, what: str, *, limit_bytes: int) -> tuple[int, int]:
         """A descriptor of the object, for its owner to close, and its size in bytes, after it has been hashed, a piece
@@ -209,7 +212,7 @@ class Directory:
                     reason = f"is too large: {before.st_size} bytes, at most {limit_bytes} are allowed"
                     raise Damage(parts, what, reason, expected=digest, size_bytes=before.st_size)
                 identity = _identity(before)
-                if self._verified.get(digest) == identity:
+                if self._verified.get(digest) == identity and self._may_rely():
                     return descriptor, before.st_size
                 hashed, offset = hashlib.sha256(), 0
                 while piece := os.pread(descriptor, 1 << 20, offset):
@@ -221,12 +224,17 @@ class Directory:
                     reason = f"is corrupt: SHA-256 expected {digest}, found {found} ({offset} bytes)"
                     raise Damage(parts, what, reason, expected=digest, found=found, size_bytes=offset)
                 settled = began_ns - max(before.st_mtime_ns, before.st_ctime_ns) > SETTLED_NS
-                if settled and identity == _identity(os.fstat(descriptor)) and self._may_remember():
+                if settled and identity == _identity(os.fstat(descriptor)):
                     self._verified[digest] = identity
             return descriptor, before.st_size
         except BaseException:
             os.close(descriptor)
             raise
+
+    def sync_file(self, descriptor: int, parts: Sequence[str]) -> None:
+        """Puts a file or folder that is, or will be, named `parts`, on stable storage. Raises OSError."""
+        if not (parts and parts[0] in self._replaceable):
+            os.fsync(descriptor)
 
     def move(self, source: tuple[str, ...], target: tuple[str, ...]) -> None:
         """Gives a file, synced already, another name, in place of what has it. Raises StoreUnavailable."""
@@ -236,7 +244,7 @@ class Directory:
             self._folder(target[:-1], create=True) as new,
         ):
             os.replace(source[-1], target[-1], src_dir_fd=old, dst_dir_fd=new)
-            os.fsync(new)
+            self.sync_file(new, target)
 
     def forget_verified(self) -> None:
         """Hashes every object again when it is read the next time."""
@@ -322,7 +330,7 @@ class Directory:
                 descriptor = os.open(unfinished, _CREATE, mode, dir_fd=tmp)
                 try:
                     _write_all(descriptor, content)
-                    os.fsync(descriptor)  # before the rename: the name must never show bytes that are not there yet
+                    self.sync_file(descriptor, parts)  # first: the name must never show bytes that are not there yet
                 finally:
                     os.close(descriptor)
                 os.replace(unfinished, name, src_dir_fd=tmp, dst_dir_fd=folder)
@@ -330,7 +338,7 @@ class Directory:
                 with contextlib.suppress(OSError):
                     os.unlink(unfinished, dir_fd=tmp)
                 raise
-            os.fsync(folder)  # else a power cut could take the name back after a later file came to rely on it
+            self.sync_file(folder, parts)  # else a power cut could take it back after a later file came to rely on it
 
     def append(self, parts: tuple[str, ...], content: bytes, offset: int) -> None:
         """Makes `content` what the file has from `offset` on, on stable storage when this returns: after a crash, a
@@ -344,7 +352,7 @@ class Directory:
                 os.lseek(descriptor, offset, os.SEEK_SET)
                 try:
                     _write_all(descriptor, content)
-                    os.fsync(descriptor)
+                    self.sync_file(descriptor, parts)
                 except OSError:
                     with contextlib.suppress(OSError):  # a full disk: half a line would be in the way of the next
                         os.ftruncate(descriptor, offset)
@@ -352,7 +360,7 @@ class Directory:
             finally:
                 os.close(descriptor)
             if offset == 0:
-                os.fsync(folder)
+                self.sync_file(folder, parts)
 
     def remove(self, parts: tuple[str, ...]) -> bool:
         """Removes one file; whether it was there. Durable once `sync` has returned. Raises StoreUnavailable."""
@@ -366,7 +374,7 @@ class Directory:
     def sync(self, *folders: str) -> None:
         """Puts the names in a folder on stable storage. Raises StoreUnavailable."""
         with self._translated("be written"), self._folder(folders) as folder:
-            os.fsync(folder)
+            self.sync_file(folder, folders)
 
     def write_object(self, content: bytes, *, limit_bytes: int) -> str:
         """Stores `content`, in the place of a damaged one too, and returns its SHA-256. Raises StoreUnavailable."""
@@ -427,10 +435,11 @@ class Directory:
             content += more  # a read gives less than was asked for on some file systems, and of more than 2 GiB
         return content, found
 
-    def _may_remember(self) -> bool:
-        if self._remembers is None:
-            self._remembers = not on_network(self.root)
-        return self._remembers
+    def _may_rely(self) -> bool:
+        """On what was verified. Asked when there is such, since finding it out takes longer than to read an object."""
+        if self._is_local is None:
+            self._is_local = not on_network(self.root)
+        return self._is_local
 
     def _open(self, parts: tuple[str, ...], what: str) -> int:
         """A descriptor to read one file by. Spelled out, since every load comes here several times."""
@@ -465,7 +474,7 @@ class Directory:
                         raise
                     with contextlib.suppress(FileExistsError):  # another reader's, who needs no lock for its lease
                         os.mkdir(part, dir_fd=descriptor)
-                    os.fsync(descriptor)
+                    self.sync_file(descriptor, parts)
                     inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
                 except NotADirectoryError as error:
                     raise self._not_a_folder(parts) from error

@@ -18,6 +18,7 @@ __all__ = ["Incoming", "sweep"]
 _FOLDER = "incoming"
 _NAME = re.compile(r"[0-9a-f]{32,64}")
 _PIECE_BYTES = 1 << 20
+_ABANDONED_S = 7 * 86400.0
 
 
 class Incoming:
@@ -85,12 +86,12 @@ class Incoming:
         Raises StoreUnavailable."""
         assert self._lock.descriptor is not None
         try:
-            os.fsync(self._lock.descriptor)
+            digest = self.digest
+            self._directory.sync_file(self._lock.descriptor, object_parts(digest))
         except OSError as error:
             raise StoreUnavailable(
                 f"store {self._directory.root} cannot be written: {error.strerror or error}"
             ) from error
-        digest = self.digest
         with self._directory.lock():
             self._directory.move(self._parts, object_parts(digest))
         self._lock.release()
@@ -104,15 +105,15 @@ class Incoming:
             lock.release()  # the one before has finished it: its file is an object now
 
 
-def sweep(directory: Directory, older_than_s: float) -> int:
-    """Removes what nobody receives any more and was last written to longer ago; returns how many files that were.
-    Raises StoreUnavailable."""
-    removed = 0
+def sweep(directory: Directory, older_than_s: float = _ABANDONED_S) -> int:
+    """Removes what nobody receives any more and was last written to longer ago, by default a week; returns how many
+    bytes that were. Raises StoreUnavailable."""
+    freed = 0
     for name, found in directory.sizes(_FOLDER).items():
         if not _NAME.fullmatch(name) or time.time() - found.st_mtime < older_than_s:
             continue
         parts = (_FOLDER, name)
         with contextlib.suppress(BlockingIOError), directory.hold(parts, wait=False) as lock:
             if lock.descriptor is not None and directory.same_file(parts, lock.descriptor):
-                removed += directory.remove(parts)
-    return removed
+                freed += found.st_size if directory.remove(parts) else 0
+    return freed

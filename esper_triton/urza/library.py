@@ -9,24 +9,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.errors import (
     ArtifactNotFound,
     CorruptObject,
     EsperError,
-    InvalidCommit,
     StoreUnavailable,
     UntrustedArtifact,
 )
 from esper_triton.contracts.lineage import Lineage
-from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
+from esper_triton.contracts.manifest import KernelStatus, Manifest
 from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
 from esper_triton.contracts.record import SCHEMA_VERSION, Figures, Record, Role
+from esper_triton.urza import changes, keeping
 from esper_triton.urza.archive import Admitted
 from esper_triton.urza.carrying import Imported, export_archive, import_archive
-from esper_triton.urza.checks import check_commit, check_size
 from esper_triton.urza.collecting import Collected, Progress, all_objects, collect
 from esper_triton.urza.designs import blueprint_of
 from esper_triton.urza.directory import Damage, Directory, object_parts
@@ -34,27 +31,13 @@ from esper_triton.urza.elsewhere import elsewhere
 from esper_triton.urza.events import Event, Events
 from esper_triton.urza.index import Index, Row
 from esper_triton.urza.leases import Leases
+from esper_triton.urza.parsing import is_id
 from esper_triton.urza.requests import recall, remember
-from esper_triton.urza.shelf import (
-    BLOB_LIMIT_BYTES,
-    Artifact,
-    Shelf,
-    is_id,
-)
+from esper_triton.urza.shelf import Artifact, Shelf
 from esper_triton.urza.trust import Keys, Trust
 from esper_triton.urza.verifying import Verified, verify
 
-__all__ = ["ALLOWED", "Artifact", "Imported", "Urza", "default_root"]
-
-ALLOWED: dict[KernelStatus, tuple[KernelStatus, ...]] = {
-    KernelStatus.PENDING_BENCHMARKING: (KernelStatus.VALIDATED, KernelStatus.REJECTED),
-    KernelStatus.PENDING_HARDWARE: (KernelStatus.VALIDATED, KernelStatus.REJECTED),
-    KernelStatus.VALIDATED: (KernelStatus.REJECTED, KernelStatus.ARCHIVED),
-    KernelStatus.REJECTED: (KernelStatus.ARCHIVED,),
-    KernelStatus.ARCHIVED: (),
-}
-
-_LINEAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+__all__ = ["Artifact", "Imported", "Urza", "default_root"]
 
 
 class Urza:
@@ -68,7 +51,8 @@ class Urza:
         index/                 an SQLite file to answer questions from, made again where it is missing
         quarantine/            what did not have the bytes that it should have, each with a JSON report
         urza.json              the schema of all this
-        requests/              what requests were built as, by the SHA-256 of each
+        requests/              what requests were built as, by the SHA-256 of each, while that or its artifact is in use
+        incoming/              what a server or a download has received so far
         tmp/, lock, building/  the writers'
 
     What a concurrent reader may see: an artifact as one writer committed it, whole, or not at all. Objects are in place
@@ -90,6 +74,8 @@ class Urza:
     asked; there are then no leases, no quarantine, and the index is in memory, and each of these is told once as an
     event. What must write raises StoreUnavailable and leaves nothing half-written.
     """
+
+    _replaceable: tuple[str, ...] = ()  # see Directory
 
     def __new__(cls, root: str | Path, **_: Any) -> Urza:
         kind = elsewhere(root) if cls is Urza else None
@@ -125,7 +111,7 @@ class Urza:
         self.max_bytes = max_bytes
         self.trust = Trust.parse(trust) if isinstance(trust, str) else trust
         folder = None if keys is None else Path(os.path.abspath(Path(keys).expanduser()))
-        self._directory = Directory(self.root)
+        self._directory = Directory(self.root, replaceable=self._replaceable)
         self._events = Events()
         self._keys = Keys(self._directory, folder, [Role(role) for role in roles])
         self._shelf = Shelf(self._directory, self.trust, self._keys, self._events)
@@ -140,13 +126,12 @@ class Urza:
         )
         self._said: set[str] = set()
         self._unmeasured_bytes: int | None = None  # committed since `objects/` was last measured; None: never was
-        self._remade = (
-            str(self.root),
-            self.trust,
-            None if folder is None else str(folder),
-            self._keys.roles,
-            max_bytes,
-        )
+        self._options: dict[str, Any] = {
+            "trust": self.trust.as_json(),
+            "keys": None if folder is None else str(folder),
+            "roles": [role.value for role in self._keys.roles],
+            "max_bytes": max_bytes,
+        }
 
     def __repr__(self) -> str:
         return f"Urza({str(self.root)!r})"
@@ -157,8 +142,30 @@ class Urza:
         return str(self.root)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy is another object on the same directory: locks, leases and open files are not shared.
-        return _remake, self._remade
+        # A copy is another object on the same store: locks, leases and open files are not shared. A pickle may come to
+        # lie in a file, such as that of a saved model, and has no secrets.
+        return Urza.received, (self._sent_without_secrets(),)
+
+    def __copy__(self) -> Urza:
+        return Urza.received(self.sent())
+
+    def __deepcopy__(self, _: object) -> Urza:
+        return Urza.received(self.sent())
+
+    def sent(self) -> dict[str, Any]:
+        """What `received` opens the same store by in another process, in JSON's types. Of a URL that is the token, too,
+        which comes from nowhere else then: send it through a pipe, and not as an argument, a file or a line of a log.
+        """
+        return {"location": self.location, **self._options}
+
+    def _sent_without_secrets(self) -> dict[str, Any]:
+        return self.sent()
+
+    @staticmethod
+    def received(sent: Mapping[str, Any]) -> Urza:
+        """Another object on the store that `sent` is of. Raises as `Urza` does."""
+        options = dict(sent)
+        return Urza(options.pop("location"), trust=Trust.from_json(options.pop("trust")), **options)
 
     def __contains__(self, artifact_id: object) -> bool:
         """Whether an artifact was committed under this id. Does not say that its bytes are still intact."""
@@ -256,7 +263,7 @@ class Urza:
         another release has it, NotAuthorized where this process may not sign it (nothing is written then), and
         StoreUnavailable.
         """
-        artifact, _ = self._commit(manifest, manifest.canonical_bytes(), blobs, None)
+        artifact, _ = changes.commit(self._shelf, manifest, manifest.canonical_bytes(), blobs, None)
         self._keep_within(sum(map(len, blobs.values())))
         return artifact
 
@@ -275,50 +282,10 @@ class Urza:
         VALIDATED and REJECTED are signed by the prover, and so are tags and figures, which stay as they were where they
         are not given. With the status that it has already, the report stays too: the first verdict counts.
 
-        Raises InvalidCommit where the move is not in `ALLOWED`, NotAuthorized, and as `get` does.
+        Raises InvalidCommit where the move is not in `changes.ALLOWED`, NotAuthorized, and as `get` does.
         """
         self.get(artifact_id)  # an unknown id must not make the directory, as the lock does
-
-        def read() -> tuple[Record, Artifact, bytes]:
-            _, record = self._shelf.record(artifact_id)
-            return record, self._shelf.artifact(artifact_id), self._shelf.manifest_bytes(record)
-
-        with self._shelf.lock():
-            record, artifact, content = self._shelf.read_or_set_aside(artifact_id, read)
-            new_tags = record.tags if tags is None else tuple(dict.fromkeys(tags))
-            new_figures = record.figures if figures is None else figures
-            same = (new_tags, new_figures) == (record.tags, record.figures)
-            if status == artifact.status and same:
-                return artifact
-            allowed = ALLOWED[artifact.status]
-            if status != artifact.status and status not in allowed:
-                moves = ", ".join(allowed) or "nothing; the status is final"
-                raise InvalidCommit(
-                    f"artifact {artifact_id!r} cannot go from {artifact.status} to {status}; allowed: {moves}"
-                )
-            manifest = artifact.manifest
-            if status != artifact.status:
-                if report is not None:
-                    check_size("the report", report, BLOB_LIMIT_BYTES)
-                manifest = manifest.with_status(
-                    KernelStatus(status), manifest.report if report is None else sha256(report)
-                )
-                content = manifest.canonical_bytes()  # else it keeps its bytes: they may be of an older schema
-            try:
-                probe = Record(id=artifact_id, manifest=record.manifest, tags=new_tags, figures=new_figures)
-            except ValidationError as error:
-                raise InvalidCommit(f"artifact {artifact_id!r}: {error}") from error
-            self._shelf.signer(probe, manifest)  # before anything is written
-            if report is not None and manifest.report == sha256(report):
-                self._shelf.objects.write_object(report, limit_bytes=BLOB_LIMIT_BYTES)
-            return self._shelf.publish(
-                manifest,
-                content,
-                what="status" if status != artifact.status else "characterized",
-                before=artifact.manifest,
-                tags=probe.tags,
-                figures=probe.figures,
-            )
+        return changes.set_status(self._shelf, artifact_id, status, report, tags, figures)
 
     def characterize(self, artifact_id: str, *, tags: Iterable[str] | None = None, figures: Figures) -> Artifact:
         """Gives an artifact that has a verdict the tags and figures that its prover found. Raises as `set_status`."""
@@ -342,19 +309,7 @@ class Urza:
         For an artifact whose origin is known: what it says of itself is taken for true. Raises as `set_status` does,
         and InvalidCommit where it has a signature, which is for `trust` to name.
         """
-
-        def read() -> tuple[Record, Manifest, bytes]:
-            content, record = self._shelf.record(artifact_id)
-            return record, self._shelf.manifest(artifact_id, content, record), self._shelf.manifest_bytes(record)
-
-        self._shelf.repaired_or_refused(artifact_id, read)
-        with self._shelf.lock():
-            record, manifest, content = self._shelf.read_or_set_aside(artifact_id, read)
-            if record.signature is not None:
-                raise InvalidCommit(
-                    f"artifact {artifact_id!r} is signed, by {record.signature.role} key {record.signature.key[:16]}"
-                )
-            return self._shelf.publish(manifest, content, what="signed", before=manifest)
+        return changes.sign(self._shelf, artifact_id)
 
     def is_unsigned(self, artifact_id: str) -> bool:
         """Whether there is a record that nobody has signed. Raises as `get` does."""
@@ -414,6 +369,11 @@ class Urza:
         """What lies under `root`, by digest and by name, with no check but of digests."""
         return self._directory
 
+    def open_object(self, digest: str, *, limit_bytes: int) -> tuple[int, int]:
+        """A descriptor of an object, for its owner to close, and its size in bytes, after every byte was hashed. One
+        that is damaged is set aside. Raises Damage, StoreUnavailable."""
+        return self._shelf.open_object(digest, "object", limit_bytes=limit_bytes)
+
     @property
     def public_keys(self) -> dict[Role, str]:
         """This store's own public keys (hex), none before it has signed anything. Raises StoreUnavailable."""
@@ -438,27 +398,12 @@ class Urza:
         `manifest`, or has the same manifest and other tags, figures or signature, and else it is kept. Raises as
         `commit` does.
         """
-        check_commit(manifest, content, blobs)
-        with self._shelf.lock():
-            stored = self._intact(manifest)
-            before = None
-            if stored is not None:
-                before = stored.manifest
-                same = self._shelf.head(manifest.id) == sha256(record.canonical_bytes())
-                if same or (
-                    allowed is not None
-                    and manifest.status not in allowed[stored.status]
-                    and not (stored.digest == record.manifest and record.is_characterized)
-                ):
-                    return stored
-            for blob in blobs.values():
-                self._shelf.objects.write_object(blob, limit_bytes=BLOB_LIMIT_BYTES)
-            return self._shelf.publish(manifest, content, what="imported", before=before, record=record)
+        return changes.take(self._shelf, manifest, content, blobs, record, allowed)
 
     def take_signed(self, manifest: Manifest, content: bytes, blobs: Mapping[str, bytes], record: Record) -> Artifact:
         """`take`, where the status allows it, after the trust policy has. Raises as it does, UntrustedArtifact."""
         self.check_trust(record, manifest)
-        artifact = self.take(manifest, content, blobs, record, ALLOWED)
+        artifact = self.take(manifest, content, blobs, record, changes.ALLOWED)
         self._keep_within(sum(map(len, blobs.values())))
         return artifact
 
@@ -483,23 +428,20 @@ class Urza:
 
     # ---- space
 
-    def pin(self, artifact_id: str) -> None:
-        """No collection removes it until `unpin`. Raises ArtifactNotFound, StoreUnavailable."""
-        self._shelf.record_exists(artifact_id)
-        with self._shelf.lock():
-            self._shelf.record_exists(artifact_id)
-            self._directory.write(("pins", artifact_id), b"")
+    def pin(self, artifact_id: str) -> bool:
+        """No collection removes it until `unpin`; whether it was not pinned before. Its history has both.
+
+        Raises ArtifactNotFound, StoreUnavailable.
+        """
+        return keeping.pin(self._shelf, artifact_id)
 
     def unpin(self, artifact_id: str) -> bool:
         """Whether it was pinned. Raises StoreUnavailable."""
-        if not is_id(artifact_id) or self._directory.stat(("pins", artifact_id)) is None:
-            return False
-        with self._shelf.lock():
-            return self._directory.remove(("pins", artifact_id))
+        return keeping.unpin(self._shelf, artifact_id)
 
     def pins(self) -> list[str]:
         """The ids that are pinned, sorted. Raises StoreUnavailable."""
-        return [name for name in self._directory.names("pins") if is_id(name)]
+        return keeping.pins(self._directory)
 
     def name_lineage(self, name: str, lineage: Lineage) -> None:
         """Keeps what a saved model has grown: no collection removes a VALIDATED artifact that `lineage` names until
@@ -507,18 +449,15 @@ class Urza:
 
         Raises ValueError where `name` is not of letters, digits, `_`, `.` and `-`, and StoreUnavailable.
         """
-        if not _LINEAGE_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot name a lineage: letters, digits, '_', '.' and '-' can, 100 of them")
-        ids = sorted({entry.artifact_id for entry in lineage.seeds})
-        with self._shelf.lock():
-            self._directory.write(("lineages", name), "".join(f"{one}\n" for one in ids).encode())
+        self.keep_named(name, (entry.artifact_id for entry in lineage.seeds))
+
+    def keep_named(self, name: str, artifact_ids: Iterable[str]) -> None:
+        """`name_lineage` by the ids alone."""
+        keeping.name_lineage(self._shelf, name, artifact_ids)
 
     def forget_lineage(self, name: str) -> bool:
         """Whether there was one. Raises StoreUnavailable."""
-        if not _LINEAGE_NAME.fullmatch(name) or self._directory.stat(("lineages", name)) is None:
-            return False
-        with self._shelf.lock():
-            return self._directory.remove(("lineages", name))
+        return keeping.forget_lineage(self._shelf, name)
 
     def gc(self, max_bytes: int | None = None, *, dry_run: bool = False, progress: Progress | None = None) -> Collected:
         """Removes what no artifact needs and, down to `max_bytes` (or the store's), artifacts; see `collect`."""
@@ -556,7 +495,7 @@ class Urza:
         trusted = self.trust.trusted(self._keys.public())
 
         def add(one: Admitted, blobs: dict[str, bytes]) -> bool:
-            _, new = self._commit(one.manifest, one.content, blobs, one.record)
+            _, new = changes.commit(self._shelf, one.manifest, one.content, blobs, one.record)
             self._keep_within(sum(map(len, blobs.values())))
             return new
 
@@ -569,43 +508,6 @@ class Urza:
         )
 
     # ---- inside
-
-    def _commit(
-        self, manifest: Manifest, content: bytes, blobs: Mapping[str, bytes], record: Record | None
-    ) -> tuple[Artifact, bool]:
-        check_commit(manifest, content, blobs)
-        with self._shelf.lock():
-            stored = self._intact(manifest)
-            if stored is not None:
-                return stored, False
-            if record is None:
-                self._shelf.signer(Record(id=manifest.id, manifest=sha256(content)), manifest)  # or nothing is written
-            for blob in blobs.values():
-                self._shelf.objects.write_object(blob, limit_bytes=BLOB_LIMIT_BYTES)
-            # If blobs were all that it lacked, the stored manifest stands: its verdict was on these very bytes.
-            stored = self._intact(manifest)
-            if stored is not None:
-                return stored, False
-            what = "committed" if record is None else "imported"
-            return self._shelf.publish(manifest, content, what=what, record=record), True
-
-    def _intact(self, manifest: Manifest) -> Artifact | None:
-        """The artifact stored under this id, None where there is none or it is damaged. Only under the lock."""
-        try:
-            stored, _ = self._shelf.whole(manifest.id)
-        except (ArtifactNotFound, UntrustedArtifact):
-            return None
-        except Damage as damage:
-            self._shelf.set_aside(manifest.id, damage)
-            return None
-        for name in ("blueprint_id", "target", "pipeline", "toolchain", "dims", "dtype"):
-            found, offered = getattr(stored.manifest, name), getattr(manifest, name)
-            if found != offered:
-                raise InvalidCommit(
-                    f"artifact id {manifest.id!r} is taken by another build: {name} is {found!r} in the store and "
-                    f"{offered!r} in the manifest offered"
-                )
-        return stored
 
     def _existing(self, artifact_id: str) -> Artifact | None:
         try:
@@ -640,7 +542,7 @@ class Urza:
                 return
         try:
             if sum(all_objects(self._directory).values()) > self.max_bytes:
-                self.gc()
+                collect(self._shelf, max_bytes=self.max_bytes)
             self._unmeasured_bytes = 0
         except StoreUnavailable as error:  # the commit stands
             self._degraded("max_bytes", f"the store may hold more than {self.max_bytes} bytes: {error}")
@@ -651,10 +553,7 @@ class Urza:
             self._events.tell(Event(kind="degraded", artifact_id=None, message=reason, details={"what": what}))
 
 
-def default_root() -> Path:
-    """The directory used when none is named: `$ESPER_URZA`, else `~/.cache/esper/urza`."""
-    return Path(os.environ.get("ESPER_URZA") or "~/.cache/esper/urza").expanduser()
-
-
-def _remake(root: str, trust: Trust, keys: str | None, roles: tuple[Role, ...], max_bytes: int | None) -> Urza:
-    return Urza(root, trust=trust, keys=keys, roles=roles, max_bytes=max_bytes)
+def default_root() -> str | Path:
+    """What is used when no store is named: `$ESPER_URZA`, a directory or a URL, else `~/.cache/esper/urza`."""
+    named = os.environ.get("ESPER_URZA") or "~/.cache/esper/urza"
+    return Path(named).expanduser() if elsewhere(named) is None else named

@@ -6,6 +6,9 @@
     GET       /v1/artifacts/{id}       record and manifest; ETag is the SHA-256 of the record                read
     POST      /v1/artifacts            commits what was put: {"manifest": sha256, "record": null}            write
     POST      /v1/artifacts/{id}/status  {"status": "VALIDATED", "report": sha256, ...}                      validate
+    POST      /v1/artifacts/{id}/pin     {"pinned": true}: no collection removes it, or false                write
+    GET       /v1/pins                 the ids of all that are pinned                                        read
+    POST      /v1/lineages/{name}      {"artifacts": [id, ...]}: none removes these; [] forgets the name     write
     POST      /v1/kernels/query        a KernelQuery                                                         read
     GET       /v1/history/{id or blueprint}                                                                  read
     GET       /health                  whether the store can be read, and its public keys                    -
@@ -30,7 +33,7 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -54,8 +57,9 @@ from esper_triton.urza import serving
 from esper_triton.urza.directory import Damage
 from esper_triton.urza.incoming import Incoming, sweep
 from esper_triton.urza.library import Urza
-from esper_triton.urza.serving import Commit, Missing, Verdict
-from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, is_id
+from esper_triton.urza.parsing import is_id
+from esper_triton.urza.serving import Commit, Missing, Named, Pin, Verdict
+from esper_triton.urza.shelf import BLOB_LIMIT_BYTES
 from esper_triton.urza.tokens import Access, Rate, Token, find
 
 __all__ = ["Limits", "application", "runner_of", "serve"]
@@ -73,14 +77,17 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """object_bytes: the most that an object may have. json_bytes: another body. per_second, burst: requests of one
-    token, or of one address without. piece_s: seconds in which something must arrive, or be taken. threads: calls of
-    the store at a time."""
+    token, or of one address without. header_s: seconds from a connection's beginning, or its last answer, in which a
+    whole header must arrive. piece_s: seconds in which something of a body must arrive, or be taken; slowest: bytes per
+    second that must arrive besides, on average. threads: calls of the store at a time."""
 
     object_bytes: int = BLOB_LIMIT_BYTES
     json_bytes: int = 1 << 16
     per_second: float = 200.0
     burst: int = 1000
+    header_s: float = 30.0
     piece_s: float = 30.0
+    slowest: int = 8 << 10
     threads: int = 8
 
 
@@ -102,11 +109,13 @@ def application(store: Urza, tokens: Sequence[Token], limits: Limits | None = No
 
 
 def runner_of(store: Urza, tokens: Sequence[Token], limits: Limits | None = None) -> web.AppRunner:
-    """What runs `application` as it is meant to be: bodies are taken as they are, compressed ones not at all."""
+    """What runs `application` as it is meant to be: bodies are taken as they are, compressed ones not at all, and who
+    sends no header loses the connection."""
+    limits = limits or Limits()
     return web.AppRunner(
         application(store, tokens, limits),
         access_log=None,
-        keepalive_timeout=60,
+        keepalive_timeout=limits.header_s,  # aiohttp counts it from the first byte of a connection on, too
         shutdown_timeout=5.0,
         lingering_time=2.0,  # for whoever sends on after a refusal, which a connection closed at once could lose
         auto_decompress=False,
@@ -174,6 +183,9 @@ class _Server:
             ("POST", "/v1/artifacts", self._commit),
             ("GET", "/v1/artifacts/{id}", self._get_artifact),
             ("POST", "/v1/artifacts/{id}/status", self._set_status),
+            ("POST", "/v1/artifacts/{id}/pin", self._pin),
+            ("GET", "/v1/pins", self._pins),
+            ("POST", "/v1/lineages/{name}", self._name_lineage),
             ("POST", "/v1/kernels/query", self._query),
             ("GET", "/v1/history/{id}", self._history),
             ("GET", "/health", self._health),
@@ -249,11 +261,7 @@ class _Server:
         self._allowed(request, Access.READ)
         digest = _digest_of(request)
         try:
-            descriptor, size = await self._call(
-                functools.partial(
-                    self._store.directory.open_object, digest, "object", limit_bytes=self._limits.object_bytes
-                )
-            )
+            descriptor, size = await self._call(self._open, digest)
         except Damage as damage:
             if damage.missing:
                 raise _Refused(404, "not_found", f"no object has the SHA-256 {digest}") from None
@@ -304,7 +312,7 @@ class _Server:
         if request.content_length is not None and request.content_length > limit:
             raise _Refused(413, "too_large", f"{request.content_length} bytes; an object has at most {limit}")
         with await self._call(Incoming, self._store.directory) as incoming:
-            async for piece in _pieces(request, self._limits.piece_s):
+            async for piece in _pieces(request, self._limits):
                 if incoming.size_bytes + len(piece) > limit:
                     raise _Refused(413, "too_large", f"an object has at most {limit} bytes")
                 await self._call(incoming.append, piece)
@@ -317,13 +325,14 @@ class _Server:
                 await self._call(incoming.finish)
         return _json({"sha256": digest}, 201 if new else 200, {"ETag": f'"{digest}"'})
 
+    def _open(self, digest: str) -> tuple[int, int]:
+        # Not the limit of what is received: what is larger, and in the store already, is not damaged.
+        return self._store.open_object(digest, limit_bytes=max(BLOB_LIMIT_BYTES, self._limits.object_bytes))
+
     def _has(self, digest: str) -> bool:
         try:
-            descriptor, _ = self._store.directory.open_object(digest, "object", limit_bytes=self._limits.object_bytes)
-        except Damage as damage:
-            if not damage.missing:
-                with self._store.directory.lock():
-                    self._store.directory.set_aside(damage, None)
+            descriptor, _ = self._open(digest)
+        except Damage:
             return False
         os.close(descriptor)
         return True
@@ -355,6 +364,27 @@ class _Server:
         asked = await self._body(request, Verdict)
         await self._call(serving.set_status, self._store, artifact_id, asked, access)
         return await self._artifact(artifact_id, 200)
+
+    async def _pin(self, request: web.Request) -> web.StreamResponse:
+        self._allowed(request, Access.WRITE)
+        artifact_id = _id_of(request)
+        asked = await self._body(request, Pin)
+        changed = await self._call(serving.pin, self._store, artifact_id, asked)
+        return _json({"id": artifact_id, "pinned": asked.pinned, "changed": changed})
+
+    async def _pins(self, request: web.Request) -> web.StreamResponse:
+        self._allowed(request, Access.READ)
+        return _json({"pins": await self._call(self._store.pins)})
+
+    async def _name_lineage(self, request: web.Request) -> web.StreamResponse:
+        self._allowed(request, Access.WRITE)
+        asked = await self._body(request, Named)
+        name = request.match_info["name"]
+        try:
+            kept = await self._call(serving.name_lineage, self._store, name, asked)
+        except ValueError as error:
+            raise _Refused(400, "bad_request", str(error)[:300]) from None
+        return _json({"name": name, "kept": kept})
 
     async def _artifact(self, artifact_id: str, status: int) -> web.StreamResponse:
         head, body = await self._call(serving.answer_of, self._store, artifact_id)
@@ -395,7 +425,7 @@ class _Server:
 
     async def _body(self, request: web.Request, model: type[_Model]) -> _Model:
         content = b""
-        async for piece in _pieces(request, self._limits.piece_s):
+        async for piece in _pieces(request, self._limits):
             content += piece
             if len(content) > self._limits.json_bytes:
                 raise _Refused(413, "too_large", f"the body has more than {self._limits.json_bytes} bytes")
@@ -407,21 +437,27 @@ class _Server:
             raise _Refused(400, "bad_request", f"{model.__name__}: {where}: {first['msg']}") from None
 
 
-async def _pieces(request: web.Request, piece_s: float) -> Any:
-    """The body as it arrives. Raises _Refused where nothing does for too long, or it ends too early."""
+async def _pieces(request: web.Request, limits: Limits) -> AsyncIterator[bytes]:
+    """The body as it arrives. Raises _Refused where nothing does for too long, or too little, or it ends too early."""
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise _Refused(415, "bad_encoding", "a body is taken as it is: no Content-Encoding is")
+    began, received = time.monotonic(), 0
     while True:
+        late = began + limits.piece_s + received / limits.slowest - time.monotonic()
         try:
-            piece = await asyncio.wait_for(request.content.readany(), piece_s)
+            piece = await asyncio.wait_for(request.content.readany(), max(0.0, min(limits.piece_s, late)))
         except TimeoutError:
-            raise _Refused(408, "too_slow", f"nothing more of the body came in {piece_s:g} s") from None
+            message = f"nothing more of the body came in {limits.piece_s:g} s"
+            if late < limits.piece_s:
+                message = f"the body came slower than {limits.slowest} bytes a second"
+            raise _Refused(408, "too_slow", message) from None
         except web.HTTPException:
             raise
         except Exception as error:  # aiohttp's, of several kinds: a broken chunk, an encoding, a lost connection
             raise _Refused(400, "bad_request", f"the body cannot be read: {type(error).__name__}") from None
         if not piece:
             return
+        received += len(piece)
         yield piece
 
 

@@ -8,15 +8,17 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from esper_triton.contracts.errors import InvalidCommit, NotAuthorized
-from esper_triton.contracts.manifest import Digest, KernelStatus, Manifest, sha256
+from esper_triton.contracts.manifest import ArtifactId, Digest, KernelStatus, Manifest, sha256
 from esper_triton.contracts.record import SCHEMA_VERSION as RECORD_SCHEMA
 from esper_triton.contracts.record import Figures, Record, Role, Tag
 from esper_triton.urza.directory import Damage
+from esper_triton.urza.keeping import check_lineage_name
 from esper_triton.urza.library import Urza
-from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, OtherSchema, parse_manifest, parse_record
+from esper_triton.urza.parsing import OtherSchema, parse_manifest, parse_record
+from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, MANIFEST_LIMIT_BYTES
 from esper_triton.urza.tokens import Access
 
-__all__ = ["Commit", "Missing", "Verdict", "answer_of", "commit", "set_status"]
+__all__ = ["Commit", "Missing", "Named", "Pin", "Verdict", "answer_of", "commit", "name_lineage", "pin", "set_status"]
 
 SCHEMA_VERSION = "1.0"
 
@@ -43,6 +45,21 @@ class Verdict(_Value):
     report: Digest | None = None
     tags: Annotated[tuple[Tag, ...], Field(max_length=32)] | None = None
     figures: Figures | None = None
+
+
+class Pin(_Value):
+    """What is asked with `POST /v1/artifacts/{id}/pin`: that no collection removes it, or that one may again."""
+
+    schema_version: Annotated[str, Field(pattern=r"^1\.[0-9]{1,6}$")] = SCHEMA_VERSION
+    pinned: bool
+
+
+class Named(_Value):
+    """What is asked with `POST /v1/lineages/{name}`: that no collection removes those of these that are VALIDATED; with
+    none, that the name be forgotten."""
+
+    schema_version: Annotated[str, Field(pattern=r"^1\.[0-9]{1,6}$")] = SCHEMA_VERSION
+    artifacts: tuple[ArtifactId, ...]
 
 
 class Missing(InvalidCommit):
@@ -119,6 +136,21 @@ def set_status(store: Urza, artifact_id: str, asked: Verdict, access: frozenset[
     store.get(artifact_id)
     report = None if asked.report is None else _object(store, asked.report, "report", BLOB_LIMIT_BYTES)
     return store.set_status(artifact_id, asked.status, report, tags=asked.tags, figures=asked.figures).id
+
+
+def pin(store: Urza, artifact_id: str, asked: Pin) -> bool:
+    """Whether that changed anything. Raises as `Urza.pin` does."""
+    return store.pin(artifact_id) if asked.pinned else store.unpin(artifact_id)
+
+
+def name_lineage(store: Urza, name: str, asked: Named) -> bool:
+    """Whether there is a lineage of this name then. Raises ValueError where it can be none, StoreUnavailable."""
+    check_lineage_name(name)
+    if asked.artifacts:
+        store.keep_named(name, asked.artifacts)
+    else:
+        store.forget_lineage(name)
+    return bool(asked.artifacts)
 
 
 def _check_record(asked: Commit, manifest: Manifest, access: frozenset[Access]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,13 +25,19 @@ from esper_triton.urza.checks import check_commit
 from esper_triton.urza.directory import object_parts
 from esper_triton.urza.incoming import Incoming
 from esper_triton.urza.library import Urza
-from esper_triton.urza.shelf import RECORD_LIMIT_BYTES, Artifact, is_id
+from esper_triton.urza.parsing import is_id
+from esper_triton.urza.shelf import RECORD_LIMIT_BYTES, Artifact
 from esper_triton.urza.trust import Trust
 
 __all__ = ["SharedUrza"]
 
 _PIECE_BYTES = 1 << 20
+_SECRET = re.compile("key|secret|token|passw|credential", re.IGNORECASE)
 _T = TypeVar("_T")
+
+
+class _Catalog(Urza):
+    _replaceable = ("objects", "refs", "audit.log")
 
 
 class SharedUrza(CachedUrza):
@@ -42,7 +48,8 @@ class SharedUrza(CachedUrza):
     same `keys` folder, or name the others' public keys in `trust`. A record is written after all that it names, in one
     step as far as the place has such (S3 does): that is the commit. There is no lock there: of two that write one
     artifact's record within the same moment the last one stays, whole; a record that had changed since it was read is
-    not overwritten. Nothing is removed there. The audit log, history, pins and leases are of the cache.
+    not overwritten. Nothing is removed there, so pins and lineages count in the cache alone, as leases do. The audit
+    log and the history are of the cache, too.
     """
 
     def __init__(
@@ -61,7 +68,7 @@ class SharedUrza(CachedUrza):
 
         Args:
             url: such as `s3://bucket/prefix`; every protocol that fsspec has a package for. storage_options: what that
-                takes, such as `endpoint_url` of S3; secrets are better in the environment.
+                takes, such as `endpoint_url` of S3. Secrets are better in the environment: a pickle has none of them.
             trust, keys, roles: as of a directory. max_bytes: what the cache may hold. cache: its directory.
 
         Raises ValueError, and StoreUnavailable where the protocol's package is not installed.
@@ -77,21 +84,20 @@ class SharedUrza(CachedUrza):
             ) from error
         self._begin(url, fresh_s)
         self._marks: dict[str, object] = {}
+        self._lost: set[str] = set()  # objects that are not there, or have not the bytes that they should have
         super().__init__(cache or cache_root(url), trust=trust, keys=keys, roles=roles, max_bytes=max_bytes)
         # What there is, without blobs, for questions: the cache itself has whole artifacts only.
-        self._catalog = Urza(self.root / "catalog", trust=self.trust, roles=())
-        self._options: dict[str, Any] = {
-            "trust": self.trust,
-            "keys": None if keys is None else os.fspath(keys),
-            "roles": self._keys.roles,
-            "max_bytes": max_bytes,
+        self._catalog = _Catalog(self.root / "catalog", trust=self.trust, roles=())
+        self._options = {
+            **self._options,
             "cache": str(self.root),
-            "storage_options": storage_options,
+            "storage_options": None if storage_options is None else dict(storage_options),
             "fresh_s": fresh_s,
         }
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (self._where, self._options)
+    def _sent_without_secrets(self) -> dict[str, Any]:
+        sent = self.sent()
+        return sent | {"storage_options": _without_secrets(sent["storage_options"])}
 
     def __contains__(self, artifact_id: object) -> bool:
         if not is_id(artifact_id):
@@ -159,7 +165,7 @@ class SharedUrza(CachedUrza):
         artifact, blobs = self._shelf.whole(artifact_id)
         content, record = self._shelf.record(artifact_id)
         try:
-            if sha256(content) != before:
+            if sha256(content) != before or not self._lost.isdisjoint((*blobs, record.manifest)):
                 for digest, one in (*blobs.items(), (record.manifest, self._shelf.manifest_bytes(record))):
                     self._there(functools.partial(self._put_object, digest, one))
                 if self._head(artifact_id) != before:
@@ -175,6 +181,14 @@ class SharedUrza(CachedUrza):
         return artifact
 
     # ---- inside
+
+    @property
+    def _how_to_shrink(self) -> str:
+        return (
+            f"{self._where} has no lock, and what is garbage there another machine may be about to commit; pull what "
+            "is to stay into a directory, push it from there to another prefix, and remove the old one when it is not "
+            "used any more"
+        )
 
     def _ask_record(self, artifact_id: str, known: str | None) -> bytes | None:
         if not is_id(artifact_id):
@@ -210,10 +224,12 @@ class SharedUrza(CachedUrza):
                 incoming.restart()
                 self._there(pieces)
         except FileNotFoundError:
+            self._lost.add(digest)
             raise CorruptObject(f"{self._where}: no object has the SHA-256 {digest}") from None
         if incoming.digest != digest:
             found = incoming.digest
             incoming.restart()
+            self._lost.add(digest)
             raise CorruptObject(f"{self._where}: SHA-256 expected {digest}, found {found}")
 
     def _head(self, artifact_id: str) -> str | None:
@@ -225,8 +241,9 @@ class SharedUrza(CachedUrza):
 
     def _put_object(self, digest: str, content: bytes) -> None:
         path = self._path(*object_parts(digest))
-        if not self._files.exists(path):
+        if digest in self._lost or not self._files.exists(path):
             self._put(path, content)
+            self._lost.discard(digest)
 
     def _put(self, path: str, content: bytes) -> None:
         self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -281,5 +298,8 @@ class SharedUrza(CachedUrza):
             raise Unreachable(f"{self._where} cannot be reached: {type(error).__name__}: {error}") from error
 
 
-def _remake(url: str, options: Mapping[str, Any]) -> SharedUrza:
-    return SharedUrza(url, **options)
+def _without_secrets(options: Any) -> Any:
+    """Options without those that are secrets by their name, such as `secret` and `aws_access_key_id`."""
+    if not isinstance(options, Mapping):
+        return options
+    return {name: _without_secrets(value) for name, value in options.items() if not _SECRET.search(str(name))}

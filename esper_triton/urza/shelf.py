@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import re
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Literal, TypeVar
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from esper_triton.contracts.errors import (
     ArtifactNotFound,
@@ -20,24 +20,28 @@ from esper_triton.contracts.errors import (
     StoreUnavailable,
     nearest,
 )
-from esper_triton.contracts.manifest import SCHEMA_VERSION as MANIFEST_SCHEMA
-from esper_triton.contracts.manifest import ArtifactId, KernelStatus, Manifest, sha256
+from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
 from esper_triton.contracts.record import SCHEMA_VERSION as RECORD_SCHEMA
 from esper_triton.contracts.record import AuditEntry, Figures, Record, Role, roles_for
 from esper_triton.urza.audit import AuditLog, Tail, now
-from esper_triton.urza.directory import Damage, Directory, Objects
+from esper_triton.urza.directory import Damage, Directory
 from esper_triton.urza.events import Event, Events
-from esper_triton.urza.trust import Keys, Signer, Trust, is_signed, signed
+from esper_triton.urza.parsing import (
+    OtherSchema,
+    first_fault,
+    is_id,
+    major_minor,
+    parse_manifest,
+    parse_record,
+    schema_of,
+)
+from esper_triton.urza.trust import Keys, Signer, Trust, signed
 
 __all__ = [
     "BLOB_LIMIT_BYTES",
     "MANIFEST_LIMIT_BYTES",
     "Artifact",
-    "OtherSchema",
     "Shelf",
-    "is_id",
-    "parse_manifest",
-    "parse_record",
     "roles_of_blobs",
 ]
 
@@ -47,10 +51,10 @@ BLOB_LIMIT_BYTES = 256 << 20
 RECORD_LIMIT_BYTES = 1 << 14
 
 _FORMAT = ("urza.json",)
-_ARTIFACT_ID: TypeAdapter[str] = TypeAdapter(ArtifactId)
 _REMEMBERED = 4096
 _TOUCH_AFTER_S = 60.0
-_MOST_COMPARED = 2000
+_MOST_LISTED = 2000
+_MOST_COMPARED = 100  # about 70 us for each
 _T = TypeVar("_T")
 
 
@@ -82,7 +86,6 @@ class Shelf:
 
     def __init__(self, directory: Directory, trust: Trust, keys: Keys, events: Events) -> None:
         self.directory, self.trust, self.keys, self.events = directory, trust, keys, events
-        self.objects: Objects = directory
         self.log = AuditLog(directory)
         self._version_is_known = False
         self._happened: list[Event] = []
@@ -180,10 +183,13 @@ class Shelf:
 
     def whole(self, artifact_id: str, *, touch: bool = False) -> tuple[Artifact, dict[str, bytes]]:
         """The artifact and all its blobs by SHA-256. Raises as `artifact` does."""
+        is_known = artifact_id in self._trusted
         artifact = self.artifact(artifact_id, touch=touch)
+        if not is_known:  # on a disk, waiting for each in its turn is most of the time of a first load
+            self.directory.expect_objects(artifact.manifest.blobs)
         roles = roles_of_blobs(artifact.manifest)
         blobs = {
-            digest: self.objects.read_object(digest, roles[digest], limit_bytes=BLOB_LIMIT_BYTES)
+            digest: self.directory.read_object(digest, roles[digest], limit_bytes=BLOB_LIMIT_BYTES)
             for digest in artifact.manifest.blobs
         }
         return artifact, blobs
@@ -192,13 +198,23 @@ class Shelf:
         """The manifest that a record names. Raises Damage, ArtifactRefused, StoreUnavailable."""
         # Where an object has the bytes that its name promises but isn't this artifact's manifest, it is the record that
         # is wrong: the object may be a sound part of another artifact, and must stay.
-        found = self.manifest_bytes(record)
+        try:
+            found = self.manifest_bytes(record)
+        except Damage as damage:
+            if damage.size_bytes is None or damage.size_bytes <= MANIFEST_LIMIT_BYTES:
+                raise
+            try:
+                descriptor, _ = self.directory.open_object(record.manifest, "manifest", limit_bytes=BLOB_LIMIT_BYTES)
+            except Damage:
+                raise damage from None
+            os.close(descriptor)  # it is what its name promises
+            raise _bad_record(artifact_id, content, f"it names {record.manifest}, which {damage.reason}") from damage
         manifest = self._manifests.get(record.manifest)
         if manifest is None:
             try:
                 manifest = parse_manifest(found)
             except ValidationError as error:
-                reason = f"it names {record.manifest}, which is not a valid manifest: {_first_fault(error)}"
+                reason = f"it names {record.manifest}, which is not a valid manifest: {first_fault(error)}"
                 raise _bad_record(artifact_id, content, reason) from error
             except OtherSchema as error:
                 raise ArtifactRefused(f"artifact {artifact_id!r}: {error}") from None
@@ -211,7 +227,29 @@ class Shelf:
 
     def manifest_bytes(self, record: Record) -> bytes:
         """As they are stored. Raises Damage, StoreUnavailable."""
-        return self.objects.read_object(record.manifest, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+        return self.directory.read_object(record.manifest, "manifest", limit_bytes=MANIFEST_LIMIT_BYTES)
+
+    def open_object(self, digest: str, what: str, *, limit_bytes: int) -> tuple[int, int]:
+        """As `Directory.open_object`; one that is damaged is set aside. Raises as that does."""
+        try:
+            return self.directory.open_object(digest, what, limit_bytes=limit_bytes)
+        except Damage as error:
+            if error.missing:
+                raise
+            damage = error
+        try:
+            with self.lock():  # within it, since another may have repaired it meanwhile
+                try:
+                    return self.directory.open_object(digest, what, limit_bytes=limit_bytes)
+                except Damage as error:
+                    if (aside := self.directory.set_aside(error, None)) is not None:
+                        details = {"file": str(aside), "reason": error.reason}
+                        self._happened.append(
+                            Event(kind="quarantined", artifact_id=None, message=f"{error}", details=details)
+                        )
+        except StoreUnavailable as error:
+            raise damage from error  # what cannot be set aside is refused as well
+        raise damage
 
     def repaired_or_refused(self, artifact_id: str, read: Callable[[], _T]) -> _T:
         """What `read` gives. On damage it is read once more under the lock: a writer may have repaired it since, and a
@@ -262,7 +300,7 @@ class Shelf:
                 id=manifest.id, manifest=sha256(content), tags=tags, figures=figures if figures else Figures()
             )
             record = signed(unsigned, self.signer(unsigned, manifest))
-        digest = self.objects.write_object(content, limit_bytes=MANIFEST_LIMIT_BYTES)
+        digest = self.directory.write_object(content, limit_bytes=MANIFEST_LIMIT_BYTES)
         after = record.canonical_bytes()
         self._log(
             what=what,
@@ -310,6 +348,15 @@ class Shelf:
         self.directory.remove(("refs", artifact_id))
         self.directory.sync("refs")
         self._tell("removed", artifact_id, f"{artifact_id} was removed")
+
+    def is_pinned(self, artifact_id: str) -> bool:
+        """Whether no collection may remove it. Raises StoreUnavailable."""
+        return self.directory.stat(("pins", artifact_id)) is not None
+
+    def note(self, what: Literal["pinned", "unpinned"], artifact_id: str) -> None:
+        """Says in the log, before it is done, what leaves the record as it is. Raises StoreUnavailable."""
+        head = self.head(artifact_id)
+        self._log(what=what, artifact=artifact_id, source=None, target=None, manifest=None, before=head, after=head)
 
     def set_aside(self, artifact_id: str, damage: Damage) -> str:
         """Moves what is damaged to the quarantine; a phrase that says where. Raises StoreUnavailable."""
@@ -372,7 +419,12 @@ class Shelf:
         """Says that the change of the last line was never made, where its writer died before it made it."""
         tail = self.log.tail()
         last = tail.entry
-        if last is None or (found := self.head(last.artifact)) == last.after or found != last.before:
+        if last is None:
+            return
+        if last.what in ("pinned", "unpinned"):
+            if self.is_pinned(last.artifact) == (last.what == "pinned"):
+                return
+        elif (found := self.head(last.artifact)) == last.after or found != last.before:
             return
         self._log(
             what="void",
@@ -388,7 +440,7 @@ class Shelf:
     def _check_version(self, *, writing: bool) -> None:
         try:
             content = self.directory.read(_FORMAT, "format", limit_bytes=RECORD_LIMIT_BYTES)
-            version = _Schema.model_validate_json(content).schema_version
+            version = schema_of(content)
         except FileNotFoundError:
             if writing:
                 self.directory.write(_FORMAT, f'{{"schema_version": "{RECORD_SCHEMA}"}}\n'.encode())
@@ -399,7 +451,7 @@ class Shelf:
                 f'store {self.root}: {_FORMAT[0]} is damaged; put back {{"schema_version": "{RECORD_SCHEMA}"}} if '
                 "this release made the store"
             ) from error
-        if _major_minor(version)[0] > _major_minor(RECORD_SCHEMA)[0]:
+        if major_minor(version)[0] > major_minor(RECORD_SCHEMA)[0]:
             raise StoreUnavailable(
                 f"store {self.root} has schema {version}, newer than {RECORD_SCHEMA}; upgrade esper_triton, or use "
                 "another directory"
@@ -419,9 +471,11 @@ class Shelf:
             raise StoreUnavailable(f"store {self.root}: {damage}") from damage
 
     def _nearest(self, artifact_id: str) -> str:
-        names = self.directory.some_names("refs", at_most=_MOST_COMPARED + 1)
-        if len(names) > _MOST_COMPARED:  # comparing with all would take seconds
-            return "; `python -m esper_triton.urza ls` lists what there is"
+        names = self.directory.some_names("refs", at_most=_MOST_LISTED)
+        if len(names) > _MOST_COMPARED:  # an id is wrong at its end more often than in its blueprint
+            names = [name for name in names if name[:8] == artifact_id[:8]]
+            if not 0 < len(names) <= _MOST_COMPARED:
+                return "; `python -m esper_triton.urza ls` lists what there is"
         return nearest(artifact_id, filter(is_id, names))
 
     def _tell(self, kind: str, artifact_id: str, message: str, **details: str) -> None:
@@ -429,74 +483,6 @@ class Shelf:
         self._happened.append(
             Event(kind=known, artifact_id=artifact_id, message=message, details=details)  # type: ignore[arg-type]
         )
-
-
-class _Schema(BaseModel):
-    schema_version: Annotated[str, Field(pattern=r"^[0-9]{1,6}\.[0-9]{1,6}$")]
-
-
-class OtherSchema(Exception):
-    """A sound manifest or record of another release."""
-
-
-def parse_manifest(content: bytes) -> Manifest:
-    """Raises pydantic's ValidationError, or OtherSchema where the content is for another release to judge."""
-    version = _Schema.model_validate_json(content).schema_version
-    found, ours = _major_minor(version), _major_minor(MANIFEST_SCHEMA)
-    if found[0] < ours[0]:
-        raise OtherSchema(
-            f"its manifest has schema {version}, older than {ours[0]}.x; compile it again into a new store"
-        )
-    upgrade = f"its manifest has schema {version}, newer than {MANIFEST_SCHEMA}; upgrade esper_triton"
-    if found[0] > ours[0]:
-        raise OtherSchema(upgrade)
-    try:
-        return Manifest.model_validate_json(content)
-    except ValidationError:
-        if found > ours:  # the fault may be a field that came later
-            raise OtherSchema(upgrade) from None
-        raise
-
-
-def parse_record(content: bytes, artifact_id: str, *, check_signature: bool = True) -> Record:
-    """Of the schema now, or of the one before, a digest and nothing else, unsigned. Its signature is right.
-
-    Raises ValueError with the fault, or OtherSchema where the content is for another release to judge.
-    """
-    if re.fullmatch(rb"[0-9a-f]{64}\n", content):
-        return Record(schema_version="1.0", id=artifact_id, manifest=content[:64].decode())
-    try:
-        version = _Schema.model_validate_json(content).schema_version
-    except ValidationError:
-        raise ValueError(f"a signed record was expected, found {_shown(content)}") from None
-    found, ours = _major_minor(version), _major_minor(RECORD_SCHEMA)
-    upgrade = f"its record has schema {version}, newer than {RECORD_SCHEMA}; upgrade esper_triton"
-    if found[0] > ours[0]:
-        raise OtherSchema(upgrade)
-    try:
-        if found[0] < ours[0]:
-            raise ValueError(f"schema {version} has no such form")
-        record = Record.model_validate_json(content)
-    except ValidationError as error:
-        if found > ours:
-            raise OtherSchema(upgrade) from None
-        raise ValueError(_first_fault(error)) from None
-    if record.id != artifact_id:
-        raise ValueError(f"it is of another artifact: expected {artifact_id!r}, found {record.id!r}")
-    if record.canonical_bytes() != content:
-        raise ValueError("it is not in the canonical form, which alone is signed")
-    if check_signature and record.signature is not None and not is_signed(record):
-        raise ValueError(f"its signature is not by {record.signature.role} key {record.signature.key[:16]}")
-    return record
-
-
-def is_id(text: object) -> bool:
-    """Whether this has the form of an artifact's id."""
-    try:
-        _ARTIFACT_ID.validate_python(text, strict=True)
-    except ValidationError:
-        return False
-    return True
 
 
 def roles_of_blobs(manifest: Manifest) -> dict[str, str]:
@@ -516,21 +502,6 @@ def _bad_record(artifact_id: str, content: bytes, reason: str) -> Damage:
     return Damage(
         ("refs", artifact_id), "record", f"is corrupt: {reason}", found=sha256(content), size_bytes=len(content)
     )
-
-
-def _first_fault(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])[:80] or "the whole"
-    return f"{where}: {first['msg']}"
-
-
-def _shown(content: bytes) -> str:
-    return repr(content if len(content) <= 80 else content[:80] + b"...")
-
-
-def _major_minor(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")
-    return int(major), int(minor)
 
 
 def _bound(remembered: OrderedDict[str, _T]) -> None:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from esper_triton.contracts.errors import NotAuthorized, StoreUnavailable, UntrustedArtifact, nearest
 from esper_triton.contracts.manifest import Manifest
@@ -72,6 +72,17 @@ class Trust:
             else:
                 keys.setdefault(Role(role), set()).add(key)
         return cls(local=local, keys={role: frozenset(known) for role, known in keys.items()})
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` makes an equal one of."""
+        keys = {role.value: sorted(known) for role, known in self.keys.items()}
+        return {"local": self.local, "unsigned": self.unsigned, "keys": keys}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Trust:
+        """What `as_json` was of."""
+        keys = {Role(role): frozenset(known) for role, known in body["keys"].items()}
+        return cls(local=body["local"], unsigned=body["unsigned"], keys=keys)
 
     def trusted(self, own: Mapping[Role, str]) -> dict[Role, frozenset[str]]:
         """The public keys that count by role, where `own` are the store's."""

@@ -10,8 +10,9 @@ from esper_triton.contracts.errors import ArtifactNotFound, ArtifactRefused, Esp
 from esper_triton.contracts.manifest import sha256
 from esper_triton.contracts.record import Role, roles_for
 from esper_triton.urza.audit import START, parse_entry
-from esper_triton.urza.collecting import all_objects, named_by_lineages
+from esper_triton.urza.collecting import all_objects
 from esper_triton.urza.directory import Damage, object_parts
+from esper_triton.urza.keeping import named_by_lineages
 from esper_triton.urza.shelf import BLOB_LIMIT_BYTES, Shelf, roles_of_blobs
 from esper_triton.urza.trust import is_signed
 
@@ -62,7 +63,7 @@ def verify(shelf: Shelf, progress: Progress | None = None) -> Verified:
     total, done, bad = len(objects) + len(ids), 0, set()
     for digest in objects:
         try:
-            shelf.objects.read_object(digest, f"object {digest}", limit_bytes=BLOB_LIMIT_BYTES)
+            shelf.directory.read_object(digest, f"object {digest}", limit_bytes=BLOB_LIMIT_BYTES)
         except Damage as damage:
             if shelf.directory.stat(object_parts(digest)) is not None:  # else a collection has removed it meanwhile
                 bad.add(digest)
@@ -137,7 +138,7 @@ def _heads(shelf: Shelf) -> _Heads:
             signature = entry.signature
             # What gives nothing may be unsigned or by a key that is only this store's: a process without a key must be
             # able to say what it has done.
-            gives = entry.what not in ("removed", "quarantined", "void", "imported")
+            gives = entry.what not in ("removed", "quarantined", "void", "imported", "pinned", "unpinned")
             if signature is None:
                 if gives and not shelf.trust.unsigned:
                     found.faults.append(Fault(subject, f"is not signed, and says {entry.what!r}"))
@@ -149,13 +150,14 @@ def _heads(shelf: Shelf) -> _Heads:
                 )
             elif gives and entry.target is not None and signature.role not in (*roles_for(entry.target), Role.PROVER):
                 found.faults.append(Fault(subject, f"says {entry.target}, and is signed by the {signature.role}"))
-            if entry.artifact in found.said and entry.what != "quarantined":
+            if entry.artifact in found.said and entry.what not in ("quarantined", "pinned", "unpinned"):
                 expected = found.said[entry.artifact]
                 if entry.before != expected:
                     found.faults.append(
                         Fault(subject, f"changes record {entry.before} of {entry.artifact}, which was {expected}")
                     )
-            found.said[entry.artifact] = entry.after
+            if entry.what not in ("pinned", "unpinned"):
+                found.said[entry.artifact] = entry.after
             sequence = entry.sequence
         previous = sha256(line)
         sequence += 1

@@ -188,6 +188,7 @@ class Server:
                     incoming.append(piece)
                 if response.length:
                     raise _Broken(f"it broke off {response.length} bytes before its end")
+                response.read()  # nothing: read1 alone does not see the end, and the connection could not be kept
             if incoming.digest != digest:
                 found = incoming.digest
                 incoming.restart()
@@ -283,7 +284,8 @@ class Server:
                 broken = error
             except ssl.SSLCertVerificationError as error:
                 raise StoreUnavailable(
-                    f"{self.url}: its certificate is not trusted: {error.verify_message}; give its authority as ca=..."
+                    f"{self.url}: its certificate is not trusted: {error.verify_message}; give its authority as ca=... "
+                    "(--ca FILE)"
                 ) from error
             except (OSError, http.client.HTTPException) as error:
                 broken = _Broken(f"{type(error).__name__}: {error}")

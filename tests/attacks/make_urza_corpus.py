@@ -29,25 +29,18 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from urza_requests import requests
 
-from esper_triton.contracts.manifest import (
-    KernelRecord,
-    KernelStatus,
-    LaunchStep,
-    Manifest,
-    TargetSpec,
-    Toolchain,
-    sha256,
-)
+from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
 from esper_triton.contracts.record import AuditEntry, Record, Role
 from esper_triton.urza.trust import Signer, signed
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "urza"))
+import handmade
+from handmade import ARTIFACT_ID, make_artifact
+
 CORPUS = Path(__file__).resolve().parent / "urza"
-ARTIFACT_ID, OTHER_ID = "0123456789ab-cpu-standard-ba9876543210", "0123456789ab-cpu-standard-ba9876543211"
-BLOBS = {
-    sha256(content): content
-    for content in (b"def forward(): ...", b"module {}", b"\x7fELF forward", b'{"name":"adapter"}')
-}
-SOURCE, TTIR, BINARY, BLUEPRINT = BLOBS
+OTHER_ID = ARTIFACT_ID[:-1] + "1"
+BLOBS = make_artifact()[1]
+BINARY = sha256(handmade.BINARY)
 
 
 def signer(role: Role, seed: int) -> Signer:
@@ -60,42 +53,7 @@ PUBLIC = f"forge {FORGE.public}\nprover {PROVER.public}\n".encode()
 
 
 def manifest(artifact_id: str = ARTIFACT_ID, status: KernelStatus = KernelStatus.PENDING_BENCHMARKING) -> Manifest:
-    return Manifest(
-        id=artifact_id,
-        blueprint_id="0123456789ab" + 52 * "0",
-        blueprint_name="adapter",
-        blueprint=BLUEPRINT,
-        input="h",
-        target=TargetSpec(backend="cpu", arch="generic", features=("avx2",)),
-        pipeline="standard",
-        toolchain=Toolchain(triton="3.7.1", llvm="20", torch="2.13.0", python="3.11", esper_triton="0.1.0"),
-        dims={"d": 8},
-        feature_dim="d",
-        dtype="float32",
-        parameters={},
-        saved={},
-        scratch={},
-        kernels={
-            "forward": KernelRecord(
-                name="forward",
-                symbol="forward",
-                signature=("*fp32", "i32"),
-                constexprs={"BLOCK": 16},
-                num_warps=1,
-                num_stages=1,
-                shared_bytes=0,
-                source=SOURCE,
-                ttir=TTIR,
-                binary=BINARY,
-                binary_kind="o",
-            )
-        },
-        forward=(LaunchStep(kernel="forward", arguments=("h", "rows"), grid=("rows", "1", "1")),),
-        backward=(),
-        created_at="2025-01-01T00:00:00+00:00",
-        compile_seconds=0.5,
-        status=status,
-    )
+    return make_artifact(artifact_id, status=status)[0]
 
 
 def record(of: Manifest | None = None, by: Signer | None = FORGE, **changes: Any) -> Record:

@@ -80,6 +80,15 @@ def requests() -> Iterator[tuple[str, bytes]]:
     yield "commit_of_a_path", post("/v1/artifacts", {"manifest": "../keys/forge.key"})
     yield "commit_of_what_is_not_there", post("/v1/artifacts", {"manifest": _ZEROS})
     yield "commit_of_a_newer_schema", post("/v1/artifacts", {"schema_version": "2.0", "manifest": _ZEROS})
+    yield "pin_that_says_nothing", post(f"/v1/artifacts/{_ID}/pin", {})
+    yield "pin_that_is_perhaps", post(f"/v1/artifacts/{_ID}/pin", {"pinned": "perhaps"})
+    yield "pin_of_what_is_not_there", post(f"/v1/artifacts/{_ID}/pin", {"pinned": True})
+    yield "pin_goes_up", post("/v1/artifacts/..%2f..%2fkeys/pin", {"pinned": True})
+    yield "reader_pins", post(f"/v1/artifacts/{_ID}/pin", {"pinned": True}, "read")
+    yield "lineage_goes_up", post("/v1/lineages/..%2f..%2fkeys%2fpublic", {"artifacts": [_ID]})
+    yield "lineage_is_hidden", post("/v1/lineages/.name", {"artifacts": [_ID]})
+    yield "lineage_of_paths", post("/v1/lineages/model", {"artifacts": ["../../keys/public"]})
+    yield "prover_names_a_lineage", post("/v1/lineages/model", {"artifacts": [_ID]}, "validate")
     yield "status_that_is_none", post(f"/v1/artifacts/{_ID}/status", {"status": "PROVEN"}, "validate")
     yield (
         "status_with_a_wrong_tag",

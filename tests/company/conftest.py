@@ -1,4 +1,4 @@
-"""PEFT and torchao are imported from a folder of their own, without the network."""
+"""PEFT, torchao, transformers and Lightning are imported from a folder of their own, without the network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about what else one might install
     logging.disable(logging.WARNING)
     try:
-        for module in ("peft", "torchao.quantization"):
+        for module in ("peft", "torchao.quantization", "lightning.pytorch", "transformers"):
             importlib.import_module(module)
     finally:
         logging.disable(logging.NOTSET)

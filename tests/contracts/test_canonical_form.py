@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from graphs import UNARY, blueprints, respelled
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.canonical import canonical_extent
 from esper_triton.contracts.errors import BlueprintError
 from esper_triton.contracts.expressions import evaluate
+from esper_triton.testing.graphs import UNARY, blueprints, respelled
 
 COMMON = """
 name = "a"

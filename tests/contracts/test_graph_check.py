@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from graphs import blueprints
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from esper_triton.contracts.dims import Dim, assignments_within
 from esper_triton.contracts.errors import BlueprintError
 from esper_triton.contracts.expressions import Expression
 from esper_triton.contracts.graph import ValueType, check, infer, layout_of
+from esper_triton.testing.graphs import blueprints
 
 HEAD = 'name = "a"\ninput = "{input}"\n'
 REST = """

@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from graphs import blueprints
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from esper_triton.contracts.errors import BlueprintError
 from esper_triton.contracts.files import write_toml
 from esper_triton.contracts.graph import Op, attributes
 from esper_triton.contracts.graph_text import read_graph, write_graph
+from esper_triton.testing.graphs import blueprints
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # half of a surrogate pair is no text
 

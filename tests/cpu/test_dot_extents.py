@@ -58,6 +58,17 @@ def _cut(
         tl.store(out_ptr + n[:, None] * BM + m[None, :], c.T, mask=(n[:, None] < cols) & (m[None, :] < rows))
     elif WAY == "multiplied again":
         tl.store(out_ptr + place, tl.dot(c, tl.full((BN, BN), 1.0, tl.float32)), mask=inside)
+    elif WAY == "multiplied again, rows only":
+        tl.store(out_ptr + place, tl.dot(c, tl.full((BN, BN), 1.0, tl.float32)), mask=m[:, None] < rows)
+    elif WAY == "multiplied from the left":
+        tl.store(out_ptr + place, tl.dot(tl.full((BM, BM), 1.0, tl.float32), c), mask=inside)
+    elif WAY == "beside its sums":
+        tl.store(out_ptr + place, c - tl.sum(c, 1)[:, None] + tl.sum(c, 0)[None, :], mask=inside)
+    elif WAY == "beside the sum of all":
+        tl.store(out_ptr + place, c, mask=inside)
+        tl.store(second_ptr, tl.sum(tl.reshape(c, [BM * BN]), 0))
+    elif WAY == "chosen by its largest":
+        tl.store(out_ptr + place, tl.where(tl.max(c, 1)[:, None] > 0, c, 0.0), mask=m[:, None] < rows)
     elif WAY == "in a branch":
         if rows > 3:
             tl.store(out_ptr + place, c, mask=inside)
@@ -70,7 +81,9 @@ def _cut(
 
 WAYS = [
     "plain", "halved in the loop", "with the sum before", "unmasked", "rows only", "either", "all but the first",
-    "element-wise", "stored again", "summed", "turned", "multiplied again", "in a branch", "bounds that come late",
+    "element-wise", "stored again", "summed", "turned", "multiplied again", "multiplied again, rows only",
+    "multiplied from the left", "beside its sums", "beside the sum of all",
+    "chosen by its largest", "in a branch", "bounds that come late",
 ]  # fmt: skip
 INFINITE = float("inf")
 OTHERS = [(0.0, 0.0), (0.0, 0.0), (0.0, -0.0), (1.5, 0.0), (0.0, INFINITE), (1.0, 1.0)]
@@ -108,6 +121,16 @@ def _expected(way, a, b, bk, start_value, rows, cols, more_cols):
             return torch.where(mask.T, c.T, out).reshape(bm, bn), second
         case "multiplied again":
             c = c.sum(1, keepdim=True).expand(bm, bn)
+        case "multiplied again, rows only":
+            c, mask = c.sum(1, keepdim=True).expand(bm, bn), row.expand(bm, bn)
+        case "multiplied from the left":
+            c = c.sum(0, keepdim=True).expand(bm, bn)
+        case "beside its sums":
+            c = c - c.sum(1, keepdim=True) + c.sum(0, keepdim=True)
+        case "beside the sum of all":
+            second[0, 0] = c.sum()
+        case "chosen by its largest":
+            c, mask = torch.where(c.amax(1, keepdim=True) > 0, c, 0.0), row.expand(bm, bn)
         case "in a branch" if rows <= 3:
             mask = torch.zeros_like(mask)
     return torch.where(mask, c, 77.0), second
@@ -199,3 +222,35 @@ def test_zeros_of_one_operand_meet_what_the_other_holds(bounds, special):
     x, y = torch.where(k[None, :] < left, a.double(), 0.0), torch.where(k[:, None] < right, b.double(), 0.0)
     torch.testing.assert_close(out.double(), 1 + x @ y, rtol=0, atol=0, equal_nan=True)
     assert out.isnan().any()  # zero times what is infinite
+
+
+@triton.jit
+def _wide(a_ptr, b_ptr, out_ptr, first, bound, depth, UP_TO: tl.constexpr):
+    """Rows and steps of which 64-bit indices say whether they count."""
+    m, n = tl.arange(0, 32), tl.arange(0, 16)
+    row = first + m.to(tl.int64)
+    row_ok = (row <= bound if UP_TO else row < bound)[:, None]
+    k_ok = (n.to(tl.int64) < depth)[None, :]
+    a = tl.load(a_ptr + m[:, None] * 16 + n[None, :], mask=row_ok & k_ok, other=0.0)
+    b = tl.load(b_ptr + n[:, None] * 16 + n[None, :])
+    b = tl.where(tl.trans(k_ok), b * 1.0, 0.0)
+    tl.store(out_ptr + m[:, None] * 16 + n[None, :], tl.dot(a, b), mask=row_ok)
+
+
+_EDGES = st.sampled_from([-(2**63), -(2**63) + 3, -(2**31), -5, 0, 7, 2**31, 2**63 - 17, 2**63 - 1])
+
+
+@given(first=_EDGES, beyond=st.integers(-3, 40), other=_EDGES, far=st.booleans(), up_to=st.booleans(),
+       depth=st.sampled_from([-(2**63), -1, 0, 5, 16, 2**63 - 1]))  # fmt: skip
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_64_bit_indices_count_rows_and_steps_also_where_they_wrap_around(first, beyond, other, far, up_to, depth):
+    bound = other if far else min(max(first + beyond, -(2**63)), 2**63 - 1)
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randint(-3, 4, (rows, 16), generator=generator).float() for rows in (32, 16))
+    a[:, max(depth, 0) :] = float("nan")  # beyond the mask
+    out = torch.full((32, 16), 77.0)
+    _wide[(1,)](a, b, out, first, bound, depth, up_to)
+    rows = [(first + k + 2**63) % 2**64 - 2**63 for k in range(32)]
+    inside = torch.tensor([row <= bound if up_to else row < bound for row in rows])[:, None]
+    steps = min(max(depth, 0), 16)
+    assert torch.equal(out, torch.where(inside, a[:, :steps] @ b[:steps], 77.0))

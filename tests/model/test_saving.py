@@ -89,6 +89,20 @@ def test_what_a_saved_model_has_grown_is_not_collected(
     assert "the disk is full" in caplog.text
 
 
+def test_each_store_keeps_what_its_own_layers_have_grown(adapter_store: Urza, small: str, tmp_path: Path) -> None:
+    store, other = Urza(tmp_path / "urza"), Urza(tmp_path / "other")
+    copy_artifact(adapter_store, store, small)
+    model = grown(store, small)
+    fossilised, growing = model.kasmina_layers.values()
+    growing._kasmina.urza = other
+    esper.save_model(model, tmp_path / "out")
+    assert [match.lineages[0][:4] for match in store.query()] == ["out-"]
+    assert other.verify().faults == (), "it is asked to keep nothing that it does not have"
+    fossilised._kasmina.urza = other
+    esper.save_model(model, tmp_path / "out")
+    assert [fault.message for fault in other.verify().faults] == [f"names artifact {small}, which is not there"]
+
+
 def test_lineage_has_the_fossilised_seeds_alone_and_nothing_invented(
     adapter_store: Urza, small: str, tmp_path: Path
 ) -> None:

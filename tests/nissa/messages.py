@@ -14,6 +14,7 @@ from esper_triton.contracts.events import (
     FieldReport,
     KernelCharacterized,
     KernelReady,
+    StoreEvent,
     TransitionEvent,
 )
 from esper_triton.contracts.health import HealthFrame
@@ -115,6 +116,9 @@ def one_of_everything(view: View) -> None:
     tell(view, KasminaCommand(command_id="1", layer="layers.0", seed=0, command=CommandKind.CULL, model="m"))
     refused = CommandStatus.REFUSED
     tell(view, CommandResult(command_id="1", model="m", status=refused, layer="layers.0", seed=0, reason="no"))
+    tell(
+        view, StoreEvent(model="m", store="/urza", kind="quarantined", artifact_id=ARTIFACT, message="it is cut short")
+    )
     view.server = {
         "groups": {"tezzeret": {"lag": 4, "held": 2}, "urabrask": {"lag": 1, "held": 0}, "~own": {"lag": 9, "held": 0}},
         "topics": {topics.HEALTH: {"gaps": 5}},

@@ -79,6 +79,7 @@ def test_everything_that_has_happened_is_counted(metrics: Metrics, view: View) -
         (4.0, "esper_validation_seconds_sum", {}),
         (1, "esper_field_reports_total", {"outcome": "FOSSILIZED"}),
         (1, "esper_command_results_total", {"status": "refused"}),
+        (1, "esper_store_events_total", {"kind": "quarantined"}),
         (1, "esper_bus_up", {}),
         (4, "esper_bus_group_lag_messages", {"group": "tezzeret"}),
         (5, "esper_bus_gap_messages_total", {"topic": "telemetry.seed.health"}),

@@ -11,6 +11,7 @@ from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.nissa.details import seed_detail
 from esper_triton.nissa.live import overview
 from esper_triton.nissa.view import ACTIVE, STATES, View
+from esper_triton.oona.wire import MODELS
 
 
 def test_states_are_those_of_the_lifecycle() -> None:
@@ -32,6 +33,18 @@ def test_a_frame_sets_every_seed_and_a_move_between_frames_one() -> None:
     assert model.counts() == {"DORMANT": 2, "GRAFTING": 1, "CULLED": 1}
     tell(view, frame(["DORMANT"] * 3 + ["SPROUTING"], layers=2, at=1001.0))  # of a newer release
     assert model.counts() == {"DORMANT": 3, "UNKNOWN": 1}
+
+
+def test_a_move_that_comes_before_an_older_frame_is_not_undone_by_it() -> None:
+    view = View()
+    tell(view, move("TRAINING", "GRAFTING", seed=1), at=1002.0)
+    tell(view, move("DORMANT", "GERMINATED", seed=0), at=1000.5)
+    tell(view, frame(["TRAINING", "TRAINING"], at=1001.0))
+    assert view.models["m"].counts() == {"TRAINING": 1, "GRAFTING": 1}
+    tell(view, move("LOADING", "TRAINING", seed=1), at=1000.7)  # of the past: a log that is read from its beginning
+    assert view.models["m"].counts() == {"TRAINING": 1, "GRAFTING": 1}
+    tell(view, frame(["TRAINING", "TRAINING"], at=1003.0))
+    assert view.models["m"].counts() == {"TRAINING": 2}
 
 
 def test_a_seed_is_followed_over_time_and_by_what_it_met() -> None:
@@ -74,6 +87,14 @@ def test_a_compile_is_followed_from_its_request_to_the_last_of_its_artifacts() -
     assert [job.what for job in view.jobs.values()][1:] == ["what is no blueprint"] * 3 + ["3"]
 
 
+def test_messages_of_every_topic_are_taken() -> None:
+    view = View()
+    one_of_everything(view)
+    assert set(view._takers) == set(MODELS.values())
+    kinds = {entry.kind for entry in view.entries}
+    assert kinds == {"lifecycle", "epoch", "compile", "proof", "report", "command", "store"}
+
+
 def test_what_is_kept_is_bounded() -> None:
     view = View()
     for k in range(6000):
@@ -96,7 +117,7 @@ def test_an_overview_has_what_a_script_asks_for() -> None:
     assert (model["active_alpha_mean"], round(model["active_health_mean"], 5)) == (0.625, 0.7)
     assert found["compile"]["waiting"] == 1
     assert [job["outcome"] for job in found["compile"]["jobs"]] == ["ready", "failed", "waiting"]
-    assert [entry["kind"] for entry in found["failures"]] == ["lifecycle", "compile", "proof", "command"]
+    assert [entry["kind"] for entry in found["failures"]] == ["lifecycle", "compile", "proof", "command", "store"]
     assert found["bus"]["groups"]["tezzeret"] == {"lag": 4, "held": 2}
     assert "~own" not in found["bus"]["groups"]
 

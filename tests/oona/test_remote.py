@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 
 import esper_triton as esper
 from esper_triton.contracts.commands import CommandKind, CommandResult, CommandStatus, KasminaCommand
-from esper_triton.contracts.envelope import COMMANDS, EPOCH, FIELD_REPORTS, HEALTH, LIFECYCLE, RESULTS, SUBMITTED
+from esper_triton.contracts.envelope import COMMANDS, EPOCH, FIELD_REPORTS, HEALTH, LIFECYCLE, RESULTS, STORE, SUBMITTED
 from esper_triton.contracts.errors import StateCorruption
 from esper_triton.contracts.health import HealthFrame, health_score
 from esper_triton.kasmina import KernelCache
@@ -88,6 +90,32 @@ def test_a_seed_is_grown_by_commands_alone(remote: Remote, adapter_for: Callable
     (too_far,) = carried_out(remote, command(CommandKind.ADVANCE))
     assert too_far.status is CommandStatus.REFUSED
     assert "nothing follows" in too_far.reason
+
+
+def test_a_kernel_that_is_not_what_was_proven_is_refused_and_told_on_the_bus(
+    adapter_store: Urza, adapter_for: Callable[..., str], bus: Oona, tmp_path: Path
+) -> None:
+    artifact = adapter_for(D, R)
+    shutil.copytree(adapter_store.root, tmp_path / "urza")
+    store = Urza(tmp_path / "urza")
+    digest = next(iter(store.get(artifact).manifest.kernels.values())).binary
+    with open(store.object_path(digest), "r+b") as file:
+        file.write(b"changed")
+    remote = esper.connect(wrapped(store), bus)
+    with bus.subscribe(STORE) as events:
+        (refused,) = carried_out(remote, command(CommandKind.REQUEST_GERMINATION, artifact_id=artifact))
+        delivery = events.get(30.0)
+        assert delivery is not None
+        event = delivery.parse()
+        remote.close()
+        assert refused.status is CommandStatus.FAILED
+        assert (event.kind, event.artifact_id, event.model) == ("quarantined", artifact, "model")
+        assert event.store == str(store.root)
+        assert f"SHA-256 expected {digest}" in event.message
+        assert event.details["file"].startswith(str(store.root / "quarantine"))
+        store.pin(artifact)
+        store.drop(artifact)
+        assert events.get(0.2) is None, "after it was closed, nothing more"
 
 
 def test_a_seed_is_taken_out_and_its_slot_opened_by_commands(remote: Remote, adapter_for: Callable[..., str]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from graphs import blueprints, respelled
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.errors import BlueprintError
 from esper_triton.contracts.graph import check, infer, layout_of
+from esper_triton.testing.graphs import blueprints, respelled
 from esper_triton.tezzeret.reference import reference
 
 slow = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

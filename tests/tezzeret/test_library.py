@@ -22,7 +22,7 @@ from esper_triton.kasmina.loading import make_parameters
 
 NAMES = set(
     "linear conv1x1 conv3x3 layernorm rmsnorm multi_head_attention bottleneck_adapter lora swiglu_ffn residual_mlp "
-    "squeeze_excite depthwise_adapter gated_residual channel_scale low_rank_attention".split()
+    "squeeze_excite depthwise_adapter gated_residual channel_scale low_rank_attention parallel_adapter".split()
 )
 ADAPTERS = sorted(name for name, blueprint in BLUEPRINTS.items() if "h" in blueprint.inputs)
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")

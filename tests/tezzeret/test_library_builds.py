@@ -198,6 +198,9 @@ def test_a_wheel_carries_the_library(tmp_path: Path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = {name: archive.read(name) for name in archive.namelist() if name.endswith(".toml")}
+        pages = {name: archive.read(name) for name in archive.namelist() if "/static/" in name}
     assert packed == {
         f"esper_triton/kernels/{name}.toml": (KERNELS / f"{name}.toml").read_bytes() for name in BLUEPRINTS
     }
+    static = ROOT / "esper_triton" / "nissa" / "static"
+    assert pages == {f"esper_triton/nissa/static/{path.name}": path.read_bytes() for path in static.iterdir()}

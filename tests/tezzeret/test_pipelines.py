@@ -106,6 +106,21 @@ def test_a_pipeline_leaves_the_artifacts_of_the_others_alone_when_it_fails(
     assert store.load(fast.id)[0] == fast[0]
 
 
+@pytest.mark.parametrize("pipeline", ["fast", "standard"])
+def test_blocks_are_as_small_as_a_target_needs_them(
+    graph: Blueprint, store: Urza, pipeline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = esper.compile(graph, dims=DIMS, targets="cuda:90", pipeline=pipeline, urza=store)
+    needed = max(kernel.shared_bytes for kernel in alone.manifest.kernels.values())
+    another = Urza(store.root.parent / "another")
+    monkeypatch.setattr(forge, "shared_memory_limit", lambda _: needed - 1)
+    smaller = esper.compile(graph, dims=DIMS, targets="cuda:90", pipeline=pipeline, urza=another)
+    assert max(kernel.shared_bytes for kernel in smaller.manifest.kernels.values()) < needed
+    assert smaller.id != alone.id
+    first, then = (record_of(request_of(graph, "cuda:90", pipeline), urza).chosen.tiles for urza in (store, another))
+    assert then.cols < first.cols
+
+
 def test_standard_takes_what_is_faster_and_the_same_again_after_its_artifact_is_lost(
     graph: Blueprint, store: Urza, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +172,7 @@ def test_what_is_not_much_faster_is_not_taken(graph: Blueprint, store: Urza, mon
     monkeypatch.setattr(pipelines, "measure", noise)
     esper.compile(graph, dims=DIMS, urza=store)
     record = record_of(request_of(graph, pipeline="standard"), store)
-    assert record.chosen.tiles == tiles_for(parse_target("cpu"), DIMS)
+    assert record.chosen.tiles == tiles_for(parse_target("cpu"))
     assert len(record.tried) > 2
 
 
@@ -181,14 +196,14 @@ def test_a_hand_written_source_has_its_own_blocks_and_nothing_is_tried(adapter_p
     blueprint = Blueprint.load(adapter_path)
     esper.compile(blueprint, dims=DIMS, urza=store)
     assert record_of(request_of(blueprint, pipeline="standard"), store).tried == ()
-    choice = Choice(tiles=tiles_for(parse_target("cuda:90"), DIMS))
+    choice = Choice(tiles=tiles_for(parse_target("cuda:90")))
     tried = list(neighbours(choice, parse_target("cuda:90"), blueprint))
     assert {(one.num_warps, one.num_stages) for one in tried} == {(2, 2), (8, 2), (4, 1), (4, 3)}
     assert {one.tiles for one in tried} == {choice.tiles}
 
 
 def test_neighbours_differ_in_one_knob_each_and_have_powers_of_two(graph: Blueprint) -> None:
-    choice = Choice(tiles=tiles_for(parse_target("cpu"), DIMS))
+    choice = Choice(tiles=tiles_for(parse_target("cpu")))
     own = dataclasses.asdict(choice.tiles)
     for other in neighbours(choice, parse_target("cpu"), graph):
         changed = {name: value for name, value in dataclasses.asdict(other.tiles).items() if value != own[name]}
@@ -249,7 +264,7 @@ def test_the_digest_of_a_request_changes_with_whatever_changes_what_is_built(
 def test_candidates_are_measured_forward_and_backward_at_few_and_at_many_rows(graph: Blueprint) -> None:
     request = request_of(graph)
     first = plan_of(request)
-    other = plan_of(request, Choice(tiles=dataclasses.replace(tiles_for(request.target, DIMS), rows=16)))
+    other = plan_of(request, Choice(tiles=dataclasses.replace(tiles_for(request.target), rows=16)))
     measured = measure([forge.forge(first), forge.forge(other)], torch.device("cpu"), 0.01)
     assert [tuple(one.rows_us) for one in measured] == [ROWS, ROWS]
     assert all(us > 0 for one in measured for us in one.rows_us.values())
@@ -260,7 +275,7 @@ def test_candidates_are_measured_forward_and_backward_at_few_and_at_many_rows(gr
 @pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
 def test_registers_and_spills_are_read_from_binaries(graph: Blueprint, target: str) -> None:
     request = request_of(graph, target)
-    choice = Choice(tiles=tiles_for(request.target, DIMS))
+    choice = Choice(tiles=tiles_for(request.target))
     made = forge.forge(plan_of(request, choice))
     for record in made.manifest.kernels.values():
         found = figures_of(record, made.blobs[record.binary])
@@ -273,7 +288,7 @@ def test_registers_and_spills_are_read_from_binaries(graph: Blueprint, target: s
 
 def test_no_neighbour_holds_more_than_a_threads_registers(graph: Blueprint) -> None:
     target = parse_target("cuda:90")
-    choice = Choice(tiles=dataclasses.replace(tiles_for(target, DIMS), rows=64, cols=256))
+    choice = Choice(tiles=dataclasses.replace(tiles_for(target), rows=64, cols=256))
     for other in neighbours(choice, target, graph):
         assert other.tiles.rows * other.tiles.cols <= 128 * 32 * other.num_warps
 

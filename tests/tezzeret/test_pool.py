@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -16,10 +17,9 @@ import pytest
 
 import esper_triton as esper
 from esper_triton.contracts.blueprint import Blueprint
-from esper_triton.contracts.errors import BlueprintError, CompileError, ProofFailed, UnknownTarget
+from esper_triton.contracts.errors import BlueprintError, CompileError, ProofFailed, StoreUnavailable, UnknownTarget
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.tezzeret.pool import CompileTask, Forge, TaskState
-from esper_triton.tezzeret.worker import store_of, store_text
 
 DIMS = {"d": 24, "r": 4}
 IMPORTS = "import torch\n"
@@ -90,7 +90,38 @@ def test_a_worker_signs_as_the_store_says(forge: Forge, adapter_path: Path, tmp_
     assert store.load(artifact.id)[0].status is KernelStatus.VALIDATED  # signed by keys that this store trusts
     assert (tmp_path / "elsewhere").is_dir()
     assert not (tmp_path / "urza" / "keys").exists()
-    assert repr(store_of(store_text(store)).__reduce__()) == repr(store.__reduce__())
+
+
+def test_a_worker_has_the_token_of_a_store_elsewhere_from_the_store_alone(
+    forge: Forge, adapter_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ESPER_URZA_TOKEN", raising=False)
+    token = "a-token-that-stands-nowhere-else"
+    tokens = tmp_path / "tokens"
+    tokens.touch(mode=0o600)
+    tokens.write_text(f"write,validate {token}\n")
+    command = [sys.executable, "-m", "esper_triton.urza", "serve", "--json", "--port", "0", "--token-file", str(tokens)]
+    server = subprocess.Popen([*command, "--urza", str(tmp_path / "urza")], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        url = json.loads(server.stdout.readline())["url"]
+        store = esper.Urza(url, token=token, cache=tmp_path / "cache")
+        artifact = forge.submit(Blueprint.load(adapter_path), DIMS, urza=store).result()
+        for pid in workers_of(forge):
+            for file in ("cmdline", "environ"):
+                assert token.encode() not in Path(f"/proc/{pid}/{file}").read_bytes()
+        store.close()
+    finally:
+        server.terminate()
+        server.wait(20)
+        server.stdout.close()
+    assert esper.Urza(tmp_path / "urza").load(artifact.id)[0].status is KernelStatus.VALIDATED
+
+
+def test_a_store_whose_options_cannot_be_sent_is_refused(forge: Forge, adapter_path: Path, tmp_path: Path) -> None:
+    store = esper.Urza(f"file://{tmp_path}/there", cache=tmp_path / "cache", storage_options={"asked": object()})
+    with pytest.raises(StoreUnavailable, match="cannot be opened by a worker: Object of type object is not JSON"):
+        forge.submit(Blueprint.load(adapter_path), DIMS, urza=store)
 
 
 def test_a_wait_that_is_cancelled_leaves_the_compile_alone(forge: Forge, adapter_path: Path, store: esper.Urza) -> None:

@@ -25,8 +25,9 @@ from esper_triton.contracts.manifest import KernelStatus, Manifest
 from esper_triton.contracts.record import Figures
 from esper_triton.urza import Urza
 from esper_triton.urza import index as index_module
+from esper_triton.urza.incoming import Incoming, sweep
 
-CALLS = ("open", "mkdir", "write", "ftruncate", "fsync", "replace", "rename", "unlink")
+CALLS = ("open", "mkdir", "write", "pwrite", "ftruncate", "fsync", "replace", "rename", "unlink")
 EVERY_STEP = 1000  # far above the number of file operations in anything
 OLD_ID, NEW_ID = "0123456789ab-cpu-standard-ba9876543210", "0123456789ab-cpu-standard-ba9876543211"
 
@@ -61,9 +62,9 @@ def killed(step: int, action: Callable[[], object], *, done: bool) -> bool:
             seen += 1
             if seen == step and not done:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if seen == step and name == "write":
-                descriptor, content = args
-                args = (descriptor, content[: len(content) // 2])
+            if seen == step and name in ("write", "pwrite"):
+                descriptor, content, *offset = args
+                args = (descriptor, content[: len(content) // 2], *offset)
             try:
                 return real(*args, **kwargs)
             finally:  # some fail in the course of things: a folder that is still to be made
@@ -101,12 +102,29 @@ def acts(archive: Path) -> dict[str, Act]:
     pending, validated = KernelStatus.PENDING_BENCHMARKING, KernelStatus.VALIDATED
     report = b"a report"
 
+    def receive(urza: Urza) -> None:
+        """As a server does: its objects come one after the other in pieces, and then they are committed."""
+        for content in (*new[1].values(), new[0].canonical_bytes()):
+            with Incoming(urza.directory) as incoming:
+                for begin in range(0, len(content), 1000):
+                    incoming.append(content[begin : begin + 1000])
+                incoming.finish()
+        urza.commit(*new)
+
     def prove(urza: Urza) -> None:
         urza.set_status(OLD_ID, validated, report, tags=["high_speed"], figures=Figures(latency_us=1.0))
 
     def damage(urza: Urza) -> None:
         urza.object_path(old.kernels["forward"].binary).write_bytes(b"changed")
         (urza.root / "refs" / OLD_ID).write_bytes(b"changed")
+
+    def let_a_request_go_stale(urza: Urza) -> None:
+        urza.remember("5e" * 32, NEW_ID.encode())
+        os.utime(urza.root / "requests" / ("5e" * 32), (0, 0))
+
+    def collect(urza: Urza) -> None:
+        urza.gc(0)
+        assert urza.recall("5e" * 32) is None
 
     def refuse(urza: Urza) -> None:
         for _ in range(3):  # the record, and then neither that nor the binary is there
@@ -116,11 +134,13 @@ def acts(archive: Path) -> dict[str, Act]:
 
     return {
         "commit": Act(lambda urza: urza.commit(*new), NEW_ID, None, pending),
+        "commit of what has arrived": Act(receive, NEW_ID, None, pending),
         "commit into a new store": Act(lambda urza: Urza(urza.root / "inner").commit(*new), OLD_ID, pending, pending),
         "change of status": Act(prove, OLD_ID, pending, validated, report),
         "import": Act(lambda urza: urza.import_(archive, resign=True), NEW_ID, None, pending),
-        "collection": Act(lambda urza: urza.gc(0), OLD_ID, pending, None),
+        "collection": Act(collect, OLD_ID, pending, None, prepare=let_a_request_go_stale),
         "pin": Act(lambda urza: urza.pin(OLD_ID), OLD_ID, pending, pending),
+        "unpin": Act(lambda urza: urza.unpin(OLD_ID), OLD_ID, pending, pending, prepare=lambda urza: urza.pin(OLD_ID)),
         "load": Act(lambda urza: urza.load(OLD_ID), OLD_ID, pending, pending),
         "question": Act(lambda urza: urza.query(), OLD_ID, pending, pending),
         "refusal": Act(refuse, OLD_ID, None, None, prepare=damage, damages=True),
@@ -178,8 +198,12 @@ def main(folder: Path, name: str, *, done: bool) -> dict[str, object]:
         else:
             assert status_after_a_crash(urza, act, kept, kept_blobs) is act.after
             assert not (root / "quarantine").exists()
+        said = [change.what for change in urza.history(OLD_ID) if change.what in ("pinned", "unpinned")]
+        assert urza.pins() == ([OLD_ID] if name == "pin" else []) == [OLD_ID] * (said[-1:] == ["pinned"])
         assert {match.id for match in urza.query(statuses=list(KernelStatus))} == set(urza.ids())
         assert os.listdir(root / "tmp") == []
+        sweep(urza.directory, 0.0)
+        assert not (root / "incoming").exists() or os.listdir(root / "incoming") == []
         urza.close()
         shutil.rmtree(root)
     return {"points": step - 1, "found": sorted(map(str, seen)), "expected": sorted({str(act.before), str(act.after)})}

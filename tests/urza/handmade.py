@@ -1,4 +1,7 @@
-"""Artifacts made by hand: a store does not care what its bytes are, so no compiler is needed."""
+"""Artifacts made by hand: a store does not care what its bytes are, so no compiler is needed.
+
+tests/attacks keeps what is made of them as files, and bench/urza.py fills a large store with them.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from esper_triton.contracts.manifest import (
 ARTIFACT_ID = "0123456789ab-cpu-standard-ba9876543210"
 CPU = TargetSpec(backend="cpu", arch="generic", features=("avx2",))
 SOURCE, TTIR, BINARY = b"def forward(): ...", b"module {}", b"\x7fELF forward"
+BLUEPRINT = b'{"name":"adapter"}'
 
 
 def _kernel(name: str, binary: bytes) -> KernelRecord:
@@ -48,6 +52,7 @@ def make_artifact(
         id=artifact_id,
         blueprint_id=artifact_id[:12] + 52 * "0",
         blueprint_name="adapter",
+        blueprint=sha256(BLUEPRINT),
         input="h",
         target=target,
         pipeline="standard",
@@ -65,4 +70,4 @@ def make_artifact(
         compile_seconds=compile_seconds,
         status=status,
     )
-    return manifest, {sha256(blob): blob for blob in (SOURCE, TTIR, binary)}
+    return manifest, {sha256(blob): blob for blob in (SOURCE, TTIR, binary, BLUEPRINT)}

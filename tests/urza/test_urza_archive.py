@@ -21,7 +21,7 @@ from esper_triton.contracts.errors import (
 )
 from esper_triton.contracts.manifest import KernelStatus, sha256
 from esper_triton.contracts.record import Figures
-from esper_triton.urza import Urza
+from esper_triton.urza import Urza, changes
 
 OTHER_ID = "0123456789ab-cpu-standard-ba9876543211"
 
@@ -83,6 +83,20 @@ def test_the_same_artifacts_give_the_same_bytes_each_object_once_and_no_key(sour
     assert {name.split("/")[0] for name in names} == {"esper-urza.json", "objects", "records", "end.json"}
     private = (source.root / "keys" / "forge.key").read_bytes().strip()
     assert private not in (tmp_path / "one.tar").read_bytes()
+
+
+@pytest.mark.parametrize("blocks", range(21))  # a record of tar has 20: each way in which its end may fall
+def test_an_archive_of_every_length_is_taken_in(tmp_path, make_artifact, blocks):
+    source = Urza(tmp_path / "source")
+    manifest, blobs = make_artifact(binary=bytes(512 * blocks + 1))
+    source.commit(manifest, blobs)
+    source.export(tmp_path / "one.tar")
+    target = Urza(tmp_path / "target", trust=f"keys:forge={source.public_keys['forge']}")
+    assert target.import_(tmp_path / "one.tar").taken == (manifest.id,)
+    with open(tmp_path / "one.tar", "ab") as file:
+        file.write(bytes(10240))
+    with pytest.raises(ArchiveRefused, match="something comes after its end"):
+        Urza(tmp_path / "other").import_(tmp_path / "one.tar")
 
 
 def test_some_artifacts_are_exported_by_their_ids(source, trusting, tmp_path):
@@ -173,7 +187,7 @@ def dropped(entries: list) -> None:
 
 def recounted(entries: list) -> None:
     del entries[1]
-    entries[-1] = (entries[-1][0], b'{"objects": 6, "records": 2}')
+    entries[-1] = (entries[-1][0], b'{"objects": 7, "records": 2}')
 
 
 def twice(entries: list) -> None:
@@ -228,7 +242,7 @@ def test_more_than_the_limits_is_refused_before_it_is_read(source, trusting, tmp
 def test_an_archive_that_changes_while_it_is_read_is_refused(source, trusting, tmp_path, monkeypatch):
     path = tmp_path / "all.tar"
     source.export(path)
-    commit = trusting._commit
+    commit = changes.commit
 
     def changed(*args: object) -> object:
         content = path.read_bytes()
@@ -237,7 +251,7 @@ def test_an_archive_that_changes_while_it_is_read_is_refused(source, trusting, t
             file.write(b"OTHER")
         return commit(*args)
 
-    monkeypatch.setattr(trusting, "_commit", changed)
+    monkeypatch.setattr(changes, "commit", changed)
     with pytest.raises(ArchiveRefused, match="has changed while it was read"):
         trusting.import_(path)
     assert os.listdir(trusting.root / "tmp") == []

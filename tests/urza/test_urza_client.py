@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.server
 import json
 import os
@@ -58,13 +59,20 @@ def told(store: Urza) -> list[Event]:
     return events
 
 
-def test_a_url_opens_a_client(server: Loopback, tmp_path: Path):
+def test_a_url_opens_a_client(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     store = Urza(server.url, cache=tmp_path / "cache", token=TOKENS["read"], ca=certificate()[0])
     assert isinstance(store, RemoteUrza)
     assert (store.location, store.root) == (server.url, tmp_path / "cache")
-    copied = pickle.loads(pickle.dumps(store))
-    assert copied.ids() == []
-    copied.close()
+    pickled = pickle.dumps(store)
+    assert TOKENS["read"].encode() not in pickled, "it may come to lie in a file"
+    monkeypatch.setenv("ESPER_URZA_TOKEN", TOKENS["read"])
+    opened = pickle.loads(pickled)
+    monkeypatch.delenv("ESPER_URZA_TOKEN")
+    for copied in (opened, copy.deepcopy(store), Urza.received(json.loads(json.dumps(store.sent())))):
+        assert isinstance(copied, RemoteUrza)
+        assert copied.ids() == [], "it has the token and the certificate"
+        assert copied.sent() == store.sent()
+        copied.close()
     with pytest.raises(TypeError, match="token are for a URL"):
         Urza(tmp_path / "directory", token="secret")
 
@@ -104,12 +112,47 @@ def test_one_build_at_a_time_goes_to_the_server(client: RemoteUrza, urza: Urza):
         assert existing == urza.get(manifest.id)
 
 
+def test_what_is_pinned_or_grown_here_stays_there(client: RemoteUrza, server: Loopback, urza: Urza, tmp_path: Path):
+    client.commit(*make_artifact())
+    client.commit(*make_artifact(OTHER_ID, binary=b"other"))
+    client.promote(OTHER_ID)
+    assert [client.pin(ARTIFACT_ID) for _ in range(2)] == [True, False]
+    client.keep_named("model", [OTHER_ID])
+    reader = server.client(tmp_path / "reader", "read")
+    assert client.pins() == reader.pins() == urza.pins() == [ARTIFACT_ID]
+    with pytest.raises(NotAuthorized, match="'write'"):
+        reader.unpin(ARTIFACT_ID)
+    with pytest.raises(ArtifactNotFound, match="no artifact"):
+        client.pin(ARTIFACT_ID[:-1] + "f")
+    with pytest.raises(ArtifactNotFound, match="not an artifact id"):
+        client.pin("../../keys")
+    for directory in (urza, Urza(client.root)):  # there and here
+        kept = directory.gc(0).kept
+        assert {reason: kept[reason] for reason in ("pinned", "named by a lineage")} == {
+            "pinned": (ARTIFACT_ID,),
+            "named by a lineage": (OTHER_ID,),
+        }
+    server.stop()
+    assert client.pins() == [ARTIFACT_ID]
+    server.start()
+    client = server.client(client.root)
+    assert [client.unpin(ARTIFACT_ID) for _ in range(2)] == [True, False]
+    assert client.unpin("../../keys") is False
+    client.forget_lineage("model")
+    assert urza.gc(0).removed == (ARTIFACT_ID, OTHER_ID)
+    assert urza.verify().faults == ()
+
+
 def test_what_was_removed_there_is_gone_here(client: RemoteUrza, urza: Urza):
     client.commit(*make_artifact())
     client.load(ARTIFACT_ID)
+    client.pin(ARTIFACT_ID)
+    client.keep_named("model", [OTHER_ID])  # which is not in the cache
+    urza.unpin(ARTIFACT_ID)
     urza.drop(ARTIFACT_ID)
     with pytest.raises(ArtifactNotFound):
         client.load(ARTIFACT_ID)
+    assert client.verify().faults == ()
     client.commit(*make_artifact(binary=b"built again"))
     assert b"built again" in client.load(ARTIFACT_ID)[1].values()
 
@@ -138,6 +181,8 @@ def test_what_only_a_directory_can_do_is_refused(client: RemoteUrza, urza: Urza,
     assert client.export(tmp_path / "archive.tar")[0] == 1
     with pytest.raises(InvalidCommit, match="imported into a directory, and from there pushed"):
         client.import_(tmp_path / "archive.tar")
+    with pytest.raises(InvalidCommit, match=rf"collects its garbage where its directory is.*--urza {client.root}"):
+        client.gc()
     with pytest.raises(ValueError, match="keys= is for a directory"):
         Urza(client.location, keys=tmp_path / "keys")
 
@@ -187,6 +232,38 @@ def test_a_damaged_cache_is_repaired_from_the_server(client: RemoteUrza, urza: U
     assert client.load(ARTIFACT_ID) == urza.load(ARTIFACT_ID)
 
 
+@pytest.mark.parametrize("leaves", [lambda content: b"", lambda content: bytes(len(content))], ids=["empty", "zeros"])
+def test_a_cache_whose_power_was_cut_is_filled_again(
+    client: RemoteUrza, server: Loopback, urza: Urza, leaves: Callable[[bytes], bytes]
+):
+    client.commit(*make_artifact())
+    client.commit(*make_artifact(OTHER_ID, binary=b"other"))
+    for folder in ("refs", "objects"):
+        for path in (client.root / folder).rglob("*"):
+            if path.is_file():
+                path.write_bytes(leaves(path.read_bytes()))
+    after = server.client(client.root)
+    for artifact_id in (ARTIFACT_ID, OTHER_ID):
+        assert after.load(artifact_id) == urza.load(artifact_id)
+        assert after.load(artifact_id) == urza.load(artifact_id)
+
+
+def test_a_load_waits_for_the_disk_once_and_a_download_keeps_its_connection(
+    client: RemoteUrza, urza: Urza, monkeypatch: pytest.MonkeyPatch
+):
+    urza.commit(*make_artifact())
+    client.load(ARTIFACT_ID)
+    urza.commit(*make_artifact(OTHER_ID, binary=b"other"))
+    synced: list[str] = []
+    opened = []
+    connection = Server._connection
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(Server, "_connection", lambda self: opened.append(1) or connection(self))
+    client.load(OTHER_ID)
+    assert [path for path in synced if path.startswith(str(client.root))] == [str(client.root / "audit.log")]
+    assert opened == []
+
+
 def test_a_server_with_other_keys_is_refused(client: RemoteUrza, server: Loopback, urza: Urza, tmp_path: Path):
     client.commit(*make_artifact())
     other = Urza(tmp_path / "other")
@@ -199,6 +276,18 @@ def test_a_server_with_other_keys_is_refused(client: RemoteUrza, server: Loopbac
     named = ",".join(f"{role}={key}" for role, key in urza.public_keys.items())
     with pytest.raises(UntrustedArtifact, match="which the trust policy does not name"):
         server.client(tmp_path / "fresh", trust=f"keys:{named}").load(OTHER_ID)
+
+
+def test_a_cache_is_kept_small_and_what_it_lost_comes_again(server: Loopback, urza: Urza, tmp_path: Path):
+    ids = [f"0123456789ab-cpu-standard-{number:012x}" for number in range(4)]
+    for number, artifact_id in enumerate(ids):
+        urza.commit(*make_artifact(artifact_id, binary=bytes([number]) * 20_000))
+    client = server.client(tmp_path / "cache", max_bytes=50_000)
+    for artifact_id in (*ids, *ids):
+        assert client.load(artifact_id) == urza.load(artifact_id)
+        client.release()
+        assert sum(path.stat().st_size for path in (client.root / "objects").rglob("*") if path.is_file()) <= 70_000
+    assert urza.ids() == ids
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(server: Loopback, tmp_path: Path):
@@ -381,7 +470,7 @@ def test_what_nobody_receives_any_more_is_swept(tmp_path: Path):
         open_one.append(b"some")
         assert sweep(directory, 0.0) == 0
     assert sweep(directory, 1000.0) == 0
-    assert sweep(directory, 0.0) == 1
+    assert sweep(directory, 0.0) == 4, "bytes"
     assert list((tmp_path / "incoming").iterdir()) == []
 
 
@@ -479,6 +568,8 @@ def test_push_and_pull_carry_artifacts_as_they_are_signed(server: Loopback, urza
         (["--token-file", "TOKENS", "--tls-cert", "nowhere"], "are needed together"),
         (["--token-file", "nowhere"], "cannot be read"),
         (["--token-file", "TOKENS", "--tls-cert", "nowhere", "--tls-key", "nowhere"], "No such file"),
+        (["--token-file", "TOKENS", "--tls-cert", "TOKENS", "--tls-key", "TOKENS"], "cannot be used: [SSL]"),
+        (["--token-file", "TOKENS", "--urza", "https://build"], "only a directory can be served"),
         (["--token-file", "TOKENS", "--rate", "0"], "a number above 0"),
         (["--token-file", "TOKENS", "--port", "99999999"], "port"),
     ],

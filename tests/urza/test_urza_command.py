@@ -58,6 +58,10 @@ def test_ls_lists_what_fits(run, first):
         (("--target", "cuda90"), []),
         (("--limit", "1"), [first]),
         (("--blueprint", "f" * 64), []),
+        (("--blueprint", "0123456789ab"), [first, OTHER_ID]),
+        (("--blueprint", "0123456789ab" + "0" * 20), [first, OTHER_ID]),
+        (("--blueprint", "0123456789abc"), []),
+        (("--blueprint", "ffffffffffff"), []),
     ):
         code, out, _ = run("ls", "--json", *arguments)
         assert code == 0
@@ -100,7 +104,8 @@ def test_gc_says_what_it_removed_and_pin_keeps(run, first, urza):
     assert urza.ids() == [first]
     assert run("pin", first, "--remove")[:2] == (0, "nothing is pinned\n")
     code, out, _ = run("gc", "--max-bytes", "0")
-    assert "removed 1 artifacts" in out
+    assert "removed 1 artifact, 6 objects, 0 requests, " in out
+    assert "; 0 bytes are left" in out
     assert urza.ids() == []
 
 
@@ -128,7 +133,7 @@ def test_export_and_import_carry_artifacts_from_store_to_store(run, first, urza,
     third = tmp_path / "third"
     code, out, _ = run("import", archive, "--trust", f"keys:local,prover={key},forge={forge}", root=third)
     assert (code, set(out.splitlines())) == (0, {f"{first} stored", f"{OTHER_ID} stored"})
-    assert run("export", archive, OTHER_ID)[1] == f"1 artifacts, {Path(archive).stat().st_size:,} bytes: {archive}\n"
+    assert run("export", archive, OTHER_ID)[1] == f"1 artifact, {Path(archive).stat().st_size:,} bytes: {archive}\n"
 
 
 def test_sign_takes_an_older_releases_artifacts(run, first, urza):
@@ -144,13 +149,19 @@ def test_sign_takes_an_older_releases_artifacts(run, first, urza):
     [
         (["show", "nonsense"], 1, "'nonsense' is not an artifact id"),
         (["show", "0123456789ab-cpu-standard-000000000000"], 1, "no artifact '0123456789ab-cpu-standard-000000000000'"),
-        (["history", "f" * 64], 1, "is not an artifact id"),
+        (["history", "f" * 64], 1, f"no artifact of blueprint {'f' * 64} was ever in /"),
+        (["history", "nonsense"], 1, "is not an artifact id"),
         (["pin", "nonsense"], 1, "is not an artifact id"),
+        (["pin", "nonsense", "--remove"], 1, "'nonsense' is not pinned in /"),
+        (["pin", "--remove"], 2, "--remove needs the ID"),
+        (["push", "gopher://nowhere"], 2, "'gopher://nowhere' cannot be opened"),
         (["import", "/nowhere/at/all.tar"], 2, "cannot be read: No such file"),
         (["import", __file__], 1, "it is not a tar file, or is damaged"),
         (["export", "/nowhere/at/all.tar"], 2, "cannot be written: No such file"),
-        (["ls", "--limit", "0"], 2, "limit 0: Input should be greater than or equal to 1"),
-        (["ls", "--status", "FINE"], 2, "statuses.0 'FINE': Input should be"),
+        (["ls", "--limit", "0"], 2, "argument --limit: 0: Input should be greater than or equal to 1"),
+        (["ls", "--status", "FINE"], 2, "argument --status: 'FINE': Input should be"),
+        (["ls", "--blueprint", "adapter"], 2, "argument --blueprint: 'adapter': String should match"),
+        (["ls", "--tag", "A B"], 2, "argument --tag: 'A B': String should match"),
         (["ls", "--trust", "everyone"], 2, "trust policy 'everyone' is none of"),
         (["gc", "--max-bytes", "much"], 2, "'much' is not a number of bytes such as"),
         (["gc", "--max-bytes", "-1"], 2, "'-1' is not a number of bytes"),
@@ -163,6 +174,15 @@ def test_an_error_is_one_line_and_a_code(run, first, arguments, code, message):
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_store_that_is_not_there_is_noted_and_not_made(run, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    for arguments in (["ls"], ["verify"], ["gc"], ["pin"], ["push", str(tmp_path / "other")]):
+        code, _, err = run(*arguments, root=nowhere)
+        assert (code, err) == (0, f"note: there is no store at {nowhere} yet\n")
+    assert run("pull", str(nowhere), root=tmp_path / "other")[2] == f"note: there is no store at {nowhere} yet\n"
+    assert os.listdir(tmp_path) == []
 
 
 def test_keys_outside_of_the_store_are_named(run, tmp_path, make_artifact):
@@ -181,10 +201,16 @@ def test_a_url_that_nothing_answers_is_2(run, tmp_path, monkeypatch):
         ("http://example.org", "only https is asked on another machine"),
         ("gopher://bucket/prefix", "'gopher://bucket/prefix'"),
     ):
+        code, out, err = run("sign", root=url)
+        assert (code, out) == (2, "")
+        assert err == f"error: {url}: only a directory can be served, and signed for: do it where that is\n"
         code, out, err = run("ls", root=url)
         assert (code, out) == (2, "")
         assert message in err
     assert os.listdir() == []
+    Path("tokens").write_text("read 01234567890123456789\n")
+    code, _, err = run("ls", "--token-file", "tokens", root="https://localhost:1")
+    assert (code, err) == (2, "error: token file tokens: one token was expected, and nothing else\n")
 
 
 def test_a_store_that_is_no_directory_is_2(run, tmp_path):

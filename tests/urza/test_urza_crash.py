@@ -23,12 +23,14 @@ from esper_triton.urza import Urza
 # At least so many file operations has each, and it is killed in every one. Right before an operation is nearly the same
 # as in the one before it, and is tried where most is at stake.
 POINTS = {
-    "commit": 120,
+    "commit": 115,
+    "commit of what has arrived": 180,
     "commit into a new store": 190,
     "change of status": 115,
     "import": 120,
     "collection": 100,
-    "pin": 25,
+    "pin": 45,
+    "unpin": 25,
     "load": 30,
     "question": 35,
     "refusal": 60,

@@ -73,6 +73,17 @@ class Worker:
         self.urza.release()
         self.urza.gc(LIMIT_BYTES)
 
+    def pin(self, number: int) -> None:
+        if self.random.random() < 0.5:
+            self.urza.pin(key(number))
+        else:
+            self.urza.unpin(key(number))
+
+    def remember(self, number: int) -> None:
+        request = sha256(key(number).encode())
+        assert self.urza.recall(request) in (None, key(number).encode())
+        self.urza.remember(request, key(number).encode())
+
     def damage(self, number: int) -> None:
         folder = self.urza.root / ("refs" if self.random.random() < 0.2 else "objects")
         paths = [path for path in folder.rglob("*") if path.is_file()]
@@ -88,7 +99,8 @@ class Worker:
             self.get(number)
 
     def run_mixed(self) -> None:
-        acts = [self.put] * 6 + [self.get] * 6 + [self.prove] * 3 + [self.ask] * 2 + [self.collect, self.damage]
+        acts = [self.put] * 6 + [self.get] * 6 + [self.prove] * 3 + [self.ask] * 2
+        acts += [self.collect, self.damage, self.pin, self.remember]
         for _ in range(OPERATIONS):
             act = self.random.choice(acts)
             try:

@@ -207,6 +207,24 @@ def test_a_record_that_names_another_artifacts_manifest_is_refused_and_the_other
     assert urza.load(manifest.id)[1] == blobs
 
 
+def test_a_record_that_names_a_large_object_as_its_manifest_is_refused_and_the_object_stays(urza, make_artifact):
+    manifest, blobs = make_artifact()
+    urza.commit(manifest, blobs)
+    large = bytes(2 << 20)
+    urza.commit(*make_artifact(OTHER_ID, binary=large))
+    (urza.root / "refs" / manifest.id).write_text(sha256(large) + "\n")
+    with pytest.raises(CorruptObject, match=f"record is corrupt: it names {sha256(large)}, which is too large"):
+        urza.load(manifest.id)
+    assert large in urza.load(OTHER_ID)[1].values()
+    assert [report["what"] for report in quarantined(urza)] == ["record"]
+    urza.commit(manifest, blobs)
+    urza.object_path(manifest.digest).write_bytes(large)
+    with pytest.raises(CorruptObject, match="manifest is too large"):
+        urza.load(manifest.id)
+    urza.commit(manifest, blobs)
+    assert urza.load(manifest.id)[1] == blobs
+
+
 @pytest.mark.parametrize(
     "line",
     [

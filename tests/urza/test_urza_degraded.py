@@ -190,8 +190,11 @@ def test_copies_are_other_objects_on_the_same_store(urza, make_artifact):
     urza.load(manifest.id)
     urza.query()
     restricted = Urza(urza.root, trust="unsigned-ok", roles=["forge"], max_bytes=1 << 20)
-    for one in (urza, restricted):
-        for other in (copy.deepcopy(one), copy.copy(one), pickle.loads(pickle.dumps(one))):
+    keys = {role.value: key for role, key in urza.public_keys.items()}
+    naming = Urza(urza.root, trust=f"keys:forge={keys['forge']},prover={keys['prover']},prover={'0' * 64}")
+    for one in (urza, restricted, naming):
+        sent = json.loads(json.dumps(one.sent()))
+        for other in (copy.deepcopy(one), copy.copy(one), pickle.loads(pickle.dumps(one)), Urza.received(sent)):
             assert other is not one
             assert (other.root, other.trust, other.max_bytes) == (one.root, one.trust, one.max_bytes)
             assert other.load(manifest.id)[1] == blobs
@@ -235,15 +238,19 @@ def test_a_file_that_was_verified_is_not_hashed_again_until_it_changes(urza, mak
     assert urza.load(manifest.id)[1] == blobs
 
 
-def test_on_a_network_file_system_nothing_is_remembered(urza, make_artifact, monkeypatch):
+def test_on_a_network_file_system_every_load_hashes_again(urza, make_artifact, monkeypatch):
     manifest, blobs = make_artifact()
     urza.commit(manifest, blobs)
     monkeypatch.setattr(directory, "SETTLED_NS", 0)
     monkeypatch.setattr(directory, "on_network", lambda folder: True)
     time.sleep(0.02)
+    hashed: list[bytes] = []
+    sha256 = directory.sha256
+    monkeypatch.setattr(directory, "sha256", lambda content: hashed.append(content) or sha256(content))
     for _ in range(2):
+        hashed.clear()
         assert urza.load(manifest.id)[1] == blobs
-    assert not urza._directory._verified
+        assert {*blobs.values(), manifest.canonical_bytes()} <= set(hashed)
 
 
 def test_the_type_of_a_file_system_is_read_from_the_mounts(tmp_path):

@@ -17,7 +17,7 @@ from esper_triton.contracts.errors import (
 )
 from esper_triton.contracts.manifest import KernelStatus, sha256
 from esper_triton.urza import Urza, default_root
-from esper_triton.urza.library import ALLOWED
+from esper_triton.urza.changes import ALLOWED
 
 OTHER_ID = "0123456789ab-cpu-standard-ba9876543211"
 
@@ -80,6 +80,8 @@ def test_the_default_root_is_in_the_cache_unless_the_environment_names_another(m
     assert default_root() == tmp_path / ".cache" / "esper" / "urza"
     monkeypatch.setenv("ESPER_URZA", "~/elsewhere")
     assert default_root() == tmp_path / "elsewhere"
+    monkeypatch.setenv("ESPER_URZA", "https://build:8443/team")
+    assert default_root() == "https://build:8443/team", "which a Path would make a folder"
 
 
 def test_ids_are_sorted_and_strangers_among_the_refs_are_not_listed(urza, make_artifact):
@@ -156,6 +158,17 @@ def test_an_unknown_id_names_the_nearest_ones(urza, make_artifact):
     urza.commit(manifest, blobs)
     with pytest.raises(ArtifactNotFound, match=f"no artifact '{OTHER_ID}' in .*; did you mean '{manifest.id}'"):
         urza.get(OTHER_ID)
+
+
+def test_of_many_ids_only_those_that_begin_alike_are_compared(urza, make_artifact):
+    manifest, blobs = make_artifact()
+    urza.commit(manifest, blobs)
+    for number in range(300):
+        (urza.root / "refs" / f"{number:012x}-cpu-standard-{number:012x}").touch()
+    with pytest.raises(ArtifactNotFound, match=f"did you mean '{manifest.id}'"):
+        urza.get(OTHER_ID)
+    with pytest.raises(ArtifactNotFound, match="urza ls` lists what there is"):
+        urza.get("f" + OTHER_ID[1:])
 
 
 @pytest.mark.parametrize("source", list(KernelStatus))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from pathlib import Path
 
 import pytest
+from handmade import make_artifact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -67,3 +71,49 @@ def test_a_store_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StoreUnavailable, match="cannot be"):
         Urza(tmp_path / "file" / "urza").remember(REQUEST, b"")
+
+
+def age(store: Urza, request: str, days: float) -> None:
+    then = time.time() - days * 86400
+    os.utime(store.root / "requests" / request, (then, then))
+
+
+def test_a_collection_forgets_what_nobody_asked_for_and_no_artifact_here_is(urza: Urza) -> None:
+    manifest, blobs = make_artifact()
+    urza.commit(manifest, blobs)
+    gone = manifest.id[:-1] + "f"
+    asked, recent, named, old, damaged = (f"{number:02x}" * 32 for number in range(5))
+    for request, artifact_id in ((asked, gone), (recent, gone), (named, manifest.id), (old, gone)):
+        urza.remember(request, json.dumps({"artifact_id": artifact_id}).encode())
+    (urza.root / "requests" / damaged).mkdir()
+    (urza.root / "requests" / "of somebody else").write_bytes(b"")
+    for request, days in ((asked, 31), (recent, 29), (named, 400), (old, 31)):
+        age(urza, request, days)
+    assert urza.recall(asked) is not None
+    kept = (urza.root / "requests" / old).stat().st_size
+    assert (urza.gc(dry_run=True).requests, urza.recall(named) is not None) == (1, True)
+    age(urza, named, 400)
+    done = urza.gc()
+    assert (done.requests, done.freed_bytes, done.removed) == (1, kept, ())
+    assert urza.recall(old) is None
+    assert all(urza.recall(one) is not None for one in (asked, recent, named))
+    assert (urza.root / "requests" / "of somebody else").exists()
+    age(urza, named, 400)
+    assert urza.gc(0).requests == 1, "with the artifact goes what was kept for it"
+    assert urza.recall(named) is None
+
+
+def test_a_builder_whose_request_is_forgotten_meanwhile_has_it_remembered(urza: Urza) -> None:
+    manifest, blobs = make_artifact()
+    urza.remember(REQUEST, manifest.id.encode())
+    age(urza, REQUEST, 31)
+    with urza.building(manifest.id) as existing:
+        assert existing is None
+        recalled = urza.recall(REQUEST)
+        assert recalled == manifest.id.encode()
+        age(urza, REQUEST, 31)  # where times of use cannot be set, as by a reader of another's files
+        assert urza.gc().requests == 1
+        urza.commit(manifest, blobs)
+        urza.remember(REQUEST, recalled)
+    assert urza.gc().requests == 0
+    assert urza.recall(REQUEST) == recalled

@@ -21,7 +21,7 @@ from loopback import TOKENS, Loopback, token_file
 from esper_triton.contracts.errors import StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus, sha256
 from esper_triton.contracts.record import Record, Role
-from esper_triton.urza import Urza
+from esper_triton.urza import Event, Urza
 from esper_triton.urza.server import Limits
 from esper_triton.urza.tokens import Rate, read_tokens
 from esper_triton.urza.trust import signed
@@ -143,14 +143,73 @@ def test_a_client_that_sends_nothing_more_is_told_so(server: Loopback):
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
+def test_a_connection_is_not_held_by_who_sends_hardly_anything(urza: Urza, tmp_path: Path):
+    limits = Limits(per_second=1e6, burst=10**6, header_s=1.5, piece_s=1.5, slowest=1000)
+    server = Loopback(urza, tmp_path, tls=False, limits=limits)
+    write = f"Authorization: Bearer {TOKENS['write']}\r\n"
+    body = f"PUT /v1/objects/{'0' * 64} HTTP/1.1\r\nHost: localhost\r\n{write}Content-Length: 100000\r\n\r\n".encode()
+
+    def dripped(begin: bytes) -> bytes:
+        """What a client is answered that sends `begin` and then a byte now and then, until it is cut off."""
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as plain:
+            plain.sendall(begin)
+            plain.settimeout(0.05)
+            answer, deadline = b"", time.monotonic() + 20
+            while time.monotonic() < deadline:
+                try:
+                    piece = plain.recv(4096)
+                    if not piece:
+                        return answer
+                    answer += piece
+                except TimeoutError:
+                    with contextlib.suppress(ConnectionError):
+                        plain.sendall(b"x")
+                except ConnectionError:
+                    return answer
+        raise AssertionError(f"still open, and answered {answer!r}")
+
+    try:
+        held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
+        for one in held:
+            one.sendall(b"GET /health HTTP/1.1\r\nHost: local")
+        assert server.ask("GET", "/health", token=None)[0] == 200, "others are served meanwhile"
+        assert dripped(b"GET /health HTTP/1.1\r\nX-Long: ") == b"", "no header is waited for"
+        assert dripped(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 200 "), "nor a second"
+        answer = dripped(body)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"slower than 1000 bytes a second" in answer
+        for one in held:
+            one.settimeout(20)
+            assert one.recv(1) == b""
+            one.close()
+        assert list((urza.root / "incoming").iterdir()) == []
+    finally:
+        server.stop()
+
+
+def test_what_is_larger_than_what_is_received_is_served_from_a_store_that_has_it(server: Loopback, urza: Urza):
+    big = bytes((1 << 20) + 1)
+    urza.commit(*make_artifact(binary=big))
+    path = f"/v1/objects/{sha256(big)}"
+    assert server.error("PUT", path, big) == (413, "too_large")
+    assert server.ask("GET", path)[2] == big
+    assert urza.load(ARTIFACT_ID)
+
+
 def test_a_damaged_object_is_not_served_and_can_be_put_again(server: Loopback, urza: Urza):
     path = f"/v1/objects/{sha256(b'right')}"
     server.ask("PUT", path, b"right")
-    urza.object_path(sha256(b"right")).write_bytes(b"wrong")
-    assert server.error("GET", path) == (404, "corrupt")
-    assert server.ask("PUT", path, b"right")[0] == 201
-    assert server.ask("GET", path)[2] == b"right"
-    assert len(list((urza.root / "quarantine").iterdir())) == 2
+    told: list[Event] = []
+    urza.on_event(told.append)
+    for count, asked in enumerate(("GET", "PUT"), start=1):
+        urza.object_path(sha256(b"right")).write_bytes(b"wrong")
+        if asked == "GET":
+            assert server.error("GET", path) == (404, "corrupt")
+            assert server.error("GET", path) == (404, "not_found"), "it was set aside"
+        assert server.ask("PUT", path, b"right")[0] == 201
+        assert server.ask("GET", path)[2] == b"right"
+        assert len(list((urza.root / "quarantine").iterdir())) == 2 * count, "and a report with it"
+        assert [(event.kind, event.details["reason"][:10]) for event in told] == [("quarantined", "is corrupt")] * count
 
 
 def test_an_artifact_is_committed_proven_and_found(server: Loopback, urza: Urza):
@@ -188,6 +247,36 @@ def test_each_role_may_do_its_own(server: Loopback):
     assert server.ask("POST", status, validated, "validate")[0] == 200
     assert server.error("POST", status, b'{"status": "ARCHIVED", "tags": []}', "write") == (403, "forbidden")
     assert server.ask("POST", status, b'{"status": "ARCHIVED"}', "write")[0] == 200
+
+
+def test_whoever_may_write_pins_and_names_lineages_and_a_collection_heeds_it(server: Loopback, urza: Urza):
+    commit(server)
+    pin, lineage = f"/v1/artifacts/{ARTIFACT_ID}/pin", "/v1/lineages/model-1"
+    for token in ("read", "validate"):
+        assert server.error("POST", pin, b'{"pinned": true}', token) == (403, "forbidden")
+        assert server.error("POST", lineage, b'{"artifacts": []}', token) == (403, "forbidden")
+    unknown = f"/v1/artifacts/{ARTIFACT_ID[:-1]}f/pin"
+    assert server.error("POST", unknown, b'{"pinned": true}') == (404, "not_found")
+    for body in (b"{}", b'{"pinned": "perhaps"}', b'{"pinned": true, "for": "ever"}'):
+        assert server.error("POST", pin, body) == (400, "bad_request")
+    for changed in (True, False):
+        answer = server.ask("POST", pin, b'{"pinned": true}', "write")
+        assert (answer[0], json.loads(answer[2])["changed"]) == (200, changed)
+    assert json.loads(server.ask("GET", "/v1/pins", token="read")[2]) == {"pins": [ARTIFACT_ID]}
+    assert urza.gc(0).kept == {"pinned": (ARTIFACT_ID,)}
+    assert json.loads(server.ask("POST", pin, b'{"pinned": false}', "write")[2])["changed"] is True
+    urza.promote(ARTIFACT_ID)
+    named = json.dumps({"artifacts": [ARTIFACT_ID]}).encode()
+    assert server.error("POST", "/v1/lineages/%2e%2e%2frefs", named) == (400, "bad_request")
+    assert server.error("POST", lineage, b'{"artifacts": ["../refs"]}') == (400, "bad_request")
+    assert json.loads(server.ask("POST", lineage, named, "write")[2]) == {"name": "model-1", "kept": True}
+    assert urza.gc(0).kept == {"named by a lineage": (ARTIFACT_ID,)}
+    assert json.loads(server.ask("POST", lineage, b'{"artifacts": []}', "write")[2])["kept"] is False
+    assert urza.gc(0).removed == (ARTIFACT_ID,)
+    assert [change.what for change in urza.history(ARTIFACT_ID)] == [
+        "committed", "pinned", "unpinned", "status", "removed",
+    ]  # fmt: skip
+    assert urza.verify().faults == ()
 
 
 @pytest.mark.parametrize(
@@ -331,10 +420,13 @@ def test_the_private_keys_and_the_audit_log_cannot_be_got(server: Loopback):
 
 
 _TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
+_PLACES = (
+    f"/health /metrics /v1/artifacts /v1/kernels/query /v1/pins /v1/lineages/model /v1/history/{ARTIFACT_ID} "
+    f"/v1/artifacts/{ARTIFACT_ID}/status /v1/artifacts/{ARTIFACT_ID}/pin"
+).split()
 _PATHS = st.one_of(
-    st.sampled_from(
-        ["/health", "/metrics", "/v1/artifacts", "/v1/kernels/query", f"/v1/artifacts/{ARTIFACT_ID}/status"]
-    ),
+    st.sampled_from(_PLACES),
+    st.builds(lambda text: "/v1/lineages/" + urllib.parse.quote(text, safe="/.%"), _TEXT),
     st.builds(lambda text: "/v1/objects/" + urllib.parse.quote(text, safe="/.%"), _TEXT),
     st.builds(lambda text: "/v1/artifacts/" + urllib.parse.quote(text, safe="/.%"), _TEXT),
     st.builds(lambda content: f"/v1/objects/{sha256(content)}", st.binary(max_size=4)),
@@ -347,7 +439,7 @@ _JSON = st.recursive(
 )
 _FIELDS = st.sampled_from(
     "manifest record status report tags figures blueprint_id target dtype dims statuses required preferred excluded "
-    "max_latency_us max_memory_bytes limit schema_version".split()
+    "max_latency_us max_memory_bytes limit schema_version pinned artifacts".split()
 )
 _BODIES = st.one_of(
     st.none(),
@@ -394,7 +486,7 @@ def test_every_request_is_answered_as_documented(
         assert answered["Content-Type"] == "application/json"
         assert json.loads(content)["error"]["message"]
     top = {name.split("/")[0] for name in files(fuzzed.store.root)}
-    assert top <= {"objects", "refs", "keys", "index", "audit.log", "urza.json", "lock", "incoming", "quarantine"}
+    assert top <= set("objects refs pins lineages keys index audit.log urza.json lock incoming quarantine".split())
     assert {path.name for path in fuzzed.store.root.parent.iterdir()} == {"urza", "tokens"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from handmade import ARTIFACT_ID, BINARY, make_artifact
 
-from esper_triton.contracts.errors import CorruptObject, InvalidCommit, StoreUnavailable
+from esper_triton.contracts.errors import ArtifactNotFound, CorruptObject, InvalidCommit, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus, sha256
 from esper_triton.urza import Urza
 from esper_triton.urza.cached import Unreachable
@@ -53,6 +54,29 @@ def test_what_one_commits_another_loads(shared, tmp_path: Path):
         assert store.verify().faults == ()
 
 
+def test_a_pickle_has_no_secrets(shared):
+    options = {"auto_mkdir": True, "secret": "hidden", "client_kwargs": {"aws_access_key_id": "hidden", "region": "x"}}
+    store = shared("cache", storage_options=options)
+    assert b"hidden" not in pickle.dumps(store)
+    opened = pickle.loads(pickle.dumps(store))
+    assert opened.sent()["storage_options"] == {"auto_mkdir": True, "client_kwargs": {"region": "x"}}
+    assert copy.deepcopy(store).sent() == store.sent()
+
+
+def test_no_collection_is_made_where_there_is_no_lock(shared):
+    store = shared("cache")
+    store.commit(*make_artifact())
+    with pytest.raises(InvalidCommit, match=rf"has no lock.*push it from there.*--urza {store.root}"):
+        store.gc(0)
+    assert store.ids() == [ARTIFACT_ID]
+    assert Urza(store.root).gc(0).removed == (ARTIFACT_ID,)
+    assert store.pin(ARTIFACT_ID), "it is fetched again, and stays"
+    assert Urza(store.root).gc(0).kept == {"pinned": (ARTIFACT_ID,)}
+    assert store.unpin(ARTIFACT_ID)
+    assert Urza(store.root).gc(0).removed == (ARTIFACT_ID,)
+    assert store.load(ARTIFACT_ID)[0].id == ARTIFACT_ID, "from there"
+
+
 def test_a_record_is_written_last(shared, monkeypatch: pytest.MonkeyPatch):
     store = shared("cache")
     put = SharedUrza._put
@@ -64,7 +88,7 @@ def test_a_record_is_written_last(shared, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(SharedUrza, "_put", counted)
     store.commit(*make_artifact())
-    assert [f"refs/{ARTIFACT_ID}" in path for path in written] == [False] * 4 + [True]
+    assert [f"refs/{ARTIFACT_ID}" in path for path in written] == [False] * 5 + [True]
 
     def breaks(self: SharedUrza, path: str, content: bytes) -> None:
         if "refs/" in path:
@@ -102,6 +126,20 @@ def test_what_is_damaged_there_is_refused(shared, tmp_path: Path):
     with pytest.raises(CorruptObject, match="its record is corrupt"):
         shared("fourth").load(ARTIFACT_ID)
     assert shared("fifth").query(statuses=tuple(KernelStatus)) == []
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"evil"), Path.unlink], ids=["changed", "removed"])
+@pytest.mark.parametrize("file", [f"objects/{sha256(BINARY)[:2]}/{sha256(BINARY)[2:]}", f"refs/{ARTIFACT_ID}"])
+def test_what_is_damaged_there_is_put_again_by_whoever_was_refused_it(shared, tmp_path: Path, file: str, damage: Any):
+    manifest, blobs = make_artifact()
+    shared("first").commit(manifest, blobs)
+    damage(tmp_path / "there" / file)
+    refused = shared("second")
+    with pytest.raises((CorruptObject, ArtifactNotFound)):
+        refused.load(ARTIFACT_ID)
+    refused.commit(manifest, blobs)
+    for name in ("second", "third"):
+        assert shared(name).load(ARTIFACT_ID)[1] == blobs
 
 
 def test_what_was_removed_there_is_gone(shared, tmp_path: Path):

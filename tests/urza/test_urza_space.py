@@ -17,6 +17,7 @@ from esper_triton.contracts.lineage import Lineage, LineageEntry
 from esper_triton.contracts.manifest import sha256
 from esper_triton.urza import Event, Urza
 from esper_triton.urza.collecting import all_objects
+from esper_triton.urza.incoming import Incoming
 from esper_triton.urza.leases import gate, leased
 
 BLOB_BYTES = 10_000
@@ -270,6 +271,23 @@ def test_old_evidence_goes_from_the_quarantine_and_new_stays(urza, make_artifact
     size = sum(path.stat().st_size for path in quarantined.iterdir() if path.stat().st_mtime < time.time() - 86400)
     assert urza.gc().freed_bytes == size
     assert len(list(quarantined.iterdir())) == 2
+
+
+def test_what_was_not_received_to_its_end_goes_after_a_week_and_what_is_being_received_stays(urza, make_artifact):
+    urza.commit(*make_artifact())
+    with Incoming(urza.directory, "a" * 64) as abandoned, Incoming(urza.directory, "b" * 64) as late:
+        abandoned.append(b"some")
+        late.append(b"more")
+    incoming = urza.root / "incoming"
+    then = time.time() - 8 * 86400
+    os.utime(incoming / ("a" * 64), (then, then))
+    with Incoming(urza.directory) as open_one:
+        for path in incoming.iterdir():
+            if path.name not in ("a" * 64, "b" * 64):
+                os.utime(path, (then, then))
+        assert urza.gc().freed_bytes == 4
+        open_one.append(b"it goes on")
+        assert sorted(path.stat().st_size for path in incoming.iterdir()) == [4, 10]
 
 
 def test_a_link_among_the_objects_is_neither_followed_nor_counted(urza, make_artifact, tmp_path):

@@ -55,7 +55,7 @@ def test_each_line_has_the_hash_of_the_one_before_it_and_says_what_changed(kept)
     assert entries[3]["before"] == entries[1]["after"]
     verified = kept.verify()
     assert (verified.artifacts, verified.entries, verified.faults) == (2, 4, ())
-    assert verified.objects == 7, "three blobs, two manifests and two that were replaced"
+    assert verified.objects == 8, "four blobs, two manifests and two that were replaced"
 
 
 def test_a_record_that_was_put_back_is_found(kept, make_artifact):
@@ -170,6 +170,24 @@ def test_a_writer_that_died_between_log_and_record_is_no_fault_and_the_next_says
     assert (entries[5]["source"], entries[5]["target"]) == ("ARCHIVED", "REJECTED")
     assert kept.verify().faults == ()
     assert kept.archive(first).status is KernelStatus.ARCHIVED
+    assert kept.verify().faults == ()
+
+
+def test_a_pin_that_was_logged_and_never_made_is_said_to_be_void(kept, make_artifact, monkeypatch):
+    artifact_id = kept.ids()[0]
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.directory, "write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            kept.pin(artifact_id)
+    assert kept.pins() == []
+    kept.promote(OTHER_ID)
+    kept.pin(artifact_id)
+    said = [change.what for change in kept.history(artifact_id)]
+    assert said[-3:] == ["pinned", "void", "pinned"]
     assert kept.verify().faults == ()
 
 

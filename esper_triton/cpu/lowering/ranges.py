@@ -330,8 +330,7 @@ class Ranges:
         predicate, (index, bound) = op.attributes["predicate"], op.operands
         if predicate in (_SGT, _SGE):
             predicate, index, bound = predicate - 2, bound, index
-        # Differences of 32-bit integers do not wrap in 64.
-        if predicate not in (_SLT, _SLE) or register_type(index.type) == I64:
+        if predicate not in (_SLT, _SLE):
             return _NOTHING
         form, limit = self._form(index), self._form(bound)
         if form is None or limit is None or not limit.is_uniform or form.slack is not None:
@@ -341,12 +340,17 @@ class Ranges:
         axes = [axis for axis, stride in enumerate(form.strides) if stride is not _ZERO and shape[axis] > 1]
         if len(axes) != 1 or form.strides[axes[0]] is not _ONE:
             return _NOTHING
-        b = self._b
+        b, extent = self._b, shape[axes[0]]
+        conditions = form.conditions + limit.conditions
+        if register_type(index.type) == I64:  # in which sums and differences of 32-bit integers do not wrap
+            last = ir.Constant(I64, extent)  # one more than there are, for `<=`
+            for wraps in (b.sadd_with_overflow(form.origin, last), b.ssub_with_overflow(limit.origin, form.origin)):
+                conditions += (b.not_(b.extract_value(wraps, 1)),)
         count = self._sub(limit.origin, form.origin)
         count = self._add(count, _ONE) if predicate == _SLE else count
-        count = minimum(b, count, ir.Constant(I64, shape[axes[0]]))
+        count = minimum(b, count, ir.Constant(I64, extent))
         count = b.select(b.icmp_signed("<", count, _ZERO), _ZERO, count)
-        return _Counts({axes[0]: count}, form.conditions + limit.conditions)
+        return _Counts({axes[0]: count}, conditions)
 
     # ------------------------------------------------------------------------------------------------------- arithmetic
 

@@ -1,0 +1,79 @@
+"""Whether a training loss has left the path that it was on."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["LossWatch"]
+
+_FEWEST = 10  # losses before there is a median to speak of
+
+
+class LossWatch:
+    """Finds that a loss diverges: at once where it is not finite, and where it has been too high for `patience` steps
+    in a row.
+
+    Too high is above `median + (factor - 1) * max(|median|, mad)`, of the last `window` losses that were not too high:
+    for a positive loss that hardly varies, `factor` times its running median. `mad` is their median absolute deviation
+    from it, so that a loss around zero, or below, is measured by how much it varies. The first ten losses are taken as
+    they are.
+
+    Raises ValueError for options that mean nothing.
+    """
+
+    def __init__(self, *, factor: float = 10.0, patience: int = 5, window: int = 100) -> None:
+        if not factor > 1.0:
+            raise ValueError(f"factor must be above 1, found {factor}")
+        if patience < 1 or window < _FEWEST:
+            raise ValueError(f"patience >= 1 and window >= {_FEWEST}, found {patience} and {window}")
+        self._factor, self._patience, self._window = factor, patience, window
+        self._losses: deque[float] = deque(maxlen=window)
+        self._suspicious = 0
+
+    def fresh(self) -> LossWatch:
+        """Another one with these options, that has seen nothing."""
+        return LossWatch(factor=self._factor, patience=self._patience, window=self._window)
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether the last loss was too high."""
+        return self._suspicious > 0
+
+    def see(self, loss: float) -> str | None:
+        """Takes a step's loss; returns in words why it diverges, None where it does not."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if len(self._losses) >= _FEWEST:
+            median = statistics.median(self._losses)
+            bound = median + (self._factor - 1.0) * abs(median)
+            if loss > bound:  # nearly never, and the spread takes longer
+                spread = statistics.median(abs(value - median) for value in self._losses)
+                bound = max(bound, median + (self._factor - 1.0) * spread)
+            if loss > bound:
+                self._suspicious += 1
+                if self._suspicious < self._patience:
+                    return None
+                steps = f"{self._suspicious} steps" if self._suspicious > 1 else "1 step"
+                return f"the loss is {loss:.6g}, for {steps} above {bound:.6g}; its running median is {median:.6g}"
+        self._suspicious = 0
+        self._losses.append(loss)
+        return None
+
+    def reset(self) -> None:
+        """Forgets every loss."""
+        self._losses.clear()
+        self._suspicious = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"losses": list(self._losses), "suspicious": self._suspicious}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another has been."""
+        self._losses.clear()
+        self._losses.extend(state["losses"])
+        self._suspicious = state["suspicious"]

@@ -1,0 +1,317 @@
+"""The controller that ships: it grows the layer that the loss asks for most of what its weights cannot give."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from esper_triton.contracts.blueprint import Blueprint
+from esper_triton.contracts.commands import CommandKind, CommandStatus, KasminaCommand
+from esper_triton.contracts.errors import EsperError
+from esper_triton.contracts.graph import X_DIM
+from esper_triton.contracts.query import KernelMatch, KernelQuery
+from esper_triton.contracts.record import Tag
+from esper_triton.contracts.system import LayerForm, LayerGradients, SystemState
+from esper_triton.urza import Urza
+
+__all__ = ["Heuristic"]
+
+_FREE = ("DORMANT", "CANCELLED", "CULLED")
+_UNDER_WAY = (
+    "GERMINATED",
+    "LOADING",
+    "TRAINING",
+    "GRAFTING",
+    "STABILIZATION",
+    "EVALUATING",
+    "FINE_TUNING",
+    "ERROR_RECOVERY",
+)
+_REFUSED = (CommandStatus.REFUSED, CommandStatus.FAILED, CommandStatus.EXPIRED)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A seed that takes an artifact now, in columns [start, stop) of a layer with these gradients."""
+
+    position: int
+    form: LayerForm
+    gradients: LayerGradients
+    seed: int
+    width: int
+
+
+@dataclass
+class _Trial:
+    """An artifact in a seed, from the command on until it has become part of the model or has gone."""
+
+    layer: str
+    seed: int
+    artifact_id: str
+    blueprint: str
+    command_id: str
+
+
+class Heuristic:
+    """Tries one seed at a time, where `LayerGradients.bottleneck` is largest.
+
+    When no seed is under way, the layers with a free slot are looked at in the order of their bottleneck. Urza is asked
+    for validated kernels of the layer's dtype and target that fit its widths; those without parameters to learn and
+    those that are affine, which a layer's own weights could do as well, are left out. Of these, designs that have
+    become part of the model more often, by tries (of none, one half), come first, and then Urza's order: preferred
+    tags, the fastest, the newest. The seed then makes its way through the gates of its layer's policy; this controller
+    only begins.
+
+    A layer whose seed was culled or rolled back is left alone for `embargo_epochs`, and the artifact is not tried there
+    again. What it decided and why stands in the commands' `reason`, and why it decides nothing in `explanation`.
+
+    Decides by nothing that depends on time or chance, so a run with the same data decides the same.
+
+    Args:
+        urza: the store that the model was wrapped with.
+        warmup_epochs: epochs before the first seed.
+        plateau_epochs: seeds only where the validation metric has not become better than before for as many epochs; 0
+            asks for none, and so does a run without a metric.
+        embargo_epochs: see above.
+        max_seeds: that become part of the model, all layers together; None for no limit.
+        blueprints: names of the only designs to try; empty for all.
+        required, preferred, excluded: tags of kernels, as in `KernelQuery`.
+        max_latency_us: of a kernel, as it was proven.
+
+    Raises ValueError for a negative number.
+
+    Attributes:
+        explanation: of the last step, in words.
+    """
+
+    needs_gradients: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        urza: Urza,
+        *,
+        warmup_epochs: int = 1,
+        plateau_epochs: int = 2,
+        embargo_epochs: int = 5,
+        max_seeds: int | None = None,
+        blueprints: Sequence[str] = (),
+        required: Sequence[Tag] = (),
+        preferred: Sequence[Tag] = (),
+        excluded: Sequence[Tag] = (),
+        max_latency_us: float | None = None,
+    ) -> None:
+        for name, value in (
+            ("warmup_epochs", warmup_epochs),
+            ("plateau_epochs", plateau_epochs),
+            ("embargo_epochs", embargo_epochs),
+            ("max_seeds", max_seeds or 0),
+        ):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, found {value}")
+        self._urza = urza
+        self._warmup_epochs, self._plateau_epochs, self._embargo_epochs = warmup_epochs, plateau_epochs, embargo_epochs
+        self._max_seeds, self._blueprints = max_seeds, frozenset(blueprints)
+        self._query = KernelQuery(
+            required=tuple(required),
+            preferred=tuple(preferred),
+            excluded=tuple(excluded),
+            max_latency_us=max_latency_us,
+        )
+        self._designs: dict[str, Blueprint | None] = {}  # by id; None for one that cannot be had
+        self._trial: _Trial | None = None
+        self._opens_at: dict[str, int] = {}  # by layer, the epoch from which it is tried again
+        self._failed: set[tuple[str, str]] = set()  # layer and artifact
+        self._record: dict[str, tuple[int, int]] = {}  # by blueprint: how often it stayed, of how many tries
+        self._commands = 0
+        self.explanation = "not asked yet"
+
+    def step(self, state: SystemState) -> list[KasminaCommand]:
+        """At most one command, `request_germination`."""
+        self._take_in(state)
+        command, self.explanation = self._decide(state)
+        return [] if command is None else [command]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been tried, and what became of it."""
+        return {
+            "trial": None if self._trial is None else dict(vars(self._trial)),
+            "opens_at": dict(self._opens_at),
+            "failed": sorted(map(list, self._failed)),
+            "record": {name: list(record) for name, record in self._record.items()},
+            "commands": self._commands,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another has been."""
+        self._trial = None if state["trial"] is None else _Trial(**state["trial"])
+        self._opens_at = dict(state["opens_at"])
+        self._failed = {(layer, artifact) for layer, artifact in state["failed"]}
+        self._record = {name: (stayed, tries) for name, (stayed, tries) in state["record"].items()}
+        self._commands = state["commands"]
+
+    # ---- what became of the last trial
+
+    def _take_in(self, state: SystemState) -> None:
+        trial = self._trial
+        if trial is None:
+            return
+        for result in state.results:
+            if result.command_id == trial.command_id and result.status in _REFUSED:
+                self._end(trial, state.epoch, stayed=False)
+                return
+        at = self._position(state, trial)
+        if at is None:  # the layer is not there any more
+            self._trial = None
+        elif state.seeds.state[at] == "FOSSILIZED":
+            self._end(trial, state.epoch, stayed=True)
+        elif state.seeds.state[at] not in _UNDER_WAY or state.artifacts[at] != trial.artifact_id:
+            self._end(trial, state.epoch, stayed=False)
+
+    def _position(self, state: SystemState, trial: _Trial) -> int | None:
+        names = state.seeds.layers
+        for k, (layer, seed) in enumerate(zip(state.seeds.layer, state.seeds.seed, strict=True)):
+            if seed == trial.seed and names[layer] == trial.layer:
+                return k
+        return None
+
+    def _end(self, trial: _Trial, epoch: int, *, stayed: bool) -> None:
+        before, tries = self._record.get(trial.blueprint, (0, 0))
+        self._record[trial.blueprint] = before + stayed, tries + 1
+        self._trial = None
+        if not stayed:
+            self._failed.add((trial.layer, trial.artifact_id))
+            self._opens_at[trial.layer] = epoch + self._embargo_epochs
+
+    # ---- what next
+
+    def _decide(self, state: SystemState) -> tuple[KasminaCommand | None, str]:
+        if state.epoch < self._warmup_epochs:
+            return None, f"waits for epoch {self._warmup_epochs} (warmup_epochs); it is {state.epoch}"
+        seeds = state.seeds
+        counted = set(seeds.state)
+        if not counted.isdisjoint(_UNDER_WAY):
+            at = next(k for k, name in enumerate(seeds.state) if name in _UNDER_WAY)
+            who = f"seed {seeds.seed[at]} of layer {seeds.layers[seeds.layer[at]]!r}"
+            return None, f"waits for {who}, which is in {seeds.state[at]}: one at a time"
+        if self._max_seeds is not None and seeds.state.count("FOSSILIZED") >= self._max_seeds:
+            return None, f"{self._max_seeds} seeds are part of the model (max_seeds)"
+        waiting = self._improving(state)
+        if waiting:
+            return None, waiting
+        slots = sorted(self._free(state), key=lambda slot: (-slot.gradients.bottleneck, slot.position))
+        if not slots:
+            return None, "no layer has both a free slot that is not embargoed and measured gradients"
+        reasons = []
+        for slot in slots:
+            match, why_not = self._kernel(slot)
+            if match is not None:
+                return self._germination(state, slot, match, slots)
+            reasons.append(f"{slot.form.name!r}: {why_not}")
+        return None, "no kernel fits: " + "; ".join(reasons)
+
+    def _improving(self, state: SystemState) -> str:
+        """Why the host is left to itself; empty where its metric is on a plateau."""
+        measured = [metric for metric in state.metrics if metric is not None]
+        if not self._plateau_epochs or not measured:
+            return ""
+        if len(measured) <= self._plateau_epochs:
+            wanted = self._plateau_epochs + 1
+            return f"waits for {wanted} epochs with a metric, to see a plateau; there are {len(measured)}"
+        best = min if state.lower_is_better else max
+        before, lately = best(measured[: -self._plateau_epochs]), best(measured[-self._plateau_epochs :])
+        if before != lately and best(before, lately) == lately:
+            return (
+                f"the metric is still getting better: {lately:.6g} in the last {self._plateau_epochs} epochs, "
+                f"{before:.6g} before"
+            )
+        return ""
+
+    def _free(self, state: SystemState) -> Iterator[_Slot]:
+        """The first free slot of each layer."""
+        seeds = state.seeds
+        of_layer = itertools.groupby(range(len(seeds.seed)), key=seeds.layer.__getitem__)
+        for position, members in of_layer:
+            form, gradients = state.layers[position], state.gradients[position]
+            if gradients is None or state.epoch < self._opens_at.get(form.name, 0):
+                continue
+            for k in members:
+                name = seeds.state[k]
+                if name in _FREE and (name != "CULLED" or state.epoch >= state.opens_at[k]):
+                    yield _Slot(position, form, gradients, seeds.seed[k], seeds.chunk_stop[k] - seeds.chunk_start[k])
+                    break
+
+    def _kernel(self, slot: _Slot) -> tuple[KernelMatch | None, str]:
+        """What to try in a slot, or why there is nothing."""
+        form = slot.form
+        if form.dtype is None or form.target is None:
+            return None, "no kernel is for its dtype or device"
+        query = self._query.model_copy(update={"dtype": form.dtype, "target": form.target, "limit": 10_000})
+        found = self._urza.query(query)
+        fitting = [match for match in found if self._fits(match, slot)]
+        untried = [match for match in fitting if (form.name, match.id) not in self._failed]
+        if not untried:
+            why = f"of {len(found)} validated kernels for {form.dtype} on {form.target} {len(fitting) or 'none'} fit "
+            why += f"{slot.width} features"
+            return None, f"{why}, and all of these have failed here" if fitting else why
+        return min(untried, key=lambda match: -self._promise(match.blueprint_id)), ""
+
+    def _promise(self, blueprint_id: str) -> float:
+        stayed, tries = self._record.get(blueprint_id, (0, 0))
+        return (stayed + 1) / (tries + 2)
+
+    def _fits(self, match: KernelMatch, slot: _Slot) -> bool:
+        if self._blueprints and match.blueprint_name not in self._blueprints:
+            return False
+        if slot.width not in match.dims.values():
+            return False
+        design = self._design(match)
+        if design is None or not design.parameters or design.affine:
+            return False
+        if match.dims.get(design.feature_dim) != slot.width:
+            return False
+        if design.layout == "image" and not slot.form.may_be_image:
+            return False
+        x_dim = X_DIM if X_DIM in design.dims else design.feature_dim
+        return "x" not in design.inputs or match.dims.get(x_dim) == slot.form.x_width
+
+    def _design(self, match: KernelMatch) -> Blueprint | None:
+        if match.blueprint_id not in self._designs:
+            try:
+                self._designs[match.blueprint_id] = self._urza.blueprint(match.id)
+            except EsperError:  # damaged, not trusted, or gone: nothing to try
+                self._designs[match.blueprint_id] = None
+        return self._designs[match.blueprint_id]
+
+    def _germination(
+        self, state: SystemState, slot: _Slot, match: KernelMatch, slots: Sequence[_Slot]
+    ) -> tuple[KasminaCommand, str]:
+        self._commands += 1
+        gradients, name = slot.gradients, slot.form.name
+        rivals = [other for other in slots if other is not slot][:1]
+        reason = (
+            f"layer {name!r} has the largest bottleneck, {gradients.bottleneck:.4g}"
+            if slot is slots[0]
+            else f"layer {name!r} has the largest bottleneck of those that a kernel fits, {gradients.bottleneck:.4g}"
+        )
+        if rivals:
+            reason += f" (then {rivals[0].form.name!r}, {rivals[0].gradients.bottleneck:.4g})"
+        stayed, tries = self._record.get(match.blueprint_id, (0, 0))
+        reason += (
+            f": {gradients.unexpressed:.0%} of what the loss asks of its output its weights cannot give. "
+            f"{match.blueprint_name} ({', '.join(f'{n}={size}' for n, size in match.dims.items())}) fits its "
+            f"{slot.width} features; it has stayed in {stayed} of {tries} tries so far"
+        )
+        command_id = f"heuristic-{self._commands}-{state.step}"
+        self._trial = _Trial(name, slot.seed, match.id, match.blueprint_id, command_id)
+        command = KasminaCommand(
+            command_id=command_id,
+            layer=name,
+            seed=slot.seed,
+            command=CommandKind.REQUEST_GERMINATION,
+            artifact_id=match.id,
+            tags=match.tags,
+            reason=reason,
+        )
+        return command, reason
