@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from growing import QUICK, STEPS, Run, build, command
+from growing import QUICK, STEPS, Run, build, command, grown
 from seeding import copy_artifact
 from torch import nn
 
@@ -122,25 +126,18 @@ def test_two_runs_are_the_same_and_one_that_was_interrupted_goes_on_as_they_do(
 ) -> None:
     copy_artifact(adapter_store, store, adapter)  # the only one that there is
 
-    def grown(directory: Path | None, epochs: int, resumed: bool = False) -> Run:
+    def again(directory: Path | None, epochs: int) -> Run:
         KernelCache.process().reset()
-        controller = esper.Heuristic(store, warmup_epochs=1, plateau_epochs=0, blueprints=["bottleneck_adapter"])
-        run = build(store, checkpoints=directory, controller=controller, measure_every=5)
-        if resumed:
-            torch.manual_seed(99)  # whatever has happened in the new process
-        begin = run.hook.resume()
-        assert begin == (4 if resumed else 0)
-        for epoch in range(begin, epochs):
-            run.epoch(epoch)
-        return run
+        return grown(store, directory, epochs)
 
-    first, second = grown(None, 9), grown(tmp_path / "second", 9)
+    first, second = again(None, 9), again(tmp_path / "second", 9)
     assert same(first, second)
     assert first.losses == second.losses
     assert [layer.seed_state(0) for layer in first.model.kasmina_layers.values()] == [S.FOSSILIZED, S.CULLED]
-    half = grown(tmp_path / "half", 4)
+    half = again(tmp_path / "half", 4)
     half.step()  # after the checkpoint, and lost
-    resumed = grown(tmp_path / "half", 9, resumed=True)
+    torch.manual_seed(99)
+    resumed = again(tmp_path / "half", 9)
     assert resumed.losses == first.losses[4 * STEPS :]
     assert same(first, resumed)
     assert resumed.hook.metrics == first.hook.metrics
@@ -151,6 +148,25 @@ def test_two_runs_are_the_same_and_one_that_was_interrupted_goes_on_as_they_do(
         lineages.append(esper.contracts.lineage.Lineage.model_validate_json(path.read_text()).seeds)
     assert lineages[0] == lineages[1] == lineages[2]
     assert [entry.layer for entry in lineages[0]] == ["0"]
+
+
+def test_a_process_that_was_killed_is_gone_on_with_in_another_bit_for_bit(
+    store: Urza, adapter_store: Urza, adapter: str, tmp_path: Path
+) -> None:
+    copy_artifact(adapter_store, store, adapter)
+    directory = tmp_path / "run"
+    script = Path(__file__).with_name("growing.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(esper.__file__).parents[1])}  # the package that is tested here
+    for dies_in, status in (("4", -signal.SIGKILL), ("", 0)):
+        command = [sys.executable, "-W", "error", str(script), str(store.root), str(directory), "9", dies_in]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+    finished = torch.load(directory / "finished.pt", weights_only=True)
+    straight = grown(store, None, 9)
+    assert finished["losses"] == straight.losses[4 * STEPS :]
+    mine, others = straight.everything(), finished["everything"]
+    assert mine.keys() == others.keys()
+    assert all(torch.equal(mine[name], others[name]) for name in mine)
 
 
 def test_a_loop_with_checkpoints_of_its_own_resumes_by_the_hooks_state(
