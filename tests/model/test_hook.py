@@ -15,6 +15,7 @@ from seeding import copy_artifact
 from torch import nn
 
 import esper_triton as esper
+from esper_triton.contracts.envelope import COMMANDS
 from esper_triton.contracts.errors import CheckpointError, TrainingDiverged
 from esper_triton.kasmina import KernelCache, SeedLifecycleState
 from esper_triton.model.checkpoints import checkpoints_in
@@ -270,7 +271,7 @@ def test_an_infinite_validation_metric_takes_everything_back(adapter_store: Urza
     assert run.hook.epoch_end(1, metric=float("inf")).reason == "the validation metric is inf"
 
 
-@pytest.mark.parametrize("by", ["a call", "a command"])
+@pytest.mark.parametrize("by", ["a call", "a command", "the bus"])
 def test_a_seed_that_is_rolled_back_takes_the_whole_run_back(adapter_store: Urza, adapter: str, by: str) -> None:
     manual = esper.Manual()
     run = build(adapter_store, controller=manual, control_every=1)
@@ -283,16 +284,40 @@ def test_a_seed_that_is_rolled_back_takes_the_whole_run_back(adapter_store: Urza
     run.step()
     if by == "a call":
         run.model.rollback("0", 0)
+    elif by == "the bus":
+        with esper.Oona() as bus:
+            remote = esper.connect(run.model, bus)
+            bus.publish(COMMANDS, command("rollback"))
+            assert bus.flush()
+            rollback = None
+            for _ in range(5):
+                rollback = rollback or run.step()
+            remote.close()
     else:
         manual.submit(command("rollback"))
         assert run.step() is None  # the command comes between two steps
-    assert not torch.equal(run.model.state_dict()["0.weight"], weight)
-    rollback = run.step()
+    if by != "the bus":
+        assert not torch.equal(run.model.state_dict()["0.weight"], weight)
+        rollback = run.step()
+        assert torch.equal(run.model.state_dict()["0.weight"], weight)
     assert (rollback.layer, rollback.seed, rollback.reason) == ("0", 0, "it was asked for")
-    assert torch.equal(run.model.state_dict()["0.weight"], weight)
     assert run.model.kasmina_layers["0"].seed_state(0) is S.ROLLED_BACK
     run.step()
     assert manual.results["request_germination-0-0"].status == "applied"
+
+
+def test_going_back_tells_only_of_the_seeds_that_it_moves(adapter_store: Urza, adapter: str) -> None:
+    run = build(adapter_store)
+    run.model.load_kernel_sync("3", 0, adapter)
+    for epoch in range(4):
+        run.epoch(epoch)
+    assert run.model.kasmina_layers["3"].seed_state(0) is S.FOSSILIZED
+    run.model.load_kernel_sync("0", 0, adapter)
+    run.model.graft("0", 0)
+    permanent, young = states_of(run, "3"), states_of(run, "0")
+    assert run.step(factor=float("nan")) is not None
+    assert permanent == []
+    assert young == [S.DORMANT, S.ROLLED_BACK]
 
 
 def test_commands_that_cannot_be_carried_out_are_answered_with_the_reason(
