@@ -88,16 +88,12 @@ HOSTS: dict[str, tuple[Callable[[int], nn.Sequential], int, int]] = {"mlp": (MLP
 
 
 class Adapted(nn.Module):
-    """What `parallel_adapter` computes, in plain torch, beside a layer: h + up gelu(down x)."""
+    """What `parallel_adapter` computes, in plain torch, beside a linear layer: h + up gelu(down x)."""
 
-    def __init__(self, host: nn.Module, width: int) -> None:
+    def __init__(self, host: nn.Linear, width: int) -> None:
         super().__init__()
         self.host = host
-        if isinstance(host, nn.Conv2d):
-            self.down: nn.Module = nn.Conv2d(host.in_channels, width, 1)
-            self.up: nn.Module = nn.Conv2d(width, host.out_channels, 1)
-        else:
-            self.down, self.up = nn.Linear(host.in_features, width), nn.Linear(width, host.out_features)
+        self.down, self.up = nn.Linear(host.in_features, width), nn.Linear(width, host.out_features)
         for parameter in self.up.parameters():
             nn.init.zeros_(parameter)
 
