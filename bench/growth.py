@@ -393,6 +393,18 @@ def draw(path: Path, contests: dict[str, dict[str, list[Run]]]) -> None:
     pyplot.close(figure)
 
 
+def rounded(value: Any) -> Any:
+    """Every float with five digits: more of a run's path says nothing."""
+    match value:
+        case float():
+            return float(f"{value:.5g}")
+        case dict():
+            return {key: rounded(item) for key, item in value.items()}
+        case list():
+            return [rounded(item) for item in value]
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="mlp,cnn,overhead,decisions")
@@ -424,7 +436,7 @@ def main() -> None:
     if options.output:
         (options.output / "growth.md").write_text(page)
         figures = {name: {c: [vars(r) for r in own] for c, own in runs.items()} for name, runs in contests.items()}
-        (options.output / "growth.json").write_text(json.dumps({"parts": parts, "runs": figures}) + "\n")
+        (options.output / "growth.json").write_text(json.dumps(rounded({"parts": parts, "runs": figures})) + "\n")
         if contests:
             draw(options.output / "growth.png", contests)
 

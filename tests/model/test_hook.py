@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from growing import QUICK, STEPS, Run, build, command, grown
-from seeding import copy_artifact
+from seeding import break_launches, copy_artifact
 from torch import nn
 
 import esper_triton as esper
@@ -168,6 +168,23 @@ def test_a_process_that_was_killed_is_gone_on_with_in_another_bit_for_bit(
     mine, others = straight.everything(), finished["everything"]
     assert mine.keys() == others.keys()
     assert all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+def test_a_seed_whose_kernel_fails_is_culled_by_the_heuristic_and_training_goes_on(
+    store: Urza, adapter_store: Urza, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_artifact(adapter_store, store, adapter)
+    run = grown(store, None, 1)
+    while not (contributing := list(esper.seed_parameters(run.model, S.GRAFTING))):
+        run.step()
+    assert contributing
+    (name,) = [n for n, layer in run.model.kasmina_layers.items() if layer.seed_state(0) is S.GRAFTING]
+    break_launches(monkeypatch, run.model.kasmina_layers[name], 0)
+    entered = states_of(run, name)
+    for _ in range(20):
+        assert run.step() is None
+    assert entered[:2] == [S.ERROR_RECOVERY, S.CULLED]
+    assert all(torch.isfinite(torch.tensor(run.losses)))
 
 
 def test_a_loop_with_checkpoints_of_its_own_resumes_by_the_hooks_state(
