@@ -247,7 +247,7 @@ def test_a_kernel_that_fails_its_proof_is_exit_code_1(
 ) -> None:
     path = adapter_variant(source={" + up_bias[None, :]": ""})
     assert main([str(path), *SIZES, "--urza", str(tmp_path / "urza")]) == 1
-    assert "was stored as REJECTED: rows=" in capsys.readouterr().err
+    assert "was stored as REJECTED: equivalence: rows=" in capsys.readouterr().err
 
 
 def test_a_kernel_that_does_not_compile_is_exit_code_1_and_one_line(

@@ -38,18 +38,20 @@ class LayerGradients(_Value):
     """What the loss asks of a layer's output, and how much of it the layer's own weights cannot give.
 
     With `n` rows, let `X` [n, p + 1] be what the layer computes its output from, with a column of ones; `G` [n, d] the
-    gradient of the loss with respect to the output, each row times the rows of its step, so that it is of the order
-    of one row's own loss; and `R = G - X X^+ G` the part of `G` that no change of the layer's weights and bias takes
-    away, to first order: the expressivity bottleneck of M. Verbockhaven, T. Rudkiewicz, S. Chevallier and G. Charpiat,
-    Growing Tiny Networks: Spotting Expressivity Bottlenecks and Fixing Them Optimally, TMLR 2024. A seed, which is no
-    linear function of `X`, may.
+    gradient of the loss with respect to the output, scaled as below; and `R = G - X X^+ G` the part of `G` that no
+    change of the layer's weights and bias takes away, to first order: the expressivity bottleneck of M. Verbockhaven,
+    T. Rudkiewicz, S. Chevallier and G. Charpiat, Growing Tiny Networks: Spotting Expressivity Bottlenecks and Fixing
+    Them Optimally, TMLR 2024. A seed, which is no linear function of `X`, may.
 
         gradient_norm = sqrt(||G||^2 / n)
         bottleneck = sqrt(||R||^2 / (n - rank X))
         unexpressed = bottleneck^2 / gradient_norm^2, 1 where the weights can do nothing more
 
-    Rows of sequences and images are their positions. The subtraction of the rank keeps a wide layer, which can fit any
-    gradient of few rows, from looking as if it could do everything.
+    Rows of sequences and images are their positions. The gradient of a mean over a batch is multiplied by the batch's
+    items and by the root of an item's rows: `gradient_norm` is then the norm that the gradient of one item's loss has
+    over all of its positions (the root of its mean square), so that layers of different sizes can be compared. The
+    subtraction of the rank keeps a wide layer, which can fit any gradient of few rows, from looking as if it could do
+    everything.
     """
 
     rows: int

@@ -204,12 +204,13 @@ class PreparedLayer:
             mean = self.section.output_mean
             record.output_mean = None if mean is None else mean.to(device, copy=True)
             record.output_mean_now = record.observed = None
-            made = [_apply_seed(prepared, device, record.epoch) for prepared in self.seeds]
+            made = [m for prepared in self.seeds if (m := _apply_seed(prepared, device, record.epoch)) is not None]
             refresh(layer)
         tell(record, made)
 
 
-def _apply_seed(prepared: _PreparedSeed, device: torch.device, epoch: int) -> Made:
+def _apply_seed(prepared: _PreparedSeed, device: torch.device, epoch: int) -> Made | None:
+    """The move that this is; None where the seed is in its state already, with the same parameters and artifact."""
     own, section, stage = prepared.seed, prepared.section, prepared.section.stage
     had, source, artifact_id = own.parameters, own.state, own.artifact_id
     release(own)
@@ -231,6 +232,8 @@ def _apply_seed(prepared: _PreparedSeed, device: torch.device, epoch: int) -> Ma
         own.evaluation = _evaluation(stage.evaluation)
     own.permanent_since_step = section.permanent.since_step
     own.permanent_evaluation = _evaluation(section.permanent.evaluation)
+    if own.state is source and own.parameters is had and own.artifact_id == artifact_id:
+        return None
     return own.index, source, own.state, artifact_id or own.artifact_id
 
 

@@ -122,7 +122,7 @@ class _Seen:
     layer: nn.Module
     items: Tensor | None  # which ones of the batch; None for all
     rows: Tensor | None  # which ones of those items' rows
-    scale: int  # rows of the whole call
+    scale: float  # of the gradient, to that of an item
     x: Tensor
     g: Tensor | None = None
 
@@ -131,7 +131,7 @@ class _Seen:
         positions = h[0].numel() // h.shape[_feature_dim(layer)] if h.dim() > 1 else 1
         batch = h.shape[0] if h.dim() > 1 else 1
         items = _evenly(batch, -(-_ROWS_PER_STEP // positions), h.device)
-        seen = cls(layer, items, None, batch * positions, x)
+        seen = cls(layer, items, None, batch * math.sqrt(positions), x)
         picked = h if items is None else h[items]
         seen.rows = _evenly(picked.numel() // picked.shape[_feature_dim(layer)], _ROWS_PER_STEP, h.device)
         seen.x = seen._rows_of(x, _input_rows)

@@ -40,7 +40,7 @@ class SystemReader:
         results: Sequence[CommandResult],
     ) -> SystemState:
         """The model as it is now, between two steps. `gradients` by name of the layer."""
-        where = [(state_storage(layer).device, host_dtype(layer)) for layer in self._layers.values()]
+        where = [(state_storage(layer).device, _own_dtype(layer)) for layer in self._layers.values()]
         if where != self._moved:
             self._forms, self._moved = tuple(map(_form, self._layers.values())), where
         seeds = [seed for layer in self._layers.values() for seed in layer._kasmina.seeds]
@@ -57,6 +57,11 @@ class SystemReader:
             lower_is_better=lower_is_better,
             results=tuple(results),
         )
+
+
+def _own_dtype(layer: KasminaLayer) -> torch.dtype | None:
+    """Of the first parameter of the layer itself: a cast changes it, and asking takes little."""
+    return next((parameter.dtype for parameter in layer._parameters.values() if parameter is not None), None)
 
 
 def _form(layer: KasminaLayer) -> LayerForm:

@@ -19,16 +19,7 @@ from esper_triton.urza import Urza
 __all__ = ["Heuristic"]
 
 _FREE = ("DORMANT", "CANCELLED", "CULLED")
-_UNDER_WAY = (
-    "GERMINATED",
-    "LOADING",
-    "TRAINING",
-    "GRAFTING",
-    "STABILIZATION",
-    "EVALUATING",
-    "FINE_TUNING",
-    "ERROR_RECOVERY",
-)
+_UNDER_WAY = ("GERMINATED", "LOADING", "TRAINING", "GRAFTING", "STABILIZATION", "EVALUATING", "FINE_TUNING")
 _REFUSED = (CommandStatus.REFUSED, CommandStatus.FAILED, CommandStatus.EXPIRED)
 
 
@@ -64,8 +55,9 @@ class Heuristic:
     tags, the fastest, the newest. The seed then makes its way through the gates of its layer's policy; this controller
     only begins.
 
-    A layer whose seed was culled or rolled back is left alone for `embargo_epochs`, and the artifact is not tried there
-    again. What it decided and why stands in the commands' `reason`, and why it decides nothing in `explanation`.
+    A seed that this controller has begun and whose kernel fails is culled; one that somebody else has begun is left to
+    him. A layer whose seed was culled or rolled back is left alone for `embargo_epochs`, and the artifact is not tried
+    there again. What it decided and why stands in the commands' `reason`, and why it decides nothing in `explanation`.
 
     Decides by nothing that depends on time or chance, so a run with the same data decides the same.
 
@@ -128,9 +120,9 @@ class Heuristic:
         self.explanation = "not asked yet"
 
     def step(self, state: SystemState) -> list[KasminaCommand]:
-        """At most one command, `request_germination`."""
-        self._take_in(state)
-        command, self.explanation = self._decide(state)
+        """At most one command: `request_germination`, or `cull` for a seed of its own whose kernel has failed."""
+        broken = self._take_in(state)
+        command, self.explanation = self._decide(state) if broken is None else broken
         return [] if command is None else [command]
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,21 +145,37 @@ class Heuristic:
 
     # ---- what became of the last trial
 
-    def _take_in(self, state: SystemState) -> None:
+    def _take_in(self, state: SystemState) -> tuple[KasminaCommand, str] | None:
+        """Looks at the trial under way; what there is to do at once, if its kernel has failed."""
         trial = self._trial
         if trial is None:
-            return
+            return None
         for result in state.results:
             if result.command_id == trial.command_id and result.status in _REFUSED:
                 self._end(trial, state.epoch, stayed=False)
-                return
+                return None
         at = self._position(state, trial)
         if at is None:  # the layer is not there any more
             self._trial = None
         elif state.seeds.state[at] == "FOSSILIZED":
             self._end(trial, state.epoch, stayed=True)
+        elif state.seeds.state[at] == "ERROR_RECOVERY":
+            self._end(trial, state.epoch, stayed=False)
+            reason = (
+                f"the kernel of seed {trial.seed} of layer {trial.layer!r} has failed while it ran (errors: "
+                f"{state.seeds.error_count[at]}), and is not loaded again"
+            )
+            return self._command(state, CommandKind.CULL, trial.layer, trial.seed, reason), reason
         elif state.seeds.state[at] not in _UNDER_WAY or state.artifacts[at] != trial.artifact_id:
             self._end(trial, state.epoch, stayed=False)
+        return None
+
+    def _command(
+        self, state: SystemState, kind: CommandKind, layer: str, seed: int, reason: str, **fields: Any
+    ) -> KasminaCommand:
+        self._commands += 1
+        name = f"heuristic-{self._commands}-{state.step}"
+        return KasminaCommand(command_id=name, layer=layer, seed=seed, command=kind, reason=reason, **fields)
 
     def _position(self, state: SystemState, trial: _Trial) -> int | None:
         names = state.seeds.layers
@@ -287,7 +295,6 @@ class Heuristic:
     def _germination(
         self, state: SystemState, slot: _Slot, match: KernelMatch, slots: Sequence[_Slot]
     ) -> tuple[KasminaCommand, str]:
-        self._commands += 1
         gradients, name = slot.gradients, slot.form.name
         rivals = [other for other in slots if other is not slot][:1]
         reason = (
@@ -303,15 +310,14 @@ class Heuristic:
             f"{match.blueprint_name} ({', '.join(f'{n}={size}' for n, size in match.dims.items())}) fits its "
             f"{slot.width} features; it has stayed in {stayed} of {tries} tries so far"
         )
-        command_id = f"heuristic-{self._commands}-{state.step}"
-        self._trial = _Trial(name, slot.seed, match.id, match.blueprint_id, command_id)
-        command = KasminaCommand(
-            command_id=command_id,
-            layer=name,
-            seed=slot.seed,
-            command=CommandKind.REQUEST_GERMINATION,
+        command = self._command(
+            state,
+            CommandKind.REQUEST_GERMINATION,
+            name,
+            slot.seed,
+            reason,
             artifact_id=match.id,
             tags=match.tags,
-            reason=reason,
         )
+        self._trial = _Trial(name, slot.seed, match.id, match.blueprint_id, command.command_id)
         return command, reason

@@ -26,6 +26,8 @@ ROWS = (32, 512, 4096)
 _POSITIONS = {32: (1, 32, 4, 8), 512: (2, 256, 16, 16), 4096: (16, 256, 16, 16)}  # batch, length, height, width
 _LARGEST_TENSOR = 1 << 24  # elements of an activation; calls with longer ones are left out
 _SAMPLE_NS = 100_000  # a sample repeats a call until it takes about as long
+_LARGEST_PRODUCTS = 1 << 33  # rows times elements of parameters
+_SLOW_NS = 100_000_000  # a call that takes longer is measured one at a time
 _A_ROUND = 5
 _ROOM_BYTES = 1 << 20  # for what lies around tensors
 _LEAST_SAMPLES = 30
@@ -41,10 +43,12 @@ def benchmark(
     and remarks on what could not be measured. Raises Died and Failed."""
     subject, found, remarks = trial.subject, [], []
     widest = max(subject.widths.values())
-    counts = [rows for rows in ROWS if rows * widest <= _LARGEST_TENSOR] or [ROWS[0]]
+    elements = sum(math.prod(record.shape) for record in subject.manifest.parameters.values())
+    counts = [rows for rows in ROWS if rows * widest <= _LARGEST_TENSOR and rows * elements <= _LARGEST_PRODUCTS]
+    counts = counts or [ROWS[0]]
     room = trial.runner.arena.size_bytes - _ROOM_BYTES
     counts = [rows for rows in counts if subject.bytes_of(extents_of_case(_case(subject, rows, seed))) <= room]
-    remarks += [f"{rows} rows do not fit the sandbox" for rows in ROWS if rows not in counts]
+    remarks += [f"calls of {rows} rows were not measured, as too large" for rows in ROWS if rows not in counts]
     for rows in counts:
         case = _case(subject, rows, seed)
         tensors = trial.tensors(case)
@@ -98,21 +102,21 @@ def _measure(
     placed = subject.place(call_of(subject.manifest, subject, case, tensors), runner.arena)
     sides: dict[str, Callable[[int], list[int]]] = {}
 
-    def in_sandbox(launches: Any) -> Callable[[int], list[int]]:
-        runner.time(launches, 2, 1)  # first touch of memory
-        inner = max(1, min(1000, _SAMPLE_NS // max(1, *runner.time(launches, 3, 1))))
-        return lambda samples: runner.time(launches, samples, inner)
+    def paced(measure: Callable[[int, int], list[int]]) -> Callable[[int], list[int]]:
+        """Samples that take long enough to be measured, and not so long that they hold the others up."""
+        measure(1, 1)  # first touch of memory
+        took = max(1, *measure(1, 1))
+        if took > _SLOW_NS:
+            return lambda samples: measure(1, 1)
+        inner = max(1, min(1000, _SAMPLE_NS // max(took, *measure(2, 1))))
+        return lambda samples: measure(samples, inner)
 
-    def here(function: Callable[[], Any]) -> Callable[[int], list[int]]:
-        _timed(function, 2, 1)
-        inner = max(1, min(1000, _SAMPLE_NS // max(1, *_timed(function, 3, 1))))
-        return lambda samples: _timed(function, samples, inner)
-
-    sides["kernel"] = in_sandbox(placed.forward)
+    sides["kernel"] = paced(lambda samples, inner: runner.time(placed.forward, samples, inner))
     if placed.backward:
-        sides["backward"] = in_sandbox(placed.backward)
+        sides["backward"] = paced(lambda samples, inner: runner.time(placed.backward, samples, inner))
     with torch.no_grad():
-        sides |= {name: here(function) for name, function in others.items()}
+        for name, function in others.items():
+            sides[name] = paced(functools.partial(_timed, function))
         samples: dict[str, list[int]] = {name: [] for name in sides}
         end = time.perf_counter() + seconds
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -41,13 +42,15 @@ _TURNS = (
 )
 _ORDINARY = (1, 2, 3, 7, 13, 31, 37, 61, 97, 127, 193, 257)
 _MOST_ELEMENTS = 1 << 18  # of an activation
+_MOST_PRODUCTS = 1 << 28
 _ALPHAS = (1.0, 0.0, 0.3, 0.999, 1e-3, 0.5)
 _POISONED_EVERY = 8
 _TINY = (1e-10, 1e-3)  # and in float16
 
 
-def sizes(subject: Subject, seed: int) -> Iterator[Extents]:
-    """Extents without end: one row, primes, and around the edges of the kernels' own blocks, in a drawn order."""
+def sizes(subject: Subject, seed: int, most_products: int = _MOST_PRODUCTS) -> Iterator[Extents]:
+    """Extents without end: one row, primes, and around the edges of the kernels' own blocks, in a drawn order. Rows
+    times elements of parameters are at most about `most_products`."""
     manifest = subject.manifest
     blocks = {
         value
@@ -57,7 +60,8 @@ def sizes(subject: Subject, seed: int) -> Iterator[Extents]:
     } or {32}
     edges = sorted({b + d for b in blocks for d in (-1, 0, 1)} | {2 * b + 1 for b in blocks})
     widest = max(subject.widths.values())
-    most = max(2, _MOST_ELEMENTS // widest)
+    elements = sum(math.prod(record.shape) for record in manifest.parameters.values())
+    most = max(2, min(_MOST_ELEMENTS // widest, most_products // max(1, elements)))
     counts = [n for n in dict.fromkeys((*_ORDINARY, *edges)) if 1 <= n <= most]
     draw = random.Random(seed)
     first = True
@@ -85,13 +89,13 @@ def _extents(layout: str, rows: int, draw: random.Random) -> Extents:
     return Extents(batch * height * width, batch, height * width, height, width)
 
 
-def cases(subject: Subject, seed: int) -> Iterator[list[CaseRecord]]:
+def cases(subject: Subject, seed: int, most_products: int = _MOST_PRODUCTS) -> Iterator[list[CaseRecord]]:
     """Groups of cases without end. Those of a group are of the same numbers: they differ in alpha, strides, addresses
-    and threads."""
+    and threads. `most_products` as of `sizes`."""
     draw = random.Random(seed)
     names = (*subject.reads, "out", "grad_out")
     follows = subject.program.follows_mode
-    for number, extents in enumerate(sizes(subject, seed)):
+    for number, extents in enumerate(sizes(subject, seed, most_products)):
         values = _TURNS[number % len(_TURNS)]
         common: dict[str, Any] = {**extents._asdict(), "values": values, "seed": draw.getrandbits(48)}
         training = follows and number % 2 == 1

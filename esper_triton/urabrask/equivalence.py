@@ -18,11 +18,13 @@ from esper_triton.urabrask.oracle import K, LocalOracle, warm_up
 from esper_triton.urabrask.sandbox import Died, Failed, Limits, Runner, Sandbox
 from esper_triton.urabrask.shrinking import shrink
 from esper_triton.urabrask.subject import Subject
+from esper_triton.urabrask.threads import one_thread
 from esper_triton.urabrask.trial import CheckLog, Trial, broken
 
 __all__ = ["check_equivalence", "check_layer", "compare_with", "hung"]
 
 _LEAST_GROUPS = 4
+_MOST_OVER = 3  # times the seconds, for the least groups
 _MOST_DEATHS = 3
 _MOST_FAILED = 12
 _EXACT = 1e-9  # of float64, for sums in another order
@@ -49,7 +51,7 @@ def check_equivalence(
     began = time.monotonic()
     for number, group in enumerate(itertools.islice(cases(trial.subject, seed), groups)):
         spent = time.monotonic() - began
-        if spent > seconds and number >= _LEAST_GROUPS:
+        if spent > seconds and (number >= _LEAST_GROUPS or spent > _MOST_OVER * seconds):
             return
         tell(min(1.0, max(number / groups, spent / seconds)))
         drawn = {case.parameters: trial.tensors(case) for case in group}
@@ -74,7 +76,7 @@ def check_layer(trial: Trial, log: CheckLog, layer: LocalOracle, seed: int, grou
     for case in itertools.islice(ordinary, groups):
         case = case.model_copy(update={"training": False})
         question = trial.question(case, trial.tensors(case))
-        ours, theirs = trial.oracle.answer(question).exact, layer.answer(question).exact
+        ours, theirs = trial.oracle.exact(question), layer.exact(question)
         misses = []
         for name, value in ours.items():
             size = float(theirs[name].abs().max()) if value.numel() else 0.0
@@ -120,14 +122,14 @@ def compare_with(
             except (Died, Failed) as error:
                 log.remark(f"its binaries cannot be loaded: {error}")
                 return log.record(), None
-        with torch.inference_mode(False), torch.enable_grad(), log.timed():
+        with one_thread(), torch.inference_mode(False), torch.enable_grad(), log.timed():
             check_equivalence(trial, log, seed, groups=groups, seconds=seconds)
         if not log.findings:
             return log.record(), None
         case, miss = log.findings[0]
         if hung([miss]):
             return log.record(), Counterexample(case=case, what=str(miss))
-        with torch.inference_mode(False), torch.enable_grad():
+        with one_thread(), torch.inference_mode(False), torch.enable_grad():
             return log.record(), shrink(trial, case, miss, seconds / 2)
     finally:
         if box is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,7 @@ from esper_triton.urabrask.sandbox import Died, Failed, Limits, Runner, Sandbox
 from esper_triton.urabrask.shrinking import shrink
 from esper_triton.urabrask.static import static_faults
 from esper_triton.urabrask.subject import Subject
+from esper_triton.urabrask.threads import one_thread, usual_threads
 from esper_triton.urabrask.trial import CheckLog, Trial
 
 __all__ = ["LEVELS", "Plan", "Policy", "Progress", "examine"]
@@ -53,6 +55,8 @@ Progress = Callable[[str, float], None]
 _CPU = torch.device("cpu")
 _OUT_OF_BOUNDS = ("OutOfBounds", "WriteRace", "that are no result's were written", "touched memory")
 _LEAST_BYTES = 32 << 20
+_CHECKED_PRODUCTS = 1 << 26  # of a call whose every access is checked
+_MANY_ELEMENTS = 1 << 18  # of parameters, from which on a reference gains by threads
 _BITS = 48
 
 
@@ -168,24 +172,30 @@ class _Examination:
         checked = self._sandbox(Sandbox.of_checked)
         checked.begin()  # it compiles while the others work
         runner: Runner = self._runner() if here else checked
-        trial = Trial(subject, oracle, runner)
-        if isinstance(runner, Sandbox) and not self._load(runner, "its binaries"):
+        try:
+            self._gauntlet(Trial(subject, oracle, runner), Trial(subject, oracle, checked), here=here)
+        finally:
+            self._account(runner, checked)
+
+    def _gauntlet(self, trial: Trial, in_checked: Trial, *, here: bool) -> None:
+        runner, checked = trial.runner, in_checked.runner
+        if not self._load("load binaries", runner, "its binaries"):
             return
         self._equivalence(trial)
         # A wrong result may come of a wrong access, which says more.
-        if runner is checked or self._load(checked, "its Triton IR with checks of every access"):
-            self._accesses(Trial(subject, oracle, checked))
+        if runner is checked or self._load("load IR", checked, "its Triton IR with checks of every access"):
+            self._accesses(in_checked)
         if not self.failed:
-            with self.log("relations", 0.6).timed() as log:
-                check_relations(trial, log, self.seed + 1, self.plan.relations)
+            self._of_the_reference(trial)
+        if not self.failed:
+            with self.log("relations", 0.62).timed() as log:
+                check_relations(trial, log, self.seed + 1, self.plan.relations, self.plan.seconds / 3)
         if not self.failed:
             with self.log("determinism", 0.68).timed() as log:
                 is_claimed = not self._adds_atomically()
                 check_determinism(trial, log, self.seed + 2, self.plan.repeats, is_claimed=is_claimed)
                 if not is_claimed:
                     log.skipped = "it adds by atomic operations, in no fixed order: only dropout was checked"
-        if not self.failed:
-            self._of_the_reference(trial)
         if not self.failed and self.plan.reach and here and self.device.type == "cpu":
             with self.log("reach", 0.76).timed() as log:
                 check_reach(
@@ -197,11 +207,12 @@ class _Examination:
         self._shrink(trial)
         if not self.failed and here:
             self._benchmark(trial)
-        self._account(runner, checked)
 
-    def _load(self, box: Sandbox, what: str) -> bool:
+    def _load(self, name: str, box: Runner, what: str) -> bool:
         """Waits for a cell that loads or compiles what it was given. Whether it could."""
-        with self.log(f"load {'IR' if 'IR' in what else 'binaries'}", 0.02).timed() as log:
+        if not isinstance(box, Sandbox):  # what runs here is loaded
+            return True
+        with self.log(name, 0.02).timed() as log:
             log.cases = 1
             try:
                 box.start()
@@ -215,7 +226,8 @@ class _Examination:
     def _accesses(self, trial: Trial) -> None:
         """With the sanitizer: every access, and that no two programs store to one element."""
         with self.log("accesses", 0.55).timed() as log:
-            for group in itertools.islice(cases(trial.subject, self.seed), self.plan.checked):
+            drawn = cases(trial.subject, self.seed, most_products=_CHECKED_PRODUCTS)
+            for group in itertools.islice(drawn, self.plan.checked):
                 case = group[1].model_copy(update={"threads": "one"})
                 if not log.note(case, trial.check_memory(case)):
                     return
@@ -245,13 +257,13 @@ class _Examination:
             self.drift = max(self.drift or 0.0, float((out - exact).abs().max()) / largest)
 
     def _of_the_reference(self, trial: Trial) -> None:
-        with self.log("gradients", 0.72).timed() as log:
+        with self.log("gradients", 0.58).timed() as log:
             if trial.subject.program.has_backward:
                 check_gradients(trial, log, self.seed + 4)
             else:
                 log.skipped = "it has no backward"
         if self.blueprint.equivalent_to:
-            with self.log("layer", 0.74).timed() as log:
+            with self.log("layer", 0.6).timed() as log:
                 named = self.blueprint.equivalent_to
                 try:
                     reference = layer_reference(self.blueprint, self.manifest)
@@ -264,7 +276,7 @@ class _Examination:
                     layer = LocalOracle(reference, trial.subject.layout, trial.subject.dtype)
                     check_layer(trial, log, layer, self.seed + 6, 2)
         if self.manifest.affine:
-            with self.log("affine", 0.75).timed() as log:
+            with self.log("affine", 0.61).timed() as log:
                 check_affine(trial, log, self.seed + 5)
 
     def _shrink(self, trial: Trial) -> None:
@@ -287,7 +299,7 @@ class _Examination:
     def _benchmark(self, trial: Trial) -> None:
         with self.log("benchmark", 0.85).timed() as log:
             try:
-                with _threads(None):
+                with usual_threads():
                     self.benchmarks, remarks = benchmark(
                         trial, self.plan.benchmark_s, compiled_rows=self.plan.compiled_rows, seed=self.seed
                     )
@@ -297,8 +309,8 @@ class _Examination:
             self.remarks += remarks
             log.cases = len(self.benchmarks)
 
-    def _account(self, runner: Runner, checked: Sandbox) -> None:
-        for box in (runner, checked):
+    def _account(self, *runners: Runner) -> None:
+        for box in runners:
             if isinstance(box, Sandbox):
                 box.stop()
                 self.peak_bytes = max(self.peak_bytes, box.peak_bytes)
@@ -365,7 +377,9 @@ def examine(
     seed = secrets.randbits(_BITS) if seed is None else seed
     began = time.perf_counter()
     run = _Examination(manifest, blobs, blueprint, plan, seed, device, limits or Limits(wall_s=plan.wall_s), tell)
-    with _threads(1), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+    elements = sum(math.prod(record.shape) for record in manifest.parameters.values())
+    alone = one_thread() if elements < _MANY_ELEMENTS else contextlib.nullcontext()
+    with alone, torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         try:
             run.run()
         except BlueprintError as error:
@@ -433,20 +447,6 @@ def _environment(run: _Examination) -> Environment:
         sandbox=run.sandbox,
         degraded=run.degraded,
     )
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Torch on so many threads: what is evaluated here is small, and loses more to threads than it gains."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or _usual)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-_usual = torch.get_num_threads()
 
 
 def _text(error: Exception) -> str:

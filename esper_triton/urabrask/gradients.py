@@ -30,7 +30,7 @@ def check_gradients(trial: Trial, log: CheckLog, seed: int) -> None:
     for attempt, case in enumerate(itertools.islice(groups, _TRIES)):
         case = case.model_copy(update={"training": False})
         question = _in_float64(trial.question(case, trial.tensors(case)))
-        answer = trial.oracle.answer(question).exact
+        answer = trial.oracle.exact(question)
         generator = torch.Generator().manual_seed(case.seed)
         operands = {**question.inputs, **question.parameters}
         wrong = {}
@@ -40,8 +40,7 @@ def check_gradients(trial: Trial, log: CheckLog, seed: int) -> None:
             slope = float((answer[f"grad_{name}"] * direction).sum())
             terms = float((answer[f"grad_{name}"] * direction).abs().sum()) + float(answer[K].abs().sum()) * _STEP
             ahead, behind = (
-                trial.oracle.answer(_moved(question, name, value + step * direction)).exact[K]
-                for step in (_STEP, -_STEP)
+                trial.oracle.exact(_moved(question, name, value + step * direction))[K] for step in (_STEP, -_STEP)
             )
             difference = float(((ahead - behind) * question.grad_k).sum()) / (2 * _STEP)
             if not abs(difference - slope) <= _CLOSE * max(terms, 1e-12):
@@ -89,7 +88,7 @@ def check_affine(trial: Trial, log: CheckLog, seed: int) -> None:
         )
         points = (u, v, {name: u[name] + v[name] for name in u}, {name: torch.zeros_like(u[name]) for name in u})
         k_u, k_v, k_both, k_zero = (
-            trial.oracle.answer(dataclasses.replace(question, inputs=inputs)).exact[K] for inputs in points
+            trial.oracle.exact(dataclasses.replace(question, inputs=inputs))[K] for inputs in points
         )
         terms = sum(trial.subject.manifest.dims.values()) + case.length
         # Sums of so many terms in float64, each off by 2^-53 of its size; 1e3 for terms that cancel in a drawn sum.

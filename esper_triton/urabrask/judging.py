@@ -2,7 +2,7 @@
 
 With u the unit roundoff of the layer's dtype, an element may be off by
 
-    3 (s + r + R) + 16 u m + t,
+    3 (s + r + R) + (16 u + 2 sqrt(n) v) m + t,
 
 where s is the most that evaluations of the reference in limited precision were off there: one by torch's own kernels
 in the layer's dtype, and some in float64 with drawn rounding errors (`rounding.Rounded`), which know dtype, lengths of
@@ -24,6 +24,7 @@ from torch import Tensor
 from esper_triton.contracts.report import CaseRecord
 from esper_triton.urabrask.draws import dirty_rows
 from esper_triton.urabrask.oracle import Answer, K
+from esper_triton.urabrask.rounding import accumulated
 from esper_triton.urabrask.subject import Outcome
 
 __all__ = ["Expected", "Miss", "expected", "judge", "same_bits"]
@@ -61,13 +62,16 @@ class Expected:
 
 
 def expected(
-    answer: Answer, case: CaseRecord, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    answer: Answer, case: CaseRecord, tensors: Mapping[str, Tensor], dtype: torch.dtype, terms_added: int
 ) -> dict[str, Expected]:
-    """What a case's results should be: law 2's blend of the answer with `h`, and its gradients."""
+    """What a case's results should be: law 2's blend of the answer with `h`, and its gradients.
+
+    `terms_added`: so many terms at most are added to `h`, or to its gradient, one after the other.
+    """
     alpha = float(torch.tensor(case.alpha, dtype=torch.float32))
     dirty = dirty_rows(case)
     limits = torch.finfo(dtype)
-    u = limits.eps / 2
+    last = 16 * limits.eps / 2 + accumulated(terms_added)
     tiny = 16 * (limits.smallest_normal * limits.eps if dtype is torch.float16 else limits.smallest_normal)
     h, grad = tensors["h"].double(), tensors["grad_out"].double()
     found: dict[str, Expected] = {}
@@ -84,7 +88,7 @@ def expected(
             blended = (alpha * narrow + (1 - alpha) * grad).to(dtype)
         else:
             value, terms, blended = alpha * exact, alpha * exact.abs(), (alpha * narrow).to(dtype)
-        tolerance = (off + 16 * u * terms + tiny).expand_as(value).clone()
+        tolerance = (off + last * terms + tiny).expand_as(value).clone()
         if name == K and alpha == 1.0:  # either form of the blend: k, and h + (k - h), which differ where h is infinite
             value = torch.where(exact.isfinite() | value.isfinite(), exact, value)
             tolerance[exact.isfinite() & ~h.isfinite()] = torch.nan
@@ -102,7 +106,7 @@ def expected(
         found["out" if name == K else name] = Expected(value, tolerance)
     if "grad_h" not in found:  # k does not read h
         terms = grad.abs()
-        found["grad_h"] = Expected((1 - alpha) * grad, 16 * u * terms + tiny)
+        found["grad_h"] = Expected((1 - alpha) * grad, last * terms + tiny)
     return found
 
 

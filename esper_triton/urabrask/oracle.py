@@ -66,6 +66,9 @@ class Oracle(Protocol):
     def answer(self, question: Question) -> Answer:
         """Raises what the blueprint's reference raises."""
 
+    def exact(self, question: Question) -> dict[str, Tensor]:
+        """`answer(...).exact` alone, at a fifth of its price."""
+
 
 def in_layout(rows: Tensor, layout: str, extents: Extents) -> Tensor:
     """[rows, width] as a reference takes it."""
@@ -119,6 +122,10 @@ class LocalOracle:
         if largest > limit:  # what is between may not fit the dtype, and then nothing can be demanded
             spread = {name: torch.full_like(value, torch.inf) for name, value in spread.items()}
         return Answer(exact, narrow, spread)
+
+    def exact(self, question: Question) -> dict[str, Tensor]:
+        """Raises what the reference raises."""
+        return self._evaluate(question, torch.float64)
 
     def _call(self, question: Question, inputs: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
         drawn: dict[str, Any] = {}
@@ -206,6 +213,13 @@ class RemoteOracle:
 
     def answer(self, question: Question) -> Answer:
         """Raises Failed where the reference fails or its cell dies."""
+        return Answer(*self._ask(question, ("exact", "narrow", "spread")))
+
+    def exact(self, question: Question) -> dict[str, Tensor]:
+        """Raises Failed where the reference fails or its cell dies."""
+        return self._ask(question, ("exact",))[0]
+
+    def _ask(self, question: Question, parts: tuple[str, ...]) -> list[dict[str, Tensor]]:
         arena: Arena = self._sandbox.arena
         arena.clear()
         given: dict[str, Region] = {}
@@ -217,7 +231,7 @@ class RemoteOracle:
         shapes |= {f"grad_{n}": tuple(v.shape) for n, v in (*question.inputs.items(), *question.parameters.items())}
         wanted = {
             part: {name: arena.place(f"{part} {name}", shape, torch.float64) for name, shape in shapes.items()}
-            for part in ("exact", "narrow", "spread")
+            for part in parts
         }
         message = {
             "question": {
@@ -233,7 +247,7 @@ class RemoteOracle:
         }
         self._tell(message)
         after = arena.snapshot()
-        return Answer(*({name: after.read(region) for name, region in of.items()} for of in wanted.values()))
+        return [{name: after.read(region) for name, region in of.items()} for of in wanted.values()]
 
 
 def _told(region: Region) -> list[Any]:
@@ -263,8 +277,11 @@ def answer_in(oracle: LocalOracle, message: Mapping[str, Any], shared: Any) -> d
         dropout_seed=asked["dropout_seed"],
         seed=asked["seed"],
     )
-    answer = oracle.answer(question)
-    for part, found in (("exact", answer.exact), ("narrow", answer.narrow), ("spread", answer.spread)):
-        for name, told in message["wanted"][part].items():
-            tensor(told).copy_(found[name])
+    if set(message["wanted"]) == {"exact"}:
+        found = {"exact": oracle.exact(question)}
+    else:
+        found = vars(oracle.answer(question))
+    for part, wanted in message["wanted"].items():
+        for name, told in wanted.items():
+            tensor(told).copy_(found[part][name])
     return {"done": True}

@@ -86,7 +86,7 @@ def check_reach(trial: Trial, log: CheckLog, start: Callable[[Limits], Sandbox],
                 box.run(placed.forward + placed.backward)
                 regions = placed.regions
                 found = {n: regions[n].view(arena.memory).contiguous().to(subject.dtype) for n in placed.results}
-                wanted = expected(trial.answer(case, tensors), case, tensors, subject.dtype)
+                wanted = expected(trial.answer(case, tensors), case, tensors, subject.dtype, subject.terms_added)
                 passed = log.note(case, list(judge(Outcome(found, None), wanted)))
             except (Died, Failed, TooLarge, ValueError) as error:
                 passed = log.note(case, [broken("the call", f"it {error}" if isinstance(error, Died) else f"{error}")])

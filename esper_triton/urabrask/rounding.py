@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esper_triton.urabrask.steps import steps_of
 
-__all__ = ["Rounded"]
+__all__ = ["Rounded", "accumulated"]
 
 _ACCUMULATED = 2.0**-24  # unit roundoff of float32, in which kernels add up whatever the layer's dtype is
 _SIGNS = 1 << 16
@@ -46,7 +46,7 @@ class Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.largest, self._watched = 0.0, watched
-        self._roundoff, self._together, self._generator = roundoff, together, generator
+        self._roundoff, self._together = roundoff, together
         self._signs = torch.randint(0, 2, (_SIGNS,), generator=generator).double().mul_(2).sub_(1)
         self._at = 0
 
@@ -74,7 +74,7 @@ class Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_new and _adds_up(name):
             operands = [a for a in _tensors(args) if a.is_floating_point() and a.numel()]
             terms = _terms(name, operands)
-            spread = self._roundoff + _accumulated(terms)
+            spread = self._roundoff + accumulated(terms)
             args = tuple(
                 self._off(a, spread) if isinstance(a, Tensor) and a.is_floating_point() and a.numel() else a
                 for a in args
@@ -82,7 +82,7 @@ class Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **given)
         if not is_new:
             return result
-        off = self._roundoff + _accumulated(terms)
+        off = self._roundoff + accumulated(terms)
         if isinstance(result, Tensor):
             return self._off(result, off, together=self._together) if result.is_floating_point() else result
         if isinstance(result, tuple):
@@ -100,7 +100,9 @@ class Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._watched and count:
             self.largest = max(self.largest, float(value.detach().abs().max()))
         if count > _SIGNS:
-            signs = torch.randint(0, 2, value.shape, generator=self._generator).double().mul_(2).sub_(1)
+            # From another place each time, so that not the same errors meet again.
+            self._at = (self._at + 977) % _SIGNS
+            signs = self._signs.roll(self._at).repeat(-(-count // _SIGNS))[:count].view(value.shape)
         else:
             if self._at + count > _SIGNS:
                 self._at = (self._at + count) % 977
@@ -129,7 +131,7 @@ _MOVING = frozenset(
 )
 
 
-def _accumulated(terms: int) -> float:
+def accumulated(terms: int) -> float:
     """By how much of itself each term may be off when `terms` are added up in float32."""
     return min(terms, 2.0 * math.sqrt(terms)) * _ACCUMULATED
 

@@ -96,6 +96,7 @@ class Subject:
         self.dtype = self.program.dtype
         self.layout = self.program.layout
         self.width = manifest.width
+        self.terms_added = max(manifest.dims.values())  # to h, at most, where a product is accumulated onto it
 
     @property
     def result_names(self) -> tuple[str, ...]:

@@ -147,7 +147,9 @@ class Trial:
                 yield from _finite(outcome)
             if not self.oracle.knows_dropout:
                 return
-        yield from judge(outcome, expected(self.answer(case, tensors), case, tensors, self.subject.dtype))
+        yield from judge(
+            outcome, expected(self.answer(case, tensors), case, tensors, self.subject.dtype, self.subject.terms_added)
+        )
 
     def _silent(self, outcome: Outcome, tensors: Mapping[str, Tensor]) -> Iterator[Miss]:
         """Alpha 0: the host's output and its gradient to the bit, and nothing for anybody else."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -27,13 +28,28 @@ def main() -> int:
 
     cell.prepare()
     control.sendall(json.dumps({"ready": os.getpid()}).encode() + b"\n")
-    while True:
-        content, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 8)
-        if not content:
-            return 0
-        request = json.loads(content)
-        answer = _start(control, request, descriptors) if "start" in request else _end(request["end"], request["kill"])
-        control.sendall(json.dumps(answer).encode() + b"\n")
+    folders: dict[int, str] = {}  # of the cells that there are
+    try:
+        while True:
+            content, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 8)
+            if not content:
+                return 0
+            request = json.loads(content)
+            if "start" in request:
+                answer = _start(control, request, descriptors)
+                if "pid" in answer:
+                    folders[answer["pid"]] = request["start"]["folder"]
+            else:
+                answer = _end(request["end"], request["kill"])
+                folders.pop(request["end"], None)
+            control.sendall(json.dumps(answer).encode() + b"\n")
+    except OSError:  # nobody reads any more
+        return 0
+    finally:
+        # Whoever they were for has gone without ending them.
+        for pid, folder in folders.items():
+            _end(pid, kill=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start(control: socket.socket, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:

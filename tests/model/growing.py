@@ -1,8 +1,12 @@
-"""A small run with a GrowthHook, the same every time: two layers, dropout, a schedule, and batches of a generator."""
+"""A small run with a GrowthHook, the same every time: two layers, dropout, a schedule, and batches of a generator. As a
+program, `growing.py STORE DIR EPOCHS DIES_IN`, it goes on where DIR has come to, and writes DIR/finished.pt."""
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,3 +109,21 @@ def build(store: esper.Urza, *, checkpoints: Path | None = None, policy: Policy 
         model, optimizer, schedulers=[scheduler], checkpoints=checkpoints, carry={"batches": batches}, **options
     )
     return Run(model, optimizer, scheduler, batches, hook, [])
+
+
+def grown(store: esper.Urza, checkpoints: Path | None, epochs: int, *, dies_in: int | None = None) -> Run:
+    """Grows by the heuristic; where it is to die, in the middle of that epoch, as by a power cut."""
+    controller = esper.Heuristic(store, warmup_epochs=1, plateau_epochs=0, blueprints=["bottleneck_adapter"])
+    run = build(store, checkpoints=checkpoints, controller=controller, measure_every=5)
+    for epoch in range(run.hook.resume(), epochs):
+        if epoch == dies_in:
+            run.step()
+            os.kill(os.getpid(), signal.SIGKILL)
+        run.epoch(epoch)
+    return run
+
+
+if __name__ == "__main__":
+    location, directory, until, death = sys.argv[1:]
+    finished = grown(esper.Urza(location), Path(directory), int(until), dies_in=int(death) if death else None)
+    torch.save({"everything": finished.everything(), "losses": finished.losses}, Path(directory) / "finished.pt")

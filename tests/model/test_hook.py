@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from growing import QUICK, STEPS, Run, build, command
-from seeding import copy_artifact
+from growing import QUICK, STEPS, Run, build, command, grown
+from seeding import break_launches, copy_artifact
 from torch import nn
 
 import esper_triton as esper
+from esper_triton.contracts.envelope import COMMANDS
 from esper_triton.contracts.errors import CheckpointError, TrainingDiverged
 from esper_triton.kasmina import KernelCache, SeedLifecycleState
 from esper_triton.model.checkpoints import checkpoints_in
@@ -122,25 +127,18 @@ def test_two_runs_are_the_same_and_one_that_was_interrupted_goes_on_as_they_do(
 ) -> None:
     copy_artifact(adapter_store, store, adapter)  # the only one that there is
 
-    def grown(directory: Path | None, epochs: int, resumed: bool = False) -> Run:
+    def again(directory: Path | None, epochs: int) -> Run:
         KernelCache.process().reset()
-        controller = esper.Heuristic(store, warmup_epochs=1, plateau_epochs=0, blueprints=["bottleneck_adapter"])
-        run = build(store, checkpoints=directory, controller=controller, measure_every=5)
-        if resumed:
-            torch.manual_seed(99)  # whatever has happened in the new process
-        begin = run.hook.resume()
-        assert begin == (4 if resumed else 0)
-        for epoch in range(begin, epochs):
-            run.epoch(epoch)
-        return run
+        return grown(store, directory, epochs)
 
-    first, second = grown(None, 9), grown(tmp_path / "second", 9)
+    first, second = again(None, 9), again(tmp_path / "second", 9)
     assert same(first, second)
     assert first.losses == second.losses
     assert [layer.seed_state(0) for layer in first.model.kasmina_layers.values()] == [S.FOSSILIZED, S.CULLED]
-    half = grown(tmp_path / "half", 4)
+    half = again(tmp_path / "half", 4)
     half.step()  # after the checkpoint, and lost
-    resumed = grown(tmp_path / "half", 9, resumed=True)
+    torch.manual_seed(99)
+    resumed = again(tmp_path / "half", 9)
     assert resumed.losses == first.losses[4 * STEPS :]
     assert same(first, resumed)
     assert resumed.hook.metrics == first.hook.metrics
@@ -151,6 +149,42 @@ def test_two_runs_are_the_same_and_one_that_was_interrupted_goes_on_as_they_do(
         lineages.append(esper.contracts.lineage.Lineage.model_validate_json(path.read_text()).seeds)
     assert lineages[0] == lineages[1] == lineages[2]
     assert [entry.layer for entry in lineages[0]] == ["0"]
+
+
+def test_a_process_that_was_killed_is_gone_on_with_in_another_bit_for_bit(
+    store: Urza, adapter_store: Urza, adapter: str, tmp_path: Path
+) -> None:
+    copy_artifact(adapter_store, store, adapter)
+    directory = tmp_path / "run"
+    script = Path(__file__).with_name("growing.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(esper.__file__).parents[1])}  # the package that is tested here
+    for dies_in, status in (("4", -signal.SIGKILL), ("", 0)):
+        command = [sys.executable, "-W", "error", str(script), str(store.root), str(directory), "9", dies_in]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+    finished = torch.load(directory / "finished.pt", weights_only=True)
+    straight = grown(store, None, 9)
+    assert finished["losses"] == straight.losses[4 * STEPS :]
+    mine, others = straight.everything(), finished["everything"]
+    assert mine.keys() == others.keys()
+    assert all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+def test_a_seed_whose_kernel_fails_is_culled_by_the_heuristic_and_training_goes_on(
+    store: Urza, adapter_store: Urza, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_artifact(adapter_store, store, adapter)
+    run = grown(store, None, 1)
+    while not (contributing := list(esper.seed_parameters(run.model, S.GRAFTING))):
+        run.step()
+    assert contributing
+    (name,) = [n for n, layer in run.model.kasmina_layers.items() if layer.seed_state(0) is S.GRAFTING]
+    break_launches(monkeypatch, run.model.kasmina_layers[name], 0)
+    entered = states_of(run, name)
+    for _ in range(20):
+        assert run.step() is None
+    assert entered[:2] == [S.ERROR_RECOVERY, S.CULLED]
+    assert all(torch.isfinite(torch.tensor(run.losses)))
 
 
 def test_a_loop_with_checkpoints_of_its_own_resumes_by_the_hooks_state(
@@ -254,7 +288,7 @@ def test_an_infinite_validation_metric_takes_everything_back(adapter_store: Urza
     assert run.hook.epoch_end(1, metric=float("inf")).reason == "the validation metric is inf"
 
 
-@pytest.mark.parametrize("by", ["a call", "a command"])
+@pytest.mark.parametrize("by", ["a call", "a command", "the bus"])
 def test_a_seed_that_is_rolled_back_takes_the_whole_run_back(adapter_store: Urza, adapter: str, by: str) -> None:
     manual = esper.Manual()
     run = build(adapter_store, controller=manual, control_every=1)
@@ -267,16 +301,40 @@ def test_a_seed_that_is_rolled_back_takes_the_whole_run_back(adapter_store: Urza
     run.step()
     if by == "a call":
         run.model.rollback("0", 0)
+    elif by == "the bus":
+        with esper.Oona() as bus:
+            remote = esper.connect(run.model, bus)
+            bus.publish(COMMANDS, command("rollback"))
+            assert bus.flush()
+            rollback = None
+            for _ in range(5):
+                rollback = rollback or run.step()
+            remote.close()
     else:
         manual.submit(command("rollback"))
         assert run.step() is None  # the command comes between two steps
-    assert not torch.equal(run.model.state_dict()["0.weight"], weight)
-    rollback = run.step()
+    if by != "the bus":
+        assert not torch.equal(run.model.state_dict()["0.weight"], weight)
+        rollback = run.step()
+        assert torch.equal(run.model.state_dict()["0.weight"], weight)
     assert (rollback.layer, rollback.seed, rollback.reason) == ("0", 0, "it was asked for")
-    assert torch.equal(run.model.state_dict()["0.weight"], weight)
     assert run.model.kasmina_layers["0"].seed_state(0) is S.ROLLED_BACK
     run.step()
     assert manual.results["request_germination-0-0"].status == "applied"
+
+
+def test_going_back_tells_only_of_the_seeds_that_it_moves(adapter_store: Urza, adapter: str) -> None:
+    run = build(adapter_store)
+    run.model.load_kernel_sync("3", 0, adapter)
+    for epoch in range(4):
+        run.epoch(epoch)
+    assert run.model.kasmina_layers["3"].seed_state(0) is S.FOSSILIZED
+    run.model.load_kernel_sync("0", 0, adapter)
+    run.model.graft("0", 0)
+    permanent, young = states_of(run, "3"), states_of(run, "0")
+    assert run.step(factor=float("nan")) is not None
+    assert permanent == []
+    assert young == [S.DORMANT, S.ROLLED_BACK]
 
 
 def test_commands_that_cannot_be_carried_out_are_answered_with_the_reason(

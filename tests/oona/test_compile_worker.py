@@ -34,10 +34,10 @@ d = {}
 [parameters]
 w = { shape = ["d"] }
 """)
-# Says who runs it, and the first one never comes to an end.
+# Says who runs it, and the first one never comes to an end. Where it is proven it may write nothing, and says nothing.
 STUCK = """
-import os, time, torch
-with open({ledger!r}, "a", encoding="ascii") as _file:
+import contextlib, os, time, torch
+with contextlib.suppress(PermissionError), open({ledger!r}, "a", encoding="ascii") as _file:
     _file.write(f"{{os.getppid()}}\\n")
 if len(open({ledger!r}, encoding="ascii").read().split()) == 1:
     time.sleep(600)

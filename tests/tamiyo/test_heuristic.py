@@ -56,7 +56,7 @@ def test_one_seed_at_a_time_and_none_before_the_warmup(controller: esper.Heurist
     assert controller.explanation == "waits for epoch 1 (warmup_epochs); it is 0"
     (command,) = controller.step(system(free(a=1.0, b=0.5)))
     layers = free(a=1.0, b=0.5)
-    for state in ("LOADING", "TRAINING", "GRAFTING", "STABILIZATION", "EVALUATING", "FINE_TUNING", "ERROR_RECOVERY"):
+    for state in ("LOADING", "TRAINING", "GRAFTING", "STABILIZATION", "EVALUATING", "FINE_TUNING"):
         layers[0] = (form("a"), gradients(1.0), [state])
         assert controller.step(system(layers, artifacts={("a", 0): command.artifact_id})) == []
         assert controller.explanation == f"waits for seed 0 of layer 'a', which is in {state}: one at a time"
@@ -98,6 +98,21 @@ def test_after_a_failure_the_layer_is_left_alone_and_the_kernel_not_tried_there_
     assert controller.explanation == "no layer has both a free slot that is not embargoed and measured gradients"
     assert controller.step(system(layers, epoch=16, artifacts={("b", 0): adapter})) == []
     assert "and all of these have failed here" in controller.explanation
+
+
+def test_a_seed_of_its_own_whose_kernel_fails_is_culled_and_another_one_is_left_alone(
+    controller: esper.Heuristic, adapter: str
+) -> None:
+    (begun,) = controller.step(system(free(a=2.0, b=1.0)))
+    layers = free(a=2.0, b=1.0)
+    layers[0] = (form("a"), gradients(2.0), ["ERROR_RECOVERY"])
+    (command,) = controller.step(system(layers, artifacts={("a", 0): adapter}))
+    assert (command.command, command.layer, command.seed) == (CommandKind.CULL, "a", 0)
+    assert command.command_id != begun.command_id
+    assert command.reason == controller.explanation
+    assert command.reason.startswith("the kernel of seed 0 of layer 'a' has failed while it ran (errors: 0)")
+    (other,) = controller.step(system(layers, artifacts={("a", 0): adapter}))  # as if somebody else's
+    assert (other.command, other.layer) == (CommandKind.REQUEST_GERMINATION, "b")
 
 
 def test_designs_that_have_failed_come_after_those_that_have_not(library_store: Urza, library_artifact: Any) -> None:

@@ -140,12 +140,11 @@ def test_a_layer_that_a_blueprint_is_not_equal_to_is_found(old: str, new: str, f
     assert found in failures["layer"][0]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("name", sorted(BLUEPRINTS))
-def test_what_ships_is_validated_whatever_is_drawn(name: str, seed: int) -> None:
-    dtype = random.Random(f"{name} {seed}").choice(("float32", "float16", "bfloat16"))
+def test_what_ships_is_validated_whatever_is_drawn(name: str) -> None:
+    dtype = random.Random(name).choice(("float32", "float16", "bfloat16"))
     built = shipped(name, dtype)
-    report = examine(built.manifest, built.blobs, BLUEPRINTS[name], seed=seed)
+    report = examine(built.manifest, built.blobs, BLUEPRINTS[name])
     assert (report.verdict, report.failures) == ("VALIDATED", ())
     assert report.cases >= 20
 

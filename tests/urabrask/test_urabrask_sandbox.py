@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,16 +28,11 @@ def sandbox_of(binary: bytes, limits: Limits = QUICK) -> Sandbox:
 
 
 @pytest.fixture
-def folders() -> Iterator[set[str]]:
-    """The sandboxes' folders that were there before; none may be left behind."""
-    import tempfile
-
-    def found() -> set[str]:
-        return {path.name for path in Path(tempfile.gettempdir()).glob("esper-urabrask-*")}
-
-    before = found()
-    yield before
-    assert found() <= before
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where sandboxes have their folders, of which none may be left behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield tmp_path
+    assert list(tmp_path.iterdir()) == []
 
 
 def fate_of(binary: bytes, limits: Limits = QUICK) -> str:
@@ -61,7 +57,7 @@ def fate_of(binary: bytes, limits: Limits = QUICK) -> str:
     ],
 )
 def test_a_system_call_that_reaches_outside_ends_the_process_and_is_named(
-    folders: set[str], name: str, arguments: tuple[int, ...]
+    folders: Path, name: str, arguments: tuple[int, ...]
 ) -> None:
     assert fate_of(system_call(name, *arguments)) == f"made a forbidden system call ({name})"
 
@@ -78,16 +74,16 @@ def test_a_system_call_that_reaches_outside_ends_the_process_and_is_named(
         (object_code(HOARD, "declare ptr @malloc(i64)"), "ran out of memory"),
     ],
 )
-def test_each_way_of_ending_is_told_apart(folders: set[str], binary: bytes, fate: str) -> None:
+def test_each_way_of_ending_is_told_apart(folders: Path, binary: bytes, fate: str) -> None:
     assert fate_of(binary).startswith(fate)
 
 
-def test_what_does_not_end_is_stopped_by_the_clock(folders: set[str]) -> None:
+def test_what_does_not_end_is_stopped_by_the_clock(folders: Path) -> None:
     limits = Limits(wall_s=0.5, tensor_bytes=1 << 20)
     assert fate_of(object_code(LOOP), limits) == "did not end within 0.5 s and was stopped"
 
 
-def test_what_uses_more_cpu_time_than_it_may_is_stopped_by_the_kernel(folders: set[str]) -> None:
+def test_what_uses_more_cpu_time_than_it_may_is_stopped_by_the_kernel(folders: Path) -> None:
     assert fate_of(object_code(LOOP), Limits(cpu_s=0.5, wall_s=60.0, tensor_bytes=1 << 20)).startswith(
         "used up its CPU"
     )
@@ -103,7 +99,7 @@ def test_what_uses_more_cpu_time_than_it_may_is_stopped_by_the_kernel(folders: s
         wire._LENGTH.pack(13) + b'{"done": "1"}',
     ],
 )
-def test_an_answer_that_is_none_is_no_answer(folders: set[str], written: bytes) -> None:
+def test_an_answer_that_is_none_is_no_answer(folders: Path, written: bytes) -> None:
     text = "".join(f"\\{byte:02x}" for byte in written)
     write = (
         '  %n = call i64 asm sideeffect "syscall", "={rax},{rax},{rdi},{rsi},{rdx},~{rcx},~{r11},~{memory}"'
@@ -116,27 +112,27 @@ def test_an_answer_that_is_none_is_no_answer(folders: set[str], written: bytes) 
     assert fate.startswith(("answered what is no answer", "gave an answer to a launch that is none"))
 
 
-def test_a_sandbox_that_has_died_is_started_again_by_the_next_command(folders: set[str]) -> None:
+def test_a_sandbox_that_has_died_is_started_again_by_the_next_command(folders: Path) -> None:
     with sandbox_of(system_call("exit_group", 0)) as box:
         for _ in range(2):
             with pytest.raises(Died, match="ended its process by itself, with exit code 0"):
                 box.run(LAUNCH)
 
 
-def test_object_code_that_names_a_function_of_the_system_is_not_loaded(folders: set[str]) -> None:
+def test_object_code_that_names_a_function_of_the_system_is_not_loaded(folders: Path) -> None:
     binary = object_code("  %n = call i32 @system(ptr null)\n  ret void", "declare i32 @system(ptr)")
     with sandbox_of(binary) as box, pytest.raises(Failed, match="refers to 'system', which it may not use"):
         box.start()
 
 
-def test_the_memory_that_is_shared_cannot_be_made_smaller_under_its_reader(folders: set[str]) -> None:
+def test_the_memory_that_is_shared_cannot_be_made_smaller_under_its_reader(folders: Path) -> None:
     with sandbox_of(object_code("  ret void")) as box:
         box.run(LAUNCH)
         with pytest.raises(PermissionError):
             os.ftruncate(box.arena.descriptor, 0)
 
 
-def test_nothing_is_left_of_a_process_whose_parent_dies() -> None:
+def test_nothing_is_left_of_a_process_whose_parent_dies(folders: Path) -> None:
     script = (
         "import os, sys\n"
         "sys.path.insert(0, sys.argv[1])\n"
@@ -147,19 +143,25 @@ def test_nothing_is_left_of_a_process_whose_parent_dies() -> None:
         "os._exit(0)\n"
     )
     here = str(Path(__file__).parent)
-    done = subprocess.run([sys.executable, "-c", script, here], capture_output=True, text=True, check=True)
-    pid = int(done.stdout)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
+    environment = os.environ | {"TMPDIR": str(folders)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, here], capture_output=True, text=True, check=True, env=environment
+    )
+
+    def is_gone() -> bool:
         try:
-            os.kill(pid, 0)
+            os.kill(int(done.stdout), 0)
         except ProcessLookupError:
-            return
+            return not list(folders.iterdir())
+        return False
+
+    deadline = time.monotonic() + 20
+    while not is_gone():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    pytest.fail(f"process {pid} outlives the one that started it")
 
 
-def test_where_there_is_no_filter_the_report_says_so(monkeypatch: pytest.MonkeyPatch, folders: set[str]) -> None:
+def test_where_there_is_no_filter_the_report_says_so(monkeypatch: pytest.MonkeyPatch, folders: Path) -> None:
     monkeypatch.setattr(seccomp, "unavailable", lambda: "this kernel has no seccomp filters")
     with sandbox_of(object_code("  ret void")) as box:
         box.run(LAUNCH)

@@ -52,7 +52,7 @@ def test_a_sum_in_float32_in_any_order_is_within_the_tolerance(terms: int, seed:
     grad = torch.randn(4, 3, generator=generator(seed + 2))
     answer = LocalOracle(linear, "rows", torch.float32).answer(question(h, w, grad, seed, of="x"))
     case = CaseRecord(rows=4, batch=4, length=1, values="normal", seed=seed, alpha=1.0)
-    wanted = expected(answer, case, {"h": torch.zeros(4, 3), "grad_out": grad}, torch.float32)["out"]
+    wanted = expected(answer, case, {"h": torch.zeros(4, 3), "grad_out": grad}, torch.float32, 1)["out"]
     order = torch.randperm(terms, generator=generator(seed + 3))
     one_by_one = torch.zeros(4, 3)
     for k in order.tolist():
@@ -62,7 +62,7 @@ def test_a_sum_in_float32_in_any_order_is_within_the_tolerance(terms: int, seed:
     ones = torch.full((4, terms), 1.1)
     alike = torch.full((terms, 3), 0.7)
     answer = LocalOracle(linear, "rows", torch.float32).answer(question(ones, alike, grad, seed, of="x"))
-    wanted = expected(answer, case, {"h": torch.zeros(4, 3), "grad_out": grad}, torch.float32)["out"]
+    wanted = expected(answer, case, {"h": torch.zeros(4, 3), "grad_out": grad}, torch.float32, 1)["out"]
     total = torch.zeros(4, 3)
     for _ in range(terms):
         total = total + torch.tensor(1.1) * torch.tensor(0.7)
@@ -74,7 +74,7 @@ def test_a_sum_that_is_kept_in_half_precision_is_not_within_that_of_float32() ->
     grad = torch.randn(8, 8, generator=generator(2))
     answer = LocalOracle(linear, "rows", torch.float32).answer(question(h, w, grad, of="x"))
     case = CaseRecord(rows=8, batch=8, length=1, values="normal", seed=0, alpha=1.0)
-    wanted = expected(answer, case, {"h": torch.zeros(8, 8), "grad_out": grad}, torch.float32)["out"]
+    wanted = expected(answer, case, {"h": torch.zeros(8, 8), "grad_out": grad}, torch.float32, 1)["out"]
     assert compare("out", (h.half() @ w.half()).float(), wanted).ratio > 10
     assert compare("out", h @ w, wanted).ratio < 0.5
 
@@ -89,7 +89,7 @@ def test_what_cancels_may_be_off_by_the_roundings_of_what_it_is_the_difference_o
     answer = LocalOracle(difference, "rows", torch.float32).answer(question(h, w, torch.ones_like(h)))
     case = CaseRecord(rows=20, batch=20, length=1, values="normal", seed=0, alpha=1.0)
     tensors = {"h": torch.zeros(20, 4), "grad_out": torch.ones(20, 4)}
-    wanted = expected(answer, case, tensors, torch.float32)["out"]
+    wanted = expected(answer, case, tensors, torch.float32, 1)["out"]
     # The products are 1e6, and the difference about 1: off by 1e3 u, where it could be known to u.
     assert (wanted.tolerance > 500 * U32).all()
     assert (wanted.tolerance < 1e5 * U32).all()
@@ -102,7 +102,7 @@ def test_where_something_not_finite_goes_in_its_row_may_not_hide_it_and_the_othe
     answer = LocalOracle(lambda h, w: h * w, "rows", torch.float32).answer(question(h, w, grad))
     case = CaseRecord(rows=2, batch=2, length=1, values="nan", seed=0, alpha=1.0)
     case = case.model_copy(update={"rows": 4, "batch": 4})
-    wanted = expected(answer, case, {"h": h, "grad_out": grad}, torch.float32)
+    wanted = expected(answer, case, {"h": h, "grad_out": grad}, torch.float32, 1)
     right = h * w
     assert compare("out", right, wanted["out"]).ratio <= 1
     swallowed = right.nan_to_num(nan=0.0)
