@@ -30,7 +30,8 @@ from esper_triton.contracts.manifest import Manifest
 
 NARROW, HIDDEN = 5, 32  # width of the layer that is too narrow, and of the adapter's hidden layer
 BATCH = 64
-BLUEPRINT = Path(__file__).resolve().parent.parent / "kernels" / "bottleneck_adapter.toml"
+BLUEPRINT = Path(__file__).resolve().parent / "kernels" / "bottleneck_adapter.toml"
+DOCS = Path(__file__).resolve().parent.parent / "docs"  # of a checkout; what is installed has none
 
 
 class Digits(nn.Module):
@@ -289,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m esper_triton.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer training steps")
-    parser.add_argument("--output", type=Path, default=BLUEPRINT.parent.parent / "docs", help="folder for demo.png")
+    parser.add_argument("--output", type=Path, default=DOCS if DOCS.is_dir() else Path(), help="folder for demo.png")
     options = parser.parse_args(argv)
     if not options.output.is_dir():
         parser.error(f"--output {options.output}: no such folder")
