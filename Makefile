@@ -25,7 +25,7 @@ OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo docs test test-gpu test-matrix lint types clean
+.PHONY: coverage help demo docs test test-gpu test-matrix lint types clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo 'make test    lint, types and tests (PYTEST_ARGS="-k name" for some of them)'
 	@echo 'make test-gpu  tests and benchmarks that need a GPU, which make test skips without one; see docs/gpu.md'
 	@echo 'make test-matrix  the tests of the CPU backend on $(MATRIX) as well; results go to docs/cpu-matrix.md'
+	@echo 'make coverage  the tests again, with the lines of the package that none of them runs'
 	@echo 'make docs    the documentation as a site, build/site/index.html, which needs no other host'
 	@echo 'make lint    ruff: rules and format'
 	@echo 'make types   mypy, strict on the package'
@@ -45,6 +46,10 @@ test: lint types $(PACKAGES)
 	@$(BIN)/python tests/oona/redis_server.py
 	@$(BIN)/python tests/nissa/chromium.py
 	@$(BIN)/python -m pytest -q -n $(PYTEST_JOBS) $(PYTEST_ARGS)
+
+# Tracing makes everything some times slower, so a test may take longer here.
+coverage: $(PACKAGES)
+	@$(BIN)/python -m pytest -q -n $(PYTEST_JOBS) --timeout 600 --cov --cov-report term-missing $(PYTEST_ARGS)
 
 # The laws, and the benches as a table. Without a GPU every one of the tests would be skipped, and that is not a success.
 test-gpu: $(STAMP)
