@@ -4,8 +4,8 @@ checkpoints; and making it fixed."""
 from esper_triton.model.baking import bake
 from esper_triton.model.checkpoint import esper_state_dict, load_esper_state_dict
 from esper_triton.model.distributed import Replicas, replicate
-from esper_triton.model.divergence import LossWatch
-from esper_triton.model.hook import GrowthHook, Rollback
+from esper_triton.model.divergence import LossWatch, Rollback
+from esper_triton.model.hook import GrowthHook
 from esper_triton.model.morphable import MorphableModel, seed_parameters, unwrap, wrap
 from esper_triton.model.optim import Attachment, attach
 from esper_triton.model.remote import Remote, connect

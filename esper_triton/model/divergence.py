@@ -1,4 +1,4 @@
-"""Whether a training loss has left the path that it was on."""
+"""Whether a training loss has left the path that it was on, and what was done about it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["LossWatch"]
+__all__ = ["LossWatch", "Rollback"]
 
 _FEWEST = 10  # losses before there is a median to speak of
 
@@ -77,3 +78,19 @@ class LossWatch:
         self._losses.clear()
         self._losses.extend(state["losses"])
         self._suspicious = state["suspicious"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """The run has gone back to its last good checkpoint.
+
+    Attributes:
+        reason: in words. step: at which it happened; checkpoint_step: of the checkpoint.
+        layer, seed: the one that was locked for it; None where no seed came into question.
+    """
+
+    reason: str
+    step: int
+    checkpoint_step: int
+    layer: str | None
+    seed: int | None

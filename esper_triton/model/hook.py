@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +26,7 @@ from esper_triton.model.bottleneck import GradientProbe
 from esper_triton.model.checkpoint import esper_state_dict, prepare
 from esper_triton.model.checkpoints import Checkpoints, DirectoryCheckpoints, MemoryCheckpoint, checkpoints_in
 from esper_triton.model.commanding import carry_out
-from esper_triton.model.divergence import LossWatch
+from esper_triton.model.divergence import LossWatch, Rollback
 from esper_triton.model.evaluation import undisturbed
 from esper_triton.model.morphable import MorphableModel, seed_parameters
 from esper_triton.model.optim import attach, attachment_of
@@ -34,27 +34,11 @@ from esper_triton.model.run_state import SCHEMA_VERSION, RunState, check_version
 from esper_triton.model.system import SystemReader
 from esper_triton.tamiyo.controller import Controller
 
-__all__ = ["GrowthHook", "Rollback"]
+__all__ = ["GrowthHook"]
 
 _S = SeedLifecycleState
 _UNSETTLING = (_S.GRAFTING, _S.FINE_TUNING)  # from here on a seed changes what the model computes
 _log = logging.getLogger("esper_triton.model")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rollback:
-    """The run has gone back to its last good checkpoint.
-
-    Attributes:
-        reason: in words. step: at which it happened; checkpoint_step: of the checkpoint.
-        layer, seed: the one that was locked for it; None where no seed came into question.
-    """
-
-    reason: str
-    step: int
-    checkpoint_step: int
-    layer: str | None
-    seed: int | None
 
 
 class GrowthHook:

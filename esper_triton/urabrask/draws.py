@@ -15,31 +15,43 @@ from esper_triton.contracts.report import CaseRecord
 from esper_triton.kasmina.views import Extents
 from esper_triton.urabrask.subject import Call, Subject
 
-__all__ = ["VALUES", "call_of", "cases", "dirty_rows", "dropout_seed_of", "extents_of_case", "sizes", "tensors_of"]
+__all__ = [
+    "A_TURN",
+    "VALUES",
+    "call_of",
+    "cases",
+    "dirty_rows",
+    "dropout_seed_of",
+    "extents_of_case",
+    "sizes",
+    "tensors_of",
+]
 
 VALUES = ("normal", "large", "huge", "tiny", "denormal", "zeros", "equal", "sorted", "one row", "inf", "nan")
 """What the inputs are of. `large` is where the exponential of a product overflows; with `tiny` inputs biases are tiny
 too, or nothing would show of them; `one row` is one for all, which may lie in memory once; `inf` and `nan` are among
 ordinary numbers, in some rows or items."""
-# Ordinary numbers every second time; then what most kernels get wrong.
+# A turn has every kind, what most often shows something first.
 _TURNS = (
     "normal",
+    "large",
+    "nan",
     "normal",
     "one row",
-    "normal",
-    "nan",
     "huge",
-    "large",
+    "normal",
+    "tiny",
     "sorted",
     "normal",
     "inf",
-    "tiny",
-    "normal",
     "equal",
     "normal",
     "zeros",
     "denormal",
+    "normal",
 )
+A_TURN = len(_TURNS)
+"""So many groups have numbers of every kind."""
 _ORDINARY = (1, 2, 3, 7, 13, 31, 37, 61, 97, 127, 193, 257)
 _MOST_ELEMENTS = 1 << 18  # of an activation
 _MOST_PRODUCTS = 1 << 28

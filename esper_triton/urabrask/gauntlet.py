@@ -244,6 +244,7 @@ class _Examination:
                 tell=lambda part: self.tell("equivalence", 0.1 + 0.45 * part),
                 seen=lambda case, tensors: self._note_drift(trial, case, tensors),
             )
+        self.remarks += [log.skipped] if log.skipped else []
 
     def _note_drift(self, trial: Trial, case: CaseRecord, tensors: Mapping[str, torch.Tensor]) -> None:
         """The largest error of `out` at alpha 1, of ordinary numbers, as a part of its largest element."""
