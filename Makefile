@@ -63,7 +63,7 @@ test-matrix: $(STAMP) $(MATRIX_VENVS:%=%/.installed)
 
 # Warnings, as of a link that leads nowhere, are errors.
 docs: $(DOCS_VENV)/.installed
-	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict -f .mkdocs.yml
 	@echo build/site/index.html
 
 lint: $(STAMP)

@@ -97,7 +97,7 @@ def test_the_reference_has_every_public_name() -> None:
 
 
 def test_the_site_has_every_page_in_its_contents() -> None:
-    contents = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")[2]
+    contents = (ROOT / ".mkdocs.yml").read_text("utf-8").partition("\nnav:\n")[2]
     listed = re.findall(r"- (\S+\.md)$", contents, re.MULTILINE)
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
