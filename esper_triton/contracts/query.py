@@ -10,7 +10,10 @@ from esper_triton.contracts.blueprint import DTypeName
 from esper_triton.contracts.manifest import ArtifactId, Digest, KernelStatus
 from esper_triton.contracts.record import Figures, Role, Tag
 
-__all__ = ["Change", "KernelMatch", "KernelQuery"]
+__all__ = ["MOST_ANSWERED", "Change", "KernelMatch", "KernelQuery"]
+
+MOST_ANSWERED = 10_000
+"""Artifacts that a server answers to one question at most; a directory answers up to a million."""
 
 
 class _Value(BaseModel):

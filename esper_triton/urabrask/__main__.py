@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from esper_triton.contracts.errors import EsperError, ProofUnavailable, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus
-from esper_triton.contracts.query import KernelQuery
+from esper_triton.contracts.query import MOST_ANSWERED, KernelQuery
 from esper_triton.oona.workers import add_bus_arguments, bus_of, ends_with_a_signal, serve
 from esper_triton.urza import Urza, default_root
 
@@ -139,7 +139,7 @@ def _validate(store: Urza, options: argparse.Namespace) -> int:
     ids: list[str] = list(dict.fromkeys(options.ids))
     if options.pending:
         pending = (KernelStatus.PENDING_BENCHMARKING, KernelStatus.PENDING_HARDWARE)
-        found = [match.id for match in store.query(KernelQuery(statuses=pending, limit=1_000_000))]
+        found = [match.id for match in store.query(KernelQuery(statuses=pending, limit=MOST_ANSWERED))]
         ids += [one for one in sorted(found) if one not in ids]
     elif not ids:
         return _failed(ValueError("name artifacts, or give --pending; see --help"), 2)

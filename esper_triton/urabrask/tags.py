@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from esper_triton.contracts.manifest import KernelStatus, Manifest
-from esper_triton.contracts.query import KernelMatch
+from esper_triton.contracts.query import MOST_ANSWERED, KernelMatch
 from esper_triton.contracts.record import Figures, Tag
 from esper_triton.contracts.report import RowsBenchmark
 from esper_triton.urza import Urza
@@ -43,7 +43,7 @@ def in_class(store: Urza, manifest: Manifest) -> list[KernelMatch]:
     """The other validated artifacts of its target and class that were measured."""
     wanted = class_of(manifest.dims, manifest.dtype)
     found = store.query(
-        target=manifest.target.label, dtype=manifest.dtype, statuses=(KernelStatus.VALIDATED,), limit=1_000_000
+        target=manifest.target.label, dtype=manifest.dtype, statuses=(KernelStatus.VALIDATED,), limit=MOST_ANSWERED
     )
     return [
         one

@@ -52,7 +52,7 @@ from esper_triton.contracts.errors import (
     StoreUnavailable,
     UntrustedArtifact,
 )
-from esper_triton.contracts.query import KernelQuery
+from esper_triton.contracts.query import MOST_ANSWERED, KernelQuery
 from esper_triton.urza import serving
 from esper_triton.urza.directory import Damage
 from esper_triton.urza.incoming import Incoming, sweep
@@ -68,7 +68,6 @@ _logger = logging.getLogger(__name__)
 _PIECE_BYTES = 256 << 10
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
-_MOST_ANSWERED = 10_000
 _T = TypeVar("_T")
 _Model = TypeVar("_Model", bound=BaseModel)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -393,8 +392,8 @@ class _Server:
     async def _query(self, request: web.Request) -> web.StreamResponse:
         self._allowed(request, Access.READ)
         query = await self._body(request, KernelQuery)
-        if query.limit > _MOST_ANSWERED:
-            raise _Refused(400, "bad_request", f"limit {query.limit}: at most {_MOST_ANSWERED} artifacts are answered")
+        if query.limit > MOST_ANSWERED:
+            raise _Refused(400, "bad_request", f"limit {query.limit}: at most {MOST_ANSWERED} artifacts are answered")
         try:
             found = await self._call(self._store.query, query)
         except (OverflowError, UnicodeError) as error:
