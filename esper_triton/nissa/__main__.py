@@ -19,6 +19,7 @@ from esper_triton.nissa.terminal import ask, draw
 from esper_triton.oona import Oona
 from esper_triton.oona.tokens import Tokens
 from esper_triton.urza import Urza
+from esper_triton.urza.command_line import failed
 
 __all__ = ["main"]
 
@@ -63,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(options)
     except (EsperError, OSError, ValueError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 1
+        return failed(error, 1)
 
 
 def _serve(options: argparse.Namespace) -> int:

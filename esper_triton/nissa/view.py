@@ -286,6 +286,11 @@ class View:
     def _enter(self, **fields: Any) -> None:
         self.entries.append(Entry(number=next(self._numbers), **fields))
 
+    def _tell(self, envelope: Envelope, message: Message, kind: str, text: str, *, failure: bool = False) -> None:
+        """An entry about a message, and about what the message says that it is about."""
+        about = {name: getattr(message, name, None) for name in ("model", "layer", "seed", "artifact_id")}
+        self._enter(at=envelope.timestamp, kind=kind, text=text, failure=failure, trace_id=envelope.trace_id, **about)
+
     def _take_frame(self, _: Envelope, frame: HealthFrame) -> None:
         model = self._model(frame.model)
         if model is not None and (model.frame is None or frame.timestamp >= model.frame.timestamp):
@@ -304,16 +309,8 @@ class View:
             if began is not None and event.target in ("TRAINING", "GRAFTING"):
                 self._counted.loaded(event.model, max(0.0, envelope.timestamp - began))
         reason = "" if event.error is None else f": {event.error}"
-        self._enter(
-            at=envelope.timestamp,
-            kind="lifecycle",
-            text=f"{event.source} to {event.target}{reason}",
-            failure=event.target in _FAILURES,
-            model=event.model,
-            layer=event.layer,
-            seed=event.seed,
-            artifact_id=event.artifact_id,
-            trace_id=envelope.trace_id,
+        self._tell(
+            envelope, event, "lifecycle", f"{event.source} to {event.target}{reason}", failure=event.target in _FAILURES
         )
 
     def _take_epoch(self, envelope: Envelope, event: EpochEvent) -> None:
@@ -346,14 +343,8 @@ class View:
             self.jobs.popitem(last=False)
         if self._counted is not None:
             self._counted.submitted(request)
-        self._enter(
-            at=envelope.timestamp,
-            kind="compile",
-            text=f"{request.reason}: {job.what} for {', '.join(job.targets)} in {job.dtype}",
-            model=request.model,
-            layer=request.layer,
-            seed=request.seed,
-            trace_id=envelope.trace_id,
+        self._tell(
+            envelope, request, "compile", f"{request.reason}: {job.what} for {', '.join(job.targets)} in {job.dtype}"
         )
 
     def _take_ready(self, envelope: Envelope, ready: KernelReady) -> None:
@@ -371,12 +362,8 @@ class View:
                 self._unproven.popitem(last=False)
         if self._counted is not None:
             self._counted.compiled(ready, waited_s)
-        self._enter(
-            at=envelope.timestamp,
-            kind="compile",
-            text=f"{ready.artifact_id} is {'there' if ready.hit else 'built'}, {ready.status}",
-            artifact_id=ready.artifact_id,
-            trace_id=envelope.trace_id,
+        self._tell(
+            envelope, ready, "compile", f"{ready.artifact_id} is {'there' if ready.hit else 'built'}, {ready.status}"
         )
 
     def _take_failure(self, envelope: Envelope, failure: CompileFailed) -> None:
@@ -388,22 +375,15 @@ class View:
             waited_s = max(0.0, envelope.timestamp - job.at)
         if self._counted is not None:
             self._counted.failed(failure, waited_s)
-        self._enter(
-            at=envelope.timestamp,
-            kind="compile",
-            text=f"{failure.error}: {failure.message}",
-            failure=True,
-            trace_id=envelope.trace_id,
-        )
+        self._tell(envelope, failure, "compile", f"{failure.error}: {failure.message}", failure=True)
 
     def _take_unproven(self, envelope: Envelope, failure: ProofFailed) -> None:
-        self._enter(
-            at=envelope.timestamp,
-            kind="proof",
-            text=f"{failure.artifact_id or 'what was to be proven'}: {failure.error}: {failure.message}",
+        self._tell(
+            envelope,
+            failure,
+            "proof",
+            f"{failure.artifact_id or 'what was to be proven'}: {failure.error}: {failure.message}",
             failure=True,
-            artifact_id=failure.artifact_id,
-            trace_id=envelope.trace_id,
         )
 
     def _take_verdict(self, envelope: Envelope, verdict: KernelCharacterized) -> None:
@@ -411,13 +391,12 @@ class View:
         if self._counted is not None:
             self._counted.proven(verdict, None if began is None else max(0.0, envelope.timestamp - began))
         reasons = ": " + "; ".join(verdict.reasons) if verdict.reasons else ""
-        self._enter(
-            at=envelope.timestamp,
-            kind="proof",
-            text=f"{verdict.artifact_id} is {verdict.status}{reasons}",
+        self._tell(
+            envelope,
+            verdict,
+            "proof",
+            f"{verdict.artifact_id} is {verdict.status}{reasons}",
             failure=verdict.status is KernelStatus.REJECTED,
-            artifact_id=verdict.artifact_id,
-            trace_id=envelope.trace_id,
         )
 
     def _take_report(self, envelope: Envelope, report: FieldReport) -> None:
@@ -426,56 +405,28 @@ class View:
         change = ""
         if report.metric_before is not None and report.metric_after is not None:
             change = f": metric {report.metric_before:.6g} to {report.metric_after:.6g}"
-        self._enter(
-            at=envelope.timestamp,
-            kind="report",
-            text=f"{report.outcome}{change}",
-            failure=report.outcome != "FOSSILIZED",
-            model=report.model,
-            layer=report.layer,
-            seed=report.seed,
-            artifact_id=report.artifact_id,
-            trace_id=envelope.trace_id,
-        )
+        self._tell(envelope, report, "report", f"{report.outcome}{change}", failure=report.outcome != "FOSSILIZED")
 
     def _take_command(self, envelope: Envelope, command: KasminaCommand) -> None:
-        self._enter(
-            at=envelope.timestamp,
-            kind="command",
-            text=str(command.command),
-            model=command.model,
-            layer=command.layer,
-            seed=command.seed,
-            artifact_id=command.artifact_id,
-            trace_id=envelope.trace_id,
-        )
+        self._tell(envelope, command, "command", str(command.command))
 
     def _take_result(self, envelope: Envelope, result: CommandResult) -> None:
         if self._counted is not None:
             self._counted.answered(result)
         reason = f": {result.reason}" if result.reason else ""
-        self._enter(
-            at=envelope.timestamp,
-            kind="command",
-            text=f"{result.status}{reason}",
-            failure=result.status is not CommandStatus.APPLIED,
-            model=result.model,
-            layer=result.layer,
-            seed=result.seed,
-            trace_id=envelope.trace_id,
+        self._tell(
+            envelope, result, "command", f"{result.status}{reason}", failure=result.status is not CommandStatus.APPLIED
         )
 
     def _take_store(self, envelope: Envelope, event: StoreEvent) -> None:
         if self._counted is not None:
             self._counted.stored(event)
-        self._enter(
-            at=envelope.timestamp,
-            kind="store",
-            text=f"{event.kind}: {event.message}",
+        self._tell(
+            envelope,
+            event,
+            "store",
+            f"{event.kind}: {event.message}",
             failure=event.kind in ("quarantined", "degraded"),
-            model=event.model,
-            artifact_id=event.artifact_id,
-            trace_id=envelope.trace_id,
         )
 
 

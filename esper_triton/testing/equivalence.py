@@ -68,6 +68,7 @@ class _Caller:
     def __init__(self, manifest: Manifest, kind: Kind | None) -> None:
         self.inputs = ("x", "h") if manifest.input == "xh" else (manifest.input,)
         self.layout, self.kind = manifest.layout, kind
+        self.turns = kind is not None and kind.length_first and manifest.layout != "rows"
 
     def __call__(self, module: nn.Module, **inputs: Tensor) -> Tensor:
         given = [self._arranged(inputs[name]) for name in self.inputs]
@@ -78,16 +79,14 @@ class _Caller:
 
     def _arranged(self, value: Tensor) -> Tensor:
         if self.kind is None or self.kind.feature_dim == -1:
-            length_first = self.kind is not None and self.kind.length_first and self.layout != "rows"
-            return value.transpose(0, 1) if length_first else value
+            return value.transpose(0, 1) if self.turns else value
         if self.layout == "rows":  # of a kernel of one position, wherever they lie
             return value.reshape(*value.shape, *[1] * (self.kind.positions or 0))
         return value.movedim(-1, 1)
 
     def _restored(self, value: Tensor) -> Tensor:
         if self.kind is None or self.kind.feature_dim == -1:
-            length_first = self.kind is not None and self.kind.length_first and self.layout != "rows"
-            return value.transpose(0, 1) if length_first else value
+            return value.transpose(0, 1) if self.turns else value
         return value.reshape(value.shape[0], -1) if self.layout == "rows" else value.movedim(1, -1)
 
 

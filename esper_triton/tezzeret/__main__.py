@@ -14,6 +14,7 @@ from esper_triton.oona.workers import add_bus_arguments, bus_of, ends_with_a_sig
 from esper_triton.tezzeret.jobs import compile_server
 from esper_triton.tezzeret.pool import Forge
 from esper_triton.urza import Urza, default_root
+from esper_triton.urza.command_line import failed
 
 __all__ = ["main"]
 
@@ -47,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _serve(options, stop)
     except (EsperError, OSError, ValueError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 1
+        return failed(error, 1)
 
 
 def _serve(options: argparse.Namespace, stop: threading.Event) -> int:

@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.errors import BlueprintError, EsperError, StoreUnavailable, UnknownTarget, nearest
 from esper_triton.urza import Artifact, Urza, default_root
+from esper_triton.urza.command_line import OneLineParser, failed
 
 if TYPE_CHECKING:
     from esper_triton.tezzeret.request import Request
@@ -42,14 +43,8 @@ Update = Callable[[int, str, float], None]
 """Told of a blueprint, by its place: the stage, and the part of the work that is done."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage above it."""
-        self.exit(2, f"error: {message}; see --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m esper_triton.compile",
         description="Compile blueprints, prove them, and store them.",
         allow_abbrev=False,
@@ -84,19 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _show_plans(blueprints, jobs, store, as_json=options.json)
         outcomes, failures = _run(blueprints, jobs, store, options)
         for error in failures:
-            _complain(error)
+            failed(error, _code(error))
         done = [outcome for group in outcomes for outcome in group]
         sources = _sources(done, store) if options.emit_source else {}
     except EsperError as error:
-        _complain(error)
-        return _code(error)
+        return failed(error, _code(error))
     if done or not failures:
         _show(done, sources, options)
     return max(map(_code, failures), default=0)
-
-
-def _complain(error: BaseException) -> None:
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
 
 
 def _code(error: BaseException) -> int:
@@ -375,7 +365,7 @@ def _show_plans(blueprints: Sequence[Blueprint], jobs: Sequence[list[Request]], 
                     }
                 )
         except EsperError as error:
-            _complain(error)
+            failed(error, _code(error))
             failures.append(error)
     if as_json:
         _print_json({"plans": plans})

@@ -225,11 +225,13 @@ def _first(request: Request) -> _Built:
 
 def _smaller(choice: Choice) -> Choice:
     tiles = choice.tiles
-    held = max(tiles.held // 2, _LEAST_HELD)
-    cols, depth = (
-        max(extent // 2, _LIMITS[knob][0]) for knob, extent in (("cols", tiles.cols), ("depth", tiles.depth))
+    halved = dataclasses.replace(
+        tiles,
+        held=max(tiles.held // 2, _LEAST_HELD),
+        cols=max(tiles.cols // 2, _LIMITS["cols"][0]),
+        depth=max(tiles.depth // 2, _LIMITS["depth"][0]),
     )
-    return dataclasses.replace(choice, tiles=dataclasses.replace(tiles, held=held, cols=cols, depth=depth))
+    return dataclasses.replace(choice, tiles=halved)
 
 
 class _Search:

@@ -10,16 +10,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
 from esper_triton.contracts.errors import EsperError, ProofUnavailable, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.contracts.query import MOST_ANSWERED, KernelQuery
 from esper_triton.oona.workers import add_bus_arguments, bus_of, ends_with_a_signal, serve
 from esper_triton.urza import Urza, default_root
-
-if TYPE_CHECKING:
-    pass
+from esper_triton.urza.command_line import OneLineParser, commands_of, failed, parser_of
 
 __all__ = ["main"]
 
@@ -31,42 +28,25 @@ _EXIT = """exit codes:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage above it."""
-        self.exit(2, f"error: {message}; see --help\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code that --help documents. An error is a line of stderr."""
     options = _parser().parse_args(argv)
     try:
         store = Urza(options.urza or default_root(), trust=options.trust)
     except (ValueError, StoreUnavailable) as error:
-        return _failed(error, 2)
+        return failed(error, 2)
     command: Callable[[Urza, argparse.Namespace], int] = options.command
     try:
         return command(store, options)
     except EsperError as error:
-        return _failed(error, 2 if isinstance(error, StoreUnavailable) else 1)
+        return failed(error, 2 if isinstance(error, StoreUnavailable) else 1)
     finally:
         store.close()
 
 
-def _failed(error: Exception, code: int) -> int:
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-    return code
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m esper_triton.urabrask",
-        description="Prove artifacts, and look at what came of it.",
-        epilog=_EXIT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    common = _Parser(add_help=False)
+    parser = parser_of("python -m esper_triton.urabrask", "Prove artifacts, and look at what came of it.", _EXIT)
+    common = OneLineParser(add_help=False)
     common.add_argument(
         *("--urza", "--store"),
         default=None,
@@ -77,20 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "--trust", default="local", metavar="POLICY", help="local (default), unsigned-ok, or keys:prover=HEX,forge=HEX"
     )
     common.add_argument("--json", action="store_true", help="print JSON; of validate, a report on each line")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-
-    def add(name: str, run: Callable[[Urza, argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name,
-            parents=[common],
-            help=about,
-            description=about,
-            epilog=_EXIT,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        added.set_defaults(command=run)
-        return added
+    add = commands_of(parser, common)
 
     def add_effort(to: argparse.ArgumentParser) -> None:
         to.add_argument(
@@ -131,7 +98,7 @@ def _worker(store: Urza, options: argparse.Namespace) -> int:
             says = f"serving {topics.KERNEL_READY} of {options.bus} at level {options.level}; store: {store.location}"
             serve(server, stop, says, options.grace)
     except (OSError, ValueError) as error:
-        return _failed(error, 2)
+        return failed(error, 2)
     return 0
 
 
@@ -142,9 +109,9 @@ def _validate(store: Urza, options: argparse.Namespace) -> int:
         found = [match.id for match in store.query(KernelQuery(statuses=pending, limit=MOST_ANSWERED))]
         ids += [one for one in sorted(found) if one not in ids]
     elif not ids:
-        return _failed(ValueError("name artifacts, or give --pending; see --help"), 2)
+        return failed(ValueError("name artifacts, or give --pending; see --help"), 2)
     if options.seconds is not None and not 0 < options.seconds < float("inf"):
-        return _failed(ValueError(f"--seconds {options.seconds}: a positive number is expected"), 2)
+        return failed(ValueError(f"--seconds {options.seconds}: a positive number is expected"), 2)
     # Here: --help does not wait for torch.
     import torch
 
@@ -171,7 +138,7 @@ def _validate(store: Urza, options: argparse.Namespace) -> int:
         except (StoreUnavailable, ProofUnavailable):
             raise
         except EsperError as error:
-            worst = max(worst, _failed(error, 1))
+            worst = max(worst, failed(error, 1))
             continue
         worst = max(worst, 1 if report.verdict == "REJECTED" else 0)
         if options.json:
@@ -195,7 +162,7 @@ def _report(store: Urza, options: argparse.Namespace) -> int:
         try:
             options.html.write_text(html(report), encoding="utf-8")
         except OSError as error:
-            return _failed(ValueError(f"--html {options.html} cannot be written: {error.strerror}"), 2)
+            return failed(ValueError(f"--html {options.html} cannot be written: {error.strerror}"), 2)
     if options.json:
         _say(json.dumps(json.loads(report.model_dump_json()), indent=1))
     elif options.html is None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -19,6 +19,7 @@ from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
 from esper_triton.urza import Urza, default_root
 from esper_triton.urza.carrying import Imported, carry
+from esper_triton.urza.command_line import OneLineParser, commands_of, failed, parser_of
 from esper_triton.urza.elsewhere import elsewhere
 
 if TYPE_CHECKING:
@@ -36,12 +37,6 @@ _EXIT = """exit codes:
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage above it."""
-        self.exit(2, f"error: {message}; see --help\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code that --help documents. An error is a line of stderr."""
     options = _parser().parse_args(argv)
@@ -51,16 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{root}: only a directory can be served, and signed for: do it where that is")
         store = _opened(root, options, trust=options.trust, keys=options.keys)
     except (ValueError, StoreUnavailable) as error:
-        return _failed(error, 2)
+        return failed(error, 2)
     command: Callable[[Urza, argparse.Namespace], int] = options.command
     try:
         if command not in (_import, _pull, _serve):
             _note_where_there_is_none(store)
         return command(store, options)
     except _Misused as error:
-        return _failed(error, 2)
+        return failed(error, 2)
     except EsperError as error:
-        return _failed(error, 2 if isinstance(error, StoreUnavailable) else 1)
+        return failed(error, 2 if isinstance(error, StoreUnavailable) else 1)
     finally:
         store.close()
 
@@ -92,20 +87,11 @@ class _Misused(ValueError):
     """The command line is wrong in a way that only the command finds."""
 
 
-def _failed(error: Exception, code: int) -> int:
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-    return code
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m esper_triton.urza",
-        description="Look into a store of compiled artifacts, check it, and keep it in order.",
-        epilog=_EXIT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = parser_of(
+        "python -m esper_triton.urza", "Look into a store of compiled artifacts, check it, and keep it in order.", _EXIT
     )
-    common = _Parser(add_help=False)
+    common = OneLineParser(add_help=False)
     common.add_argument(
         "--urza",
         default=None,
@@ -128,20 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         help="with the token for a URL, else in $ESPER_URZA_TOKEN; for serve: ROLE[,ROLE] TOKEN on each line, where "
         "ROLE is read, write or validate",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-
-    def add(name: str, run: Callable[[Urza, argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name,
-            parents=[common],
-            help=about,
-            description=about,
-            epilog=_EXIT,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        added.set_defaults(command=run)
-        return added
+    add = commands_of(parser, common)
 
     ls = add("ls", _ls, "the artifacts that fit, the fastest first")
     ls.add_argument("--status", action="append", metavar="STATUS", help="VALIDATED and the like; all where not given")
@@ -459,7 +432,7 @@ def _serve(store: Urza, options: argparse.Namespace) -> int:
     except StoreUnavailable:
         raise
     except (OSError, ValueError, OverflowError) as error:
-        return _failed(error, 2)
+        return failed(error, 2)
     return 0
 
 
