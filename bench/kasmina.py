@@ -43,6 +43,7 @@ import esper_triton as esper
 from esper_triton.kasmina import KasminaStateLayout, KernelCache, loading
 from esper_triton.kasmina.pending import load_request
 from esper_triton.kasmina.prepared import Prepared
+from esper_triton.model.germination import target_name
 
 BLUEPRINT = Path(__file__).resolve().parent.parent / "kernels" / "bottleneck_adapter.toml"
 SAMPLE_S = 1e-3
@@ -94,12 +95,7 @@ def in_turn(samples: int, **functions: Callable[[], Any]) -> dict[str, list[floa
 
 def compiled(options: argparse.Namespace, urza: esper.Urza, **dims: int) -> str:
     """Id of the shipped adapter for the device that is measured, float32."""
-    if options.device == "cpu":
-        target = "cpu"
-    elif torch.version.hip is not None:
-        target = "hip:" + torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
-    else:
-        target = "cuda:{}{}".format(*torch.cuda.get_device_capability())
+    target = target_name(torch.device(options.device))
     return esper.compile(BLUEPRINT, dims=dims, targets=target, urza=urza).id
 
 

@@ -1,12 +1,13 @@
 """What emitted kernels take, against torch eager and torch.compile on the same module; and what compiling takes.
 
     OMP_WAIT_POLICY=PASSIVE .venv/bin/python bench/tezzeret.py [--only lora,linear] [--sizes 32x512] [--threads 1,2]
-        [--samples 21] [--output docs]
+        [--samples 21] [--device cuda] [--dtype bfloat16] [--output docs]
 
 A case is a shipped blueprint as the seed of a layer whose output h is there already: `h + alpha (k - h)` at alpha 0.5,
 forward without gradients, and forward with backward for all inputs and parameters. The rivals compute the same with
 torch.lerp from a module written in plain torch. All are called in turn, in drawn order, warm; medians of samples that
-take at least a millisecond. Rows are 32 positions an item for attention, and images of 4x8 for convolutions.
+take at least a millisecond, which on a GPU end when it has done its work. Rows are 32 positions an item for attention,
+and images of 4x8 for convolutions.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import esper_triton as esper
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.kasmina import KasminaLayer
 from esper_triton.kasmina.launcher import KernelProgram
+from esper_triton.model.germination import target_name
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 SIZES = ("32x512", "512x512", "4096x768")
@@ -53,23 +55,24 @@ class GivenImage(nn.Conv2d):
 
 
 def contenders(
-    case: Case, blueprint: Blueprint, rows: int, d: int, urza: esper.Urza
+    case: Case, blueprint: Blueprint, rows: int, d: int, urza: esper.Urza, device: str, dtype: torch.dtype
 ) -> tuple[dict[str, Callable[[], Any]], float]:
     """Named calls `<what> <who>`, and the largest relative difference between our output and eager's."""
     dims = case.dims(d)
-    artifact_id = esper.compile(blueprint, dims=dims, urza=urza).id
+    target = target_name(torch.device(device))
+    artifact_id = esper.compile(blueprint, dims=dims, dtype=dtype, targets=target, urza=urza).id
     artifact, blobs = urza.load(artifact_id)
-    program = KernelProgram.load(artifact.manifest, blobs)
+    program = KernelProgram.load(artifact.manifest, blobs, torch.device(device))
     item = ITEM[program.layout]
     d_in = dims.get("d_in", d)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
     lead = (rows // math.prod(item), *item) if item else (rows,)
     h, x = draw(*lead, d).requires_grad_(), draw(*lead, d_in).requires_grad_()
-    host = GivenImage(d_in, d, 1) if program.layout == "image" else Given(d_in, d)
+    host = (GivenImage(d_in, d, 1) if program.layout == "image" else Given(d_in, d)).to(device, dtype)
     layer = KasminaLayer.adopt(host, num_seeds=1, chunking="whole", urza=urza, name="host")
     assert layer.load_kernel_sync(0, artifact_id), layer.last_error(0)
     layer.graft(0)
@@ -115,13 +118,21 @@ def contenders(
     return functions, off
 
 
+def synchronize() -> None:
+    """Waits until a GPU, where this process uses one, has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def samples(functions: dict[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
     """Microseconds of a call, `count` times for each."""
     calls = {}
     for name, function in functions.items():
         function()
+        synchronize()
         began = time.perf_counter()
         function()
+        synchronize()
         calls[name] = max(1, math.ceil(SAMPLE_S / (time.perf_counter() - began)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     order, drawn = list(functions), random.Random(7)
@@ -132,6 +143,7 @@ def samples(functions: dict[str, Callable[[], Any]], count: int) -> dict[str, li
             began = time.perf_counter()
             for _ in repeats:
                 function()
+            synchronize()
             times[name].append((time.perf_counter() - began) / len(repeats) * 1e6)
     return times
 
@@ -145,7 +157,9 @@ def measure(options: argparse.Namespace, urza: esper.Urza) -> list[dict[str, Any
             for name in options.only:
                 blueprint = Blueprint.load(KERNELS / f"{name}.toml")
                 torch.compiler.reset()
-                functions, off = contenders(CASES[name], blueprint, rows, d, urza)
+                functions, off = contenders(
+                    CASES[name], blueprint, rows, d, urza, options.device, getattr(torch, options.dtype)
+                )
                 count = options.samples if rows * d < 2**20 else max(5, options.samples // 3)
                 times = samples(functions, count)
                 for what in ("forward", "forward+backward"):
@@ -191,11 +205,15 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CASES), help="blueprints, with commas")
     parser.add_argument("--sizes", default=",".join(SIZES), help="rows x features, with commas")
     parser.add_argument("--threads", default="1,2", help="with commas")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--samples", type=int, default=21)
     parser.add_argument("--output", type=Path, help="a folder: tezzeret-speed.md and tezzeret.json go there")
     options = parser.parse_args()
     options.only, options.sizes = options.only.split(","), options.sizes.split(",")
     options.threads = [int(n) for n in options.threads.split(",")]
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
     if unknown := sorted(set(options.only) - set(CASES)):
         parser.error(f"no blueprint {', '.join(unknown)}; there are: {', '.join(CASES)}")
     with tempfile.TemporaryDirectory() as folder:
@@ -208,10 +226,11 @@ def main() -> None:
         for row in rows:
             shown.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
         console.print(shown)
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else ""
     if options.output:
         (options.output / "tezzeret.json").write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
         (options.output / "tezzeret-speed.md").write_text(
-            markdown("Speed of emitted kernels", "tezzeret.py", parts, digits=3), encoding="utf-8"
+            markdown("Speed of emitted kernels", "tezzeret.py", parts, digits=3, device=gpu), encoding="utf-8"
         )
 
 

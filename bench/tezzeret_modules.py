@@ -22,6 +22,10 @@ def bottleneck_adapter(h: Tensor, p: Parameters) -> Tensor:
     return h + F.linear(F.gelu(F.linear(h, p["down_weight"], p["down_bias"])), p["up_weight"], p["up_bias"])
 
 
+def parallel_adapter(x: Tensor, h: Tensor, p: Parameters) -> Tensor:
+    return h + F.linear(F.gelu(F.linear(x, p["down_weight"], p["down_bias"])), p["up_weight"], p["up_bias"])
+
+
 def lora(x: Tensor, h: Tensor, p: Parameters) -> Tensor:
     return h + F.linear(F.linear(x, p["a"]), p["b"])
 
@@ -87,6 +91,7 @@ CASES: dict[str, Case] = {
     "rmsnorm": Case(lambda x, p: F.rms_norm(x, x.shape[-1:], p["weight"], 1e-6), lambda d: {"d": d}),
     "multi_head_attention": Case(multi_head_attention, lambda d: {"d": d, "heads": 4}),
     "bottleneck_adapter": Case(bottleneck_adapter, lambda d: {"d": d, "r": 16}),
+    "parallel_adapter": Case(parallel_adapter, lambda d: {"d": d, "d_in": d, "r": 16}),
     "lora": Case(lora, lambda d: {"d": d, "d_in": d, "r": 8}),
     "swiglu_ffn": Case(swiglu_ffn, lambda d: {"d": d, "hidden_width": 128}),
     "residual_mlp": Case(residual_mlp, lambda d: {"d": d, "hidden_width": 128}),

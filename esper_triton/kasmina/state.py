@@ -132,8 +132,14 @@ class KasminaStateLayout:
 
     def write(self, packed: bytes) -> None:
         """Replaces the whole block, in one copy, by what `pack_state` returned for as many seeds."""
+        block = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         with torch.no_grad():
-            self.storage.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+            if self.storage.is_cuda:
+                # From pageable memory the copy would wait for the device. torch keeps a pinned block until its copy is
+                # done, whoever has let go of it.
+                self.storage.copy_(block.pin_memory(), non_blocking=True)
+            else:
+                self.storage.copy_(block)
 
     def differing_arrays(self, packed: bytes) -> tuple[str, ...]:
         """Names of the arrays whose bytes are not those of `packed`. Copies the block to the host."""

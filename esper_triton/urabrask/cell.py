@@ -56,15 +56,41 @@ def prepare() -> None:
 
     torch.manual_seed(0)
     torch.set_num_threads(1)  # a fork is whole only if there is one thread
+    _without_devices()
     oracle.warm_up()
     launcher.unavailable()  # the machine code that launches
     native._openmp()
     _handler()
     assert triton.__version__
-    if len(os.listdir("/proc/self/task")) > 1:
-        raise RuntimeError("a library has started a thread while it was imported; sandboxes cannot be forked")
+    if others := _threads():
+        raise RuntimeError(f"a library has started threads, {', '.join(others)}; sandboxes cannot be forked")
     gc.collect()
     gc.freeze()  # a child that collects would copy every page
+
+
+def _without_devices() -> None:
+    """Lets torch's autograd find that there is no accelerator, whatever the machine has.
+
+    The first backward of a process counts the devices of every backend that torch was built with, and starts a thread
+    for each. The count alone loads the GPU's driver, which starts a thread of its own and opens devices that no cell
+    may have. Where no file can be opened, no driver is found, and torch keeps that answer.
+    """
+    import torch
+
+    float(torch.nn.functional.gelu(torch.ones(4, 4) @ torch.ones(4, 4)).sum())  # opens what the CPU's kernels read
+    leaf = torch.ones(1, requires_grad=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        leaf.sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def _threads() -> list[str]:
+    """Names of the threads of this process besides the one that asks."""
+    tasks = Path("/proc/self/task")
+    return [(task / "comm").read_text().strip() for task in tasks.iterdir() if task.name != str(os.getpid())]
 
 
 def main(told: dict[str, Any], descriptors: Sequence[int]) -> int:

@@ -33,6 +33,7 @@ class Zygote:
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
         single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
         environment = os.environ | single | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
+        environment |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"), "")
         for name in ("ESPER_TRITON_SANITIZE", "ESPER_TRITON_DEADLINE", "TRITON_INTERPRET"):
             environment.pop(name, None)
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the zygote

@@ -11,6 +11,7 @@ from seeding import linear_with_seeds
 
 import esper_triton as esper
 from esper_triton.kasmina import KasminaLayer, KernelCache
+from esper_triton.model.germination import target_name
 from esper_triton.urza import Urza
 
 HERE = Path(__file__).parent
@@ -39,10 +40,7 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def target() -> str:
     """That GPU, as in `esper.compile`."""
-    if torch.version.hip is not None:
-        return "hip:" + torch.cuda.get_device_properties().gcnArchName.partition(":")[0]
-    major, minor = torch.cuda.get_device_capability()
-    return f"cuda:{major}{minor}"
+    return target_name(torch.device("cuda"))
 
 
 @pytest.fixture(scope="session")
