@@ -15,9 +15,10 @@ import resource
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
-__all__ = ["limit_process", "main", "run_job"]
+__all__ = ["limit_process", "main", "run_job", "weigh_session"]
 
 
 def main() -> int:
@@ -27,6 +28,7 @@ def main() -> int:
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(jobs,), name="esper-worker-reader", daemon=True).start()
     os.nice(int(os.environ.get("ESPER_WORKER_NICE", "10")))
+    weigh_session()
     # What every job needs, before the first one is timed.
     import torch  # noqa: F401
     import triton  # noqa: F401
@@ -81,6 +83,26 @@ def run_job(job: dict[str, Any], answer: Any) -> list[dict[str, Any]]:
     return [
         {"id": one.artifact.id, "hit": one.hit, "seconds": one.seconds, "code_bytes": one.code_bytes} for one in built
     ]
+
+
+def weigh_session() -> None:
+    """Gives this process's session the weight of its niceness. For a session whose processes are all as nice.
+
+    Where Linux groups processes by session (autogroup, sched(7)), each session gets as much of the processors as any
+    other, and niceness counts only inside it: a nice worker in a session of its own would yield to nobody.
+    """
+    niceness = os.nice(0)
+    if niceness <= 0:
+        return
+    for _ in range(10):
+        try:
+            with open("/proc/self/autogroup", "w", encoding="ascii") as file:
+                file.write(str(niceness))
+            return
+        except BlockingIOError:  # the kernel takes ten of these a second, of all processes together
+            time.sleep(0.1)
+        except OSError:  # a kernel without, or not ours to write
+            return
 
 
 def limit_process(memory_limit: int | None, cpu_limit: float | None) -> None:

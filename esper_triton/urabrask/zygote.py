@@ -24,8 +24,10 @@ _GRACE_S = 1.0  # in which a cell whose pipe is closed has ended, if it has
 def main() -> int:
     """Serves its socket, whose file descriptor is the only argument, until that is closed."""
     control = socket.socket(fileno=int(sys.argv[1]))
+    from esper_triton.tezzeret.worker import weigh_session
     from esper_triton.urabrask import cell
 
+    weigh_session()
     cell.prepare()
     control.sendall(json.dumps({"ready": os.getpid()}).encode() + b"\n")
     folders: dict[int, str] = {}  # of the cells that there are
