@@ -32,12 +32,15 @@ def tiles_for(target: TargetSpec, *, convolves: bool = False) -> Tiles:
     stay in the second-level cache; of a 3x3 weight, whose taps lie nine elements apart, packing costs so much more that
     twice the rows pay for it. Rows without products are taken one at a time. On a GPU the tiles of two pipeline
     stages have to fit a program's shared memory, where the weight's tiles of a loop lie, and its accumulators the
-    registers of four warps.
+    registers of four warps. Each of the nine taps of a 3x3 weight is a product of its own in the code, and one of
+    float32 an instruction for each of its terms: there a tile has half of the rows and of the depth, for twice the
+    warps.
     """
     if target.backend == "cpu":
         rows, depth = (128, 64) if convolves else (64, 128)
         return Tiles(rows=rows, cols=128, depth=depth, held=2**20, sums_rows=1, full=8192, sum_depth=32)
-    return Tiles(rows=32, cols=64, depth=32, held=64 * 256, sums_rows=4, full=4096, sum_depth=32)
+    rows, depth = (16, 16) if convolves else (32, 32)
+    return Tiles(rows=rows, cols=64, depth=depth, held=64 * 256, sums_rows=4, full=4096, sum_depth=32)
 
 
 def first_choice(blueprint: Blueprint, target: TargetSpec, pipeline: str) -> Choice:
@@ -52,7 +55,11 @@ def first_choice(blueprint: Blueprint, target: TargetSpec, pipeline: str) -> Cho
             num_warps=8,
             num_stages=2,
         )
-    return Choice(tiles=tiles_for(target, convolves=any(op.op == "conv3x3" for op in blueprint.ops)))
+    convolves = any(op.op == "conv3x3" for op in blueprint.ops)
+    return Choice(
+        tiles=tiles_for(target, convolves=convolves),
+        num_warps=8 if convolves and target.backend != "cpu" else 4,
+    )
 
 
 def write(blueprint: Blueprint, dims: Mapping[str, int], dtype: str, tiles: Tiles) -> Blueprint:
