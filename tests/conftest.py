@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,11 +18,20 @@ settings.load_profile("unhurried")
 ADAPTER = Path(__file__).resolve().parent / "data" / "bottleneck_adapter.toml"
 
 
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run, the same one for all processes that run its tests."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_caches(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> Iterator[None]:
     """Triton's cache and Esper's default store for this run alone: no test finds what another run compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton-cache")))
+        patch.setenv("TRITON_CACHE_DIR", str(run_folder / "triton-cache"))
         patch.setenv("ESPER_URZA", str(tmp_path_factory.mktemp("default-store") / "urza"))
         yield
 
@@ -39,9 +49,9 @@ def adapter_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def adapter_store(tmp_path_factory: pytest.TempPathFactory) -> esper.Urza:
+def adapter_store(run_folder: Path) -> esper.Urza:
     """A store for the whole run; `adapter_for` fills it. Tests that damage a store use `store`."""
-    return esper.Urza(tmp_path_factory.mktemp("adapters") / "urza")
+    return esper.Urza(run_folder / "adapters")
 
 
 @pytest.fixture(scope="session")
@@ -79,9 +89,9 @@ def adapter_variant(tmp_path: Path, adapter_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def library_store(tmp_path_factory: pytest.TempPathFactory) -> esper.Urza:
+def library_store(run_folder: Path) -> esper.Urza:
     """A store for the whole run; `library_artifact` fills it."""
-    return esper.Urza(tmp_path_factory.mktemp("library") / "urza")
+    return esper.Urza(run_folder / "library")
 
 
 @pytest.fixture(scope="session")

@@ -44,9 +44,9 @@ def target() -> str:
 
 
 @pytest.fixture(scope="session")
-def gpu_store(tmp_path_factory: pytest.TempPathFactory) -> Urza:
+def gpu_store(run_folder: Path) -> Urza:
     """A store for the whole run; `gpu_adapter` fills it."""
-    return Urza(tmp_path_factory.mktemp("gpu") / "urza")
+    return Urza(run_folder / "gpu")
 
 
 @pytest.fixture(scope="session")

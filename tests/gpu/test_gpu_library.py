@@ -19,8 +19,6 @@ from esper_triton.urza import Urza
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 LAYOUT = {"rows": (19,), "sequence": (3, 32), "image": (3, 4, 8)}
 D = 64
-# Where tests run in several processes, those of one blueprint do in the same one, which compiles it once.
-NAMED = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES])
 # What is compared is one float32 sum or a few after the other, of at most 2,000 terms.
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
 
@@ -46,7 +44,7 @@ def test_every_shipped_blueprint_is_here() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@NAMED
+@pytest.mark.parametrize("name", CASES)
 def test_it_is_proven_on_this_gpu(gpu_store: Urza, target: str, name: str, dtype: str) -> None:
     artifact = esper.compile(
         KERNELS / f"{name}.toml", dims=CASES[name].dims(D), dtype=dtype, targets=target, urza=gpu_store
@@ -57,7 +55,7 @@ def test_it_is_proven_on_this_gpu(gpu_store: Urza, target: str, name: str, dtype
     assert report.cases > 50  # as many as a level's time allows
 
 
-@NAMED
+@pytest.mark.parametrize("name", CASES)
 def test_a_layer_on_the_gpu_gives_what_float64_gives(
     gpu_store: Urza, target: str, device: torch.device, name: str
 ) -> None:
