@@ -151,10 +151,17 @@ def finish_step(layer: KasminaLayer, measured: Measured, *, auto_advance: bool) 
         made += apply_requests(record, lambda loaded: _received(layer, loaded))
     every = record.policy.sample_every
     was_sampling, record.sampling = record.sampling, every > 0 and record.step % every == 0
-    if made or ramp_given or was_sampling is not record.sampling:
+    if made or ramp_given:
         refresh(layer)
-    elif alphas != [seed.alpha for seed in record.seeds]:
-        write_state(layer)
+    else:
+        if alphas != [seed.alpha for seed in record.seeds]:
+            write_state(layer)
+        if was_sampling is not record.sampling:
+            _place_flags(record, state_storage(layer).device)
+    if record.clock is not None:
+        record.clock.spend(record.sampler.end())
+        if record.clock.chooses(record.step):
+            record.sampler.begin(record.seeds, state_storage(layer).device)
     return made
 
 
@@ -424,5 +431,6 @@ def begin_epoch(layer: KasminaLayer, epoch: int) -> None:
     record = layer._kasmina
     with record.queue.lock:
         record.epoch = epoch
+        record.sampler.begin_epoch()
         if any(seed.state is not _S.DORMANT for seed in record.seeds):
             write_state(layer)

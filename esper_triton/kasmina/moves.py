@@ -78,7 +78,8 @@ def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, ma
         case Loaded():
             request.ticket.took_effect = seed.ticket is request.ticket
             if request.ticket.took_effect:
-                seed.kernel = request.kernel
+                seed.kernel, seed.load_latency_us = request.kernel, request.kernel.load_latency_us
+                seed.activations = None
                 seed.parameters = seed.parameters or request.parameters
                 KernelCache.process().pin(seed.kernel.key, seed.kernel.program, seed)
                 _enter(record, seed, after.state, made)
@@ -119,7 +120,7 @@ def apply_faults(record: LayerRecord) -> list[Made]:
         if seed.state.is_active:
             was_permanent = seed.state is _S.FOSSILIZED
             _discard_kernel(record, seed)
-            seed.kernel, seed.alpha = None, 0.0
+            seed.kernel, seed.alpha, seed.activations = None, 0.0, None
             _enter(record, seed, _S.ERROR_RECOVERY, made)
             if not was_permanent and record.policy.error_rate.culls(seed.error_count, seed.calls):
                 _cull(record, seed, made)
@@ -175,6 +176,7 @@ def release(seed: Seed) -> None:
     if seed.ticket is not None and seed.ticket.give_up is not None:
         seed.ticket.give_up()
     seed.kernel, seed.artifact_id, seed.parameters, seed.alpha, seed.ticket = None, None, {}, 0.0, None
+    seed.activations = None
 
 
 def warn(event: str, layer: str, seed: int, artifact_id: str | None, error: BaseException | None) -> None:
