@@ -105,7 +105,7 @@ def commit(layer: KasminaLayer) -> None:
         return
     with record.queue.lock:
         made = [*apply_faults(record), *apply_requests(record, lambda loaded: _received(layer, loaded))]
-        if made:
+        if made or record.replan:
             refresh(layer)
         else:
             write_state(layer)
@@ -151,7 +151,7 @@ def finish_step(layer: KasminaLayer, measured: Measured, *, auto_advance: bool) 
         made += apply_requests(record, lambda loaded: _received(layer, loaded))
     every = record.policy.sample_every
     was_sampling, record.sampling = record.sampling, every > 0 and record.step % every == 0
-    if made or ramp_given:
+    if made or ramp_given or record.replan:
         refresh(layer)
     else:
         if alphas != [seed.alpha for seed in record.seeds]:
@@ -315,6 +315,7 @@ def refresh(layer: KasminaLayer) -> None:
 def install_dispatch(layer: KasminaLayer) -> None:
     """Puts the dispatch in place that belongs to the seeds and to the state block as they are."""
     record, device = layer._kasmina, state_storage(layer).device
+    record.replan = False
     _place_flags(record, device)
     learning = trains(record)
     plan = make_plan(record, _alphas(layer), device)

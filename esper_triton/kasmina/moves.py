@@ -20,6 +20,7 @@ from esper_triton.kasmina.transitions import (
     Request,
     Reset,
     SetAlpha,
+    Specialised,
     Unload,
     follow,
 )
@@ -91,6 +92,8 @@ def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, ma
                 _enter(record, seed, _S.CULLED, made)
         case SetAlpha():
             seed.alpha, seed.schedule = request.value, None
+        case Specialised():
+            _specialise(record, seed, request)
         case Unload():
             if seed.state not in (_S.DORMANT, _S.CULLED, _S.CANCELLED):
                 _enter(record, seed, _S.CANCELLED if seed.state in (_S.GERMINATED, _S.TRAINING) else _S.CULLED, made)
@@ -102,6 +105,17 @@ def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, ma
         case _:
             raise TypeError(f"unknown request {request!r}")
     seed.ticket, seed.opens_at = after.ticket, after.opens_at
+
+
+def _specialise(record: LayerRecord, seed: Seed, request: Specialised) -> None:
+    kernel, cache = request.kernel, KernelCache.process()
+    fits = all((p.dtype, p.device) == (kernel.program.dtype, kernel.program.device) for p in seed.parameters.values())
+    if seed.kernel is not request.instead_of or not fits:
+        return  # the seed has another by now, or its layer is as it was before
+    cache.unpin(seed.kernel.key, seed)
+    cache.pin(kernel.key, kernel.program, seed)
+    seed.kernel, seed.artifact_id, seed.load_latency_us = kernel, kernel.manifest.id, kernel.load_latency_us
+    seed.activations, record.replan = None, True
 
 
 def apply_faults(record: LayerRecord) -> list[Made]:

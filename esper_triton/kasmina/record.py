@@ -65,6 +65,7 @@ class LayerRecord:
     observers: list[Observer] = field(default_factory=list)
     miss_observers: list[MissObserver] = field(default_factory=list)
     misses_told: set[SpecialisationMiss] = field(default_factory=set)
+    replan: bool = False  # a commit has changed a kernel and no state, and the plan is of the one before
     observed: Observed | None = None
     sampler: ActivationSampler = field(default_factory=ActivationSampler)
     nonfinite: Tensor | None = None  # [num_seeds] bool on the device, while a seed's calls are checked
@@ -102,6 +103,7 @@ _OF_THIS_OBJECT = frozenset(
         "observers",
         "miss_observers",
         "misses_told",
+        "replan",
         "observed",
         "sampler",
         "nonfinite",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -19,10 +20,12 @@ from esper_triton.contracts import envelope as topics
 from esper_triton.contracts.commands import CommandKind, CommandResult, CommandStatus, KasminaCommand
 from esper_triton.contracts.errors import EsperError, MalformedMessage, NonFiniteOutput, ReplicaFailed, nearest
 from esper_triton.contracts.events import (
+    CompileFailed,
     CompileRequest,
     EpochEvent,
     FieldReport,
     KernelCharacterized,
+    KernelReady,
     StoreEvent,
     TransitionEvent,
 )
@@ -31,7 +34,8 @@ from esper_triton.kasmina.cache import KernelCache
 from esper_triton.kasmina.events import SpecialisationMiss, Transition
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
-from esper_triton.kasmina.pending import PendingLoad
+from esper_triton.kasmina.pending import PendingLoad, PendingSpecialisation
+from esper_triton.kasmina.seed import LoadedKernel
 from esper_triton.model.commanding import ask
 from esper_triton.model.germination import target_name
 from esper_triton.model.health import HealthReader
@@ -76,6 +80,15 @@ class _Asked:
     target: SeedLifecycleState | None
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A kernel that has been asked for, in the place of the one that the seed has."""
+
+    layer: KasminaLayer
+    seed: int
+    instead_of: LoadedKernel
+
+
 class Remote:
     """What connects one model with a bus. Made by `connect`; `close` ends it.
 
@@ -84,7 +97,10 @@ class Remote:
     carried out once and answered each time; results tell what became of the command when it had taken effect, and a
     load is answered at the boundary where its kernel is in place or its seed is culled.
 
-    A verdict that rejects a kernel takes it out of the seeds that use it at the next boundary.
+    A verdict that rejects a kernel takes it out of the seeds that use it at the next boundary. A kernel that a seed's
+    calls have missed (they had another dtype, or were on another device) is asked for, loaded in the background when it
+    is there and proven, and takes the place of the seed's own at a boundary: the seed keeps its state and its
+    parameters. Of a model with replicas it is only asked for.
 
     Every transition is published, every epoch that `epoch_boundary` begins, what kernels are missing, what happens to
     the stores of the layers (as far as this process does it), and the health of all seeds in one message.
@@ -108,8 +124,11 @@ class Remote:
         self._endings: list[Callable[[], None]] = []
         self._layers = model.kasmina_layers
         self._health = HealthReader(name, self._layers, latency_budget_us=latency_budget_us)
+        self._wanted: OrderedDict[str, _Wanted] = OrderedDict()  # by the request's id
+        self._unproven: OrderedDict[str, _Wanted] = OrderedDict()  # by the artifact's
         self._commands = bus.subscribe(topics.COMMANDS, f"kasmina:{name}")
         self._verdicts = bus.subscribe(topics.CHARACTERIZED)
+        self._kernels = bus.subscribe((topics.KERNEL_READY, topics.COMPILE_FAILED))
 
     def open(self) -> None:
         """Listens to the layers, and stands at the model's boundaries."""
@@ -132,12 +151,19 @@ class Remote:
                 record.boundary = None
         self._commands.close()
         self._verdicts.close()
+        self._kernels.close()
 
     # ---- boundaries, on the training thread
 
     def before_boundary(self) -> None:
-        """Gives the layers the commands that have come since the last time, and takes out what was rejected since."""
+        """Gives the layers the commands that have come since the last time, takes out what was rejected since, and has
+        loaded what was waited for."""
         self._entered.clear()
+        for _ in range(_PER_BOUNDARY):
+            answer = self._kernels.poll()
+            if answer is None:
+                break
+            self._receive(answer)
         for _ in range(_PER_BOUNDARY):
             verdict = self._verdicts.poll()
             if verdict is None:
@@ -202,6 +228,9 @@ class Remote:
             _log.warning("%s", json.dumps({"event": "malformed_verdict", "reason": str(error)[:500]}))
             return
         assert isinstance(verdict, KernelCharacterized)
+        wanted = self._unproven.pop(verdict.artifact_id, None)
+        if wanted is not None and verdict.status is KernelStatus.VALIDATED:
+            self._specialise(wanted, verdict.artifact_id)
         if verdict.status is not KernelStatus.REJECTED:
             return
         for name, layer in self._layers.items():
@@ -417,12 +446,18 @@ class Remote:
             ),
         )
 
+    # ---- kernels that are missing
+
     def _missed(self, miss: SpecialisationMiss) -> None:
         try:
             target = parse_target(target_name(torch.device(miss.device)))
         except ValueError as error:  # nothing compiles for such a device
             _log.warning("%s", json.dumps({"event": "no_target", "device": miss.device, "reason": str(error)}))
             return
+        event_id, layer = uuid.uuid4().hex, self._layers.get(miss.layer)
+        kernel = None if layer is None else layer._kasmina.seeds[miss.seed].kernel
+        if layer is not None and kernel is not None:
+            _remember(self._wanted, event_id, _Wanted(layer, miss.seed, kernel))
         self.bus.publish(
             topics.SUBMITTED,
             CompileRequest(
@@ -435,7 +470,41 @@ class Remote:
                 seed=miss.seed,
             ),
             trace_id=self._traces.get((miss.layer, miss.seed)),
+            event_id=event_id,
         )
+
+    def _receive(self, delivery: Delivery) -> None:
+        """What came of a request to compile, if it was this model's."""
+        wanted = self._wanted.pop(delivery.envelope.in_reply_to or "", None)
+        if wanted is None:
+            return
+        try:
+            answer = delivery.parse()
+        except MalformedMessage as error:
+            _log.warning("%s", json.dumps({"event": "malformed_answer", "reason": str(error)[:500]}))
+            return
+        if isinstance(answer, CompileFailed):
+            told = {"event": "specialisation_failed", "layer": wanted.layer._kasmina.name, "seed": wanted.seed}
+            _log.warning("%s", json.dumps(told | {"error": answer.error, "reason": answer.message[:500]}))
+            return
+        assert isinstance(answer, KernelReady)
+        if answer.status is KernelStatus.VALIDATED:
+            self._specialise(wanted, answer.artifact_id)
+        elif answer.status is KernelStatus.PENDING_BENCHMARKING:
+            _remember(self._unproven, answer.artifact_id, wanted)
+
+    def _specialise(self, wanted: _Wanted, artifact_id: str) -> None:
+        record = wanted.layer.__dict__.get("_kasmina")
+        if record is None or record.urza is None or record.replicas is not None:
+            return
+        if record.seeds[wanted.seed].kernel is wanted.instead_of:
+            PendingSpecialisation.of(wanted.layer, wanted.seed, artifact_id).start()
+
+
+def _remember(waiting: OrderedDict[str, _Wanted], key: str, wanted: _Wanted) -> None:
+    waiting[key] = wanted
+    while len(waiting) > _REMEMBERED:
+        waiting.popitem(last=False)
 
 
 def connect(
