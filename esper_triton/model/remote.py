@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -13,35 +12,29 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import nn
 
 from esper_triton.contracts import envelope as topics
 from esper_triton.contracts.commands import CommandKind, CommandResult, CommandStatus, KasminaCommand
 from esper_triton.contracts.errors import EsperError, MalformedMessage, NonFiniteOutput, ReplicaFailed, nearest
 from esper_triton.contracts.events import (
-    CompileFailed,
-    CompileRequest,
     EpochEvent,
     FieldReport,
     KernelCharacterized,
-    KernelReady,
     StoreEvent,
     TransitionEvent,
 )
 from esper_triton.contracts.manifest import ARTIFACT_ID, KernelStatus
 from esper_triton.kasmina.cache import KernelCache
-from esper_triton.kasmina.events import SpecialisationMiss, Transition
+from esper_triton.kasmina.events import Transition
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
-from esper_triton.kasmina.pending import PendingLoad, PendingSpecialisation
-from esper_triton.kasmina.seed import LoadedKernel
+from esper_triton.kasmina.pending import PendingLoad
 from esper_triton.model.commanding import ask
-from esper_triton.model.germination import target_name
 from esper_triton.model.health import HealthReader
+from esper_triton.model.missing import MissingKernels
 from esper_triton.model.morphable import MorphableModel
 from esper_triton.oona import Delivery, Oona
-from esper_triton.tezzeret.targets import parse_target
 from esper_triton.urza import Event, Urza
 
 __all__ = ["Remote", "connect"]
@@ -80,15 +73,6 @@ class _Asked:
     target: SeedLifecycleState | None
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """A kernel that has been asked for, in the place of the one that the seed has."""
-
-    layer: KasminaLayer
-    seed: int
-    instead_of: LoadedKernel
-
-
 class Remote:
     """What connects one model with a bus. Made by `connect`; `close` ends it.
 
@@ -124,16 +108,14 @@ class Remote:
         self._endings: list[Callable[[], None]] = []
         self._layers = model.kasmina_layers
         self._health = HealthReader(name, self._layers, latency_budget_us=latency_budget_us)
-        self._wanted: OrderedDict[str, _Wanted] = OrderedDict()  # by the request's id
-        self._unproven: OrderedDict[str, _Wanted] = OrderedDict()  # by the artifact's
         self._commands = bus.subscribe(topics.COMMANDS, f"kasmina:{name}")
         self._verdicts = bus.subscribe(topics.CHARACTERIZED)
-        self._kernels = bus.subscribe((topics.KERNEL_READY, topics.COMPILE_FAILED))
+        self._missing = MissingKernels(bus, name, self._layers, self._traces, self._announce)
 
     def open(self) -> None:
         """Listens to the layers, and stands at the model's boundaries."""
         for layer in dict.fromkeys(self._layers.values()):
-            self._endings += [layer.on_transition(self._moved), layer.on_specialisation_miss(self._missed)]
+            self._endings += [layer.on_transition(self._moved), layer.on_specialisation_miss(self._missing.ask)]
             layer._kasmina.boundary = self
         stores = {id(layer._kasmina.urza): layer._kasmina.urza for layer in self._layers.values()}
         self._endings += [
@@ -151,7 +133,7 @@ class Remote:
                 record.boundary = None
         self._commands.close()
         self._verdicts.close()
-        self._kernels.close()
+        self._missing.close()
 
     # ---- boundaries, on the training thread
 
@@ -159,11 +141,7 @@ class Remote:
         """Gives the layers the commands that have come since the last time, takes out what was rejected since, and has
         loaded what was waited for."""
         self._entered.clear()
-        for _ in range(_PER_BOUNDARY):
-            answer = self._kernels.poll()
-            if answer is None:
-                break
-            self._receive(answer)
+        self._missing.before_boundary()
         for _ in range(_PER_BOUNDARY):
             verdict = self._verdicts.poll()
             if verdict is None:
@@ -201,6 +179,7 @@ class Remote:
                 status = CommandStatus.FAILED
                 reason = "the seed did not wait for it" if error is None else f"{type(error).__name__}: {error}"
             self._answer(loading.delivery, self._done(loading.command, loading.layer, status, reason or None))
+        self._missing.after_boundary()
         if self._health_every and self._steps % self._health_every == 0:
             self.publish_health()
 
@@ -228,9 +207,7 @@ class Remote:
             _log.warning("%s", json.dumps({"event": "malformed_verdict", "reason": str(error)[:500]}))
             return
         assert isinstance(verdict, KernelCharacterized)
-        wanted = self._unproven.pop(verdict.artifact_id, None)
-        if wanted is not None and verdict.status is KernelStatus.VALIDATED:
-            self._specialise(wanted, verdict.artifact_id)
+        self._missing.heed(verdict)
         if verdict.status is not KernelStatus.REJECTED:
             return
         for name, layer in self._layers.items():
@@ -372,9 +349,13 @@ class Remote:
             self._commands.ack(delivery)
 
     def _moved(self, event: Transition) -> None:
-        record = self._layers[event.layer]._kasmina if event.layer in self._layers else None
-        trace_id = self._traces.get((event.layer, event.seed))
         self._entered.add((event.layer, event.seed, event.target))
+        self._announce(event)
+        if event.target in _REPORTED and event.artifact_id is not None:
+            self._report(event, self._traces.get((event.layer, event.seed)))
+
+    def _announce(self, event: Transition) -> None:
+        record = self._layers[event.layer]._kasmina if event.layer in self._layers else None
         self.bus.publish(
             topics.LIFECYCLE,
             TransitionEvent(
@@ -388,10 +369,8 @@ class Remote:
                 step=0 if record is None else record.step,
                 epoch=0 if record is None else record.epoch,
             ),
-            trace_id=trace_id,
+            trace_id=self._traces.get((event.layer, event.seed)),
         )
-        if event.target in _REPORTED and event.artifact_id is not None:
-            self._report(event, trace_id)
 
     def _met(self, event: Transition) -> str | None:
         layer = self._layers.get(event.layer)
@@ -445,66 +424,6 @@ class Remote:
                 details=event.details,
             ),
         )
-
-    # ---- kernels that are missing
-
-    def _missed(self, miss: SpecialisationMiss) -> None:
-        try:
-            target = parse_target(target_name(torch.device(miss.device)))
-        except ValueError as error:  # nothing compiles for such a device
-            _log.warning("%s", json.dumps({"event": "no_target", "device": miss.device, "reason": str(error)}))
-            return
-        event_id, layer = uuid.uuid4().hex, self._layers.get(miss.layer)
-        kernel = None if layer is None else layer._kasmina.seeds[miss.seed].kernel
-        if layer is not None and kernel is not None:
-            _remember(self._wanted, event_id, _Wanted(layer, miss.seed, kernel))
-        self.bus.publish(
-            topics.SUBMITTED,
-            CompileRequest(
-                reason="specialisation_miss",
-                like_artifact_id=miss.artifact_id,
-                dtype=miss.dtype.removeprefix("torch."),
-                targets=(target,),
-                model=self.name,
-                layer=miss.layer,
-                seed=miss.seed,
-            ),
-            trace_id=self._traces.get((miss.layer, miss.seed)),
-            event_id=event_id,
-        )
-
-    def _receive(self, delivery: Delivery) -> None:
-        """What came of a request to compile, if it was this model's."""
-        wanted = self._wanted.pop(delivery.envelope.in_reply_to or "", None)
-        if wanted is None:
-            return
-        try:
-            answer = delivery.parse()
-        except MalformedMessage as error:
-            _log.warning("%s", json.dumps({"event": "malformed_answer", "reason": str(error)[:500]}))
-            return
-        if isinstance(answer, CompileFailed):
-            told = {"event": "specialisation_failed", "layer": wanted.layer._kasmina.name, "seed": wanted.seed}
-            _log.warning("%s", json.dumps(told | {"error": answer.error, "reason": answer.message[:500]}))
-            return
-        assert isinstance(answer, KernelReady)
-        if answer.status is KernelStatus.VALIDATED:
-            self._specialise(wanted, answer.artifact_id)
-        elif answer.status is KernelStatus.PENDING_BENCHMARKING:
-            _remember(self._unproven, answer.artifact_id, wanted)
-
-    def _specialise(self, wanted: _Wanted, artifact_id: str) -> None:
-        record = wanted.layer.__dict__.get("_kasmina")
-        if record is None or record.urza is None or record.replicas is not None:
-            return
-        if record.seeds[wanted.seed].kernel is wanted.instead_of:
-            PendingSpecialisation.of(wanted.layer, wanted.seed, artifact_id).start()
-
-
-def _remember(waiting: OrderedDict[str, _Wanted], key: str, wanted: _Wanted) -> None:
-    waiting[key] = wanted
-    while len(waiting) > _REMEMBERED:
-        waiting.popitem(last=False)
 
 
 def connect(

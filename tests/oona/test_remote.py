@@ -357,6 +357,7 @@ def test_an_epoch_is_announced_with_the_seeds_by_state_and_so_is_damage(remote: 
         remote.model.epoch_boundary(3)
         event = epochs.get(10.0).parse()
         assert (event.epoch, event.seeds_by_state, event.damaged) == (3, {"DORMANT": 4}, {})
+        assert event.cache == KernelCache.process().stats()._asdict()
         assert set(health.get(10.0).parse().epochs) == {3}
         remote.model.kasmina_layers["2"].state.alpha_blend[0] = 0.5
         with pytest.raises(StateCorruption):

@@ -13,7 +13,7 @@ from seeding import copy_artifact, grow
 from torch import nn
 
 import esper_triton as esper
-from esper_triton.contracts.envelope import CHARACTERIZED, SUBMITTED
+from esper_triton.contracts.envelope import CHARACTERIZED, LIFECYCLE, SUBMITTED
 from esper_triton.contracts.events import CompileFailed, KernelCharacterized, KernelReady
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.kasmina import KernelCache
@@ -83,7 +83,11 @@ def test_a_model_that_is_cast_goes_on_growing_in_its_new_dtype_and_back(
         worker.start()
         remote.model.to(torch.float16)
         assert not contributes(remote, torch.float16)
-        train(remote, torch.float16, lambda: artifact_of(remote) != before)
+        with bus.subscribe(LIFECYCLE) as audit:
+            train(remote, torch.float16, lambda: artifact_of(remote) != before)
+            told = audit.get(10.0).parse()
+        assert (told.source, told.target, told.artifact_id) == ("GRAFTING", "GRAFTING", artifact_of(remote))
+        assert remote._missing._loading == []
         assert contributes(remote, torch.float16)
         manifest = own_store.get(artifact_of(remote)).manifest
         assert (manifest.dtype, manifest.blueprint_id) == ("float16", own_store.get(before).manifest.blueprint_id)
