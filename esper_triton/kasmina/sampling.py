@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["ActivationSampler", "SamplingClock"]
 
 _FIRST_GUESS = 0.05  # of a step's time, for what the first sample will take: it comes in the tenth step or so
+_PAUSE = 2.0  # times what a step takes
+_WEIGHT = 0.1  # of the last step in what a step takes
 _log = logging.getLogger("esper_triton.kasmina")
 
 
@@ -45,12 +47,12 @@ class SamplingClock:
 
     With `every`, those whose number it divides; none for 0. Without it, as many as cost `share` of the time that steps
     take: each step earns that part of its own time, each sample is charged with what it has taken, as measured, and the
-    next one comes when what has been earned since covers what the last one took. What is earned is never saved up for
-    more than one sample, so that a pause is not followed by a burst.
+    next one comes when what has been earned since covers what the last one took. Nothing is earned in a pause: a step
+    counts for no more than twice what steps take, so that validation or a checkpoint between two buys no sample.
 
     Attributes:
-        samples: steps chosen so far. spent_ns, passed_ns: what samples have taken, and the time from the first boundary
-            to the last, of this process.
+        samples: steps chosen so far. spent_ns, passed_ns: what samples have taken, and steps, from the first boundary
+            to the last and without pauses, of this process.
     """
 
     def __init__(self, *, share: float, every: int | None) -> None:
@@ -61,6 +63,7 @@ class SamplingClock:
         self._boundary_ns: int | None = None
         self._charged_ns = 0  # of `spent_ns`
         self._earned_ns = 0.0
+        self._step_ns: float | None = None  # what a step takes, without samples: a moving average
         self._last_cost_ns: float | None = None  # of the last sample, so far
 
     def spend(self, ns: int) -> None:
@@ -79,18 +82,26 @@ class SamplingClock:
         self._boundary_ns = now
         spent = self.spent_ns - self._charged_ns
         self._charged_ns += spent
-        passed = 0 if before is None else now - before
-        self.passed_ns += passed
+        took = 0 if before is None else self._took(now - before - spent)
+        self.passed_ns += took + spent
         if self.every is not None:
             return self.every > 0 and step % self.every == 0
         if self._last_cost_ns is not None:
             self._last_cost_ns += spent
-        needed = _FIRST_GUESS * passed if self._last_cost_ns is None else self._last_cost_ns
-        self._earned_ns = min(self._earned_ns + self.share * max(passed - spent, 0) - spent, needed)
-        if passed == 0 or self.share <= 0.0 or self._earned_ns < needed:
+        needed = _FIRST_GUESS * took if self._last_cost_ns is None else self._last_cost_ns
+        self._earned_ns = min(self._earned_ns + self.share * took - spent, needed)
+        if took == 0 or self.share <= 0.0 or self._earned_ns < needed:
             return False
         self._last_cost_ns = 0.0
         return True
+
+    def _took(self, ns: int) -> int:
+        """What counts of the time between two boundaries."""
+        if self._step_ns is None:
+            self._step_ns = float(max(ns, 0))
+        counted = min(max(ns, 0), int(_PAUSE * self._step_ns) + 1)
+        self._step_ns += _WEIGHT * (counted - self._step_ns)
+        return counted
 
     def __getstate__(self) -> dict[str, Any]:
         # What was measured is of this process and these layers. A copy of a model shares one copy among its layers.
@@ -131,10 +142,16 @@ class ActivationSampler:
 
     def begin(self, seeds: Iterable[Seed], device: torch.device) -> None:
         """The step that begins is sampled."""
+        try:
+            self._prepare(seeds, device)
+        except Exception as error:  # no room on the device, say: training goes on
+            self._tell(None, error)
+
+    def _prepare(self, seeds: Iterable[Seed], device: torch.device) -> None:
         running = [seed for seed in seeds if seed.kernel is not None and _runs(seed.state)]
         if self._one is None or self._one.device != device:
             with torch.inference_mode(False):
-                self._one, self._chosen = torch.ones((), device=device), {}
+                self._one, self._chosen = torch.ones((), dtype=torch.float32, device=device), {}
             self._moments.clear()
         for width in {seed.span[1] - seed.span[0] for seed in running} - self._chosen.keys():
             self._chosen[width] = chosen_features(width, device)
@@ -146,7 +163,10 @@ class ActivationSampler:
         self.due = set()
         if self._taken:
             began = time.perf_counter_ns()
-            self._ask()
+            try:
+                self._ask()
+            except Exception as error:
+                self._tell(None, error)
             self.spent_ns += time.perf_counter_ns() - began
         while self._readings and self._give(self._readings[0]):
             self._readings.popleft()
@@ -170,7 +190,7 @@ class ActivationSampler:
             return
         values, arrived = torch.stack(rows), None
         if values.is_cuda:
-            copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            copy = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             copy.copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch does not annotate it
             arrived.record(torch.cuda.current_stream(values.device))
@@ -263,12 +283,13 @@ class ActivationSampler:
             self._marks.append((start, end))
         self.spent_ns += time.perf_counter_ns() - began
 
-    def _tell(self, seed: Seed, error: Exception) -> None:
+    def _tell(self, seed: Seed | None, error: Exception) -> None:
         """One line of JSON, once."""
         if not self._told:
             self._told = True
             reason = f"{type(error).__name__}: {error}"
-            _log.warning("%s", json.dumps({"event": "sample_failed", "seed": seed.index, "reason": reason[:500]}))
+            index = None if seed is None else seed.index
+            _log.warning("%s", json.dumps({"event": "sample_failed", "seed": index, "reason": reason[:500]}))
 
 
 def _runs(state: SeedLifecycleState) -> bool:

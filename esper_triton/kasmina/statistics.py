@@ -56,7 +56,8 @@ def chosen_features(width: int, device: torch.device) -> Tensor | None:
     more. Drawn from a generator of its own, the same for the same width."""
     if width <= _MOST_FEATURES:
         return None
-    drawn = torch.randperm(width, generator=torch.Generator().manual_seed(width))[:_MOST_FEATURES]
+    generator = torch.Generator("cpu").manual_seed(width)
+    drawn = torch.randperm(width, generator=generator, device="cpu")[:_MOST_FEATURES]
     return drawn.sort().values.to(device, non_blocking=True)
 
 

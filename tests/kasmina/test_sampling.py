@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import esper_triton as esper
 from esper_triton.kasmina import KasminaLayer, KernelCache, Policy, SeedLifecycleState, sampling
+from esper_triton.kasmina.boundary import begin_epoch
 from esper_triton.kasmina.launcher import KernelProgram
 from esper_triton.kasmina.prepared import Prepared
 from esper_triton.kasmina.sampling import SamplingClock
@@ -86,7 +87,7 @@ def test_samples_take_no_more_than_their_share_of_the_time_and_one_sample(
                 time.now += cost
             time.now += took
         clock.chooses(len(steps))
-    assert clock.passed_ns == time.now
+    assert clock.passed_ns <= time.now
     assert clock.spent_ns <= share * clock.passed_ns + max(costs)
 
 
@@ -104,19 +105,35 @@ def test_as_many_steps_are_sampled_as_the_share_allows(share: float, took: int, 
     assert count / (math.ceil(between) + 1) - 2 <= clock.samples <= count / between + 2
 
 
-def test_a_pause_is_not_followed_by_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("every", [7, 100])
+def test_pauses_between_steps_buy_no_samples(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    chosen = {}
+    for pause in (0, 3600 * 10**9):
+        time, clock = Time(monkeypatch), SamplingClock(share=0.01, every=None)
+        chosen[pause] = 0
+        for number in range(2000):
+            if number % every == every - 1:
+                time.now += pause
+            if clock.chooses(number):
+                chosen[pause] += 1
+                clock.spend(500_000)
+                time.now += 500_000
+            time.now += 1_000_000
+    # Each counts for as much as two steps, and no more than a tenth of it moves what a step is taken to take.
+    assert chosen[0] <= chosen[3600 * 10**9] <= chosen[0] * (1 + 2.5 / every) + 2
+
+
+def test_steps_that_become_slower_for_good_earn_as_much_more(monkeypatch: pytest.MonkeyPatch) -> None:
     time, clock = Time(monkeypatch), SamplingClock(share=0.01, every=None)
-    chosen = []
-    for number in range(1000):
-        if number == 500:
-            time.now += 3600 * 10**9
+    for number in range(4000):
         if clock.chooses(number):
-            chosen.append(number)
             clock.spend(500_000)
-        time.now += 1_000_000
-    after = [number for number in chosen if number >= 500]
-    assert after[0] == 500
-    assert after[1] >= 540
+            time.now += 500_000
+        time.now += 1_000_000 if number < 2000 else 20_000_000
+        if number == 2000:
+            before = clock.samples
+    # Two and a half of these steps pay for a sample, which comes with the third, from the thirtieth or so on.
+    assert 1900 / 3 < clock.samples - before < 2100 / 3
 
 
 def test_layers_of_one_model_are_sampled_in_the_same_steps_and_what_they_cost_counts_together(
@@ -419,33 +436,37 @@ def test_a_dropout_is_measured_with_what_it_dropped(adapter_store: Urza, way: st
     assert measured(layer) == wanted(out.detach())
 
 
+@pytest.mark.parametrize("where", ["chosen_features", "moments_of", "statistics_of"])
 def test_a_sample_that_fails_is_no_fault_of_the_seed_and_leaves_one_line(
     adapter_store: Urza,
     adapter_for: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    where: str,
 ) -> None:
     layer = linear_with_seeds(adapter_store, IN, D, 1, policy=EVERY)
     grow(layer, 0, adapter_for(D, R), alpha=0.5)
-    step(layer)
     x = torch.randn(9, IN)
     out = layer(x)
 
     def broken(*args: object, **options: object) -> None:
         raise MemoryError("there is no room for a sample")
 
-    layer.step_boundary()
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "moments_of", broken)
+        patch.setattr(sampling, where, broken)
         for _ in range(3):
-            assert torch.equal(layer(x), out)
             layer.step_boundary()
+            assert torch.equal(layer(x), out)
+        layer.step_boundary()
+    assert measured(layer) == (None, None, None)
     assert layer.get_layer_stats()["seeds"][0]["error_count"] == 0
     lines = [record.message for record in caplog.records if "sample_failed" in record.message]
     assert len(lines) == 1
     assert "there is no room for a sample" in lines[0]
+    begin_epoch(layer, 1)  # what was taken in before counts no more
+    step(layer)
     step(layer, x)
-    assert measured(layer) == wanted(output(layer, 0, torch.cat([x, x])))
+    assert measured(layer) == wanted(output(layer, 0, x))
 
 
 def test_calls_of_many_threads_take_each_seed_once_a_step(adapter_store: Urza, adapter_for: Callable[..., str]) -> None:
@@ -491,6 +512,24 @@ def test_a_sampled_call_touches_the_host_in_nothing_and_reads_nothing_back(
         assert not layer._kasmina.sampler._told
     layer.step_boundary()
     assert measured(layer, 1) == wanted(output(layer, 1, x))
+
+
+def test_torchs_default_device_and_dtype_are_not_the_samples(
+    adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    layer = linear_with_seeds(adapter_store, IN, 72, 1, policy=EVERY)
+    grow(layer, 0, adapter_for(72, R), alpha=0.5)
+    x = torch.randn(9, IN)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            step(layer)
+            step(layer, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    k = output(layer, 0, x)
+    assert measured(layer)[0] == pytest.approx(float(k.var(0).mean()), rel=1e-5)
+    assert measured(layer)[2] is not None
 
 
 def test_a_dormant_layer_has_nothing_in_its_call_and_is_never_sampled(adapter_store: Urza) -> None:
