@@ -447,3 +447,24 @@ def test_commands_over_a_hub_that_is_killed_are_each_applied_once_and_answered(
     assert applied == [k / count for k in range(count)]
     assert answers == {one.command_id: CommandStatus.APPLIED for one in asked}
     remote.close()
+
+
+def test_the_token_of_a_trainer_in_the_page_is_enough_for_a_model(
+    tmp_path: Path, bus_to: Callable[..., Oona], adapter_store: Urza
+) -> None:
+    page = (Path(esper.__file__).parents[1] / "docs" / "oona.md").read_text(encoding="utf-8")
+    (block,) = [part.split("```")[0] for part in page.split("```toml\n")[1:] if part.startswith("[[token]]")]
+    (tmp_path / "tokens.toml").write_text(block.replace("...", "0123456789abcdef", 1), encoding="utf-8")
+    guarded = HubServer(tmp_path, "--token-file", str(tmp_path / "tokens.toml")).start()
+    try:
+        bus = bus_to(guarded, name="trainer", token="0123456789abcdef")
+        remote = esper.connect(wrapped(adapter_store), bus)
+        remote.model.epoch_boundary(1)
+        remote.model.step_boundary()
+        assert bus.flush()
+        remote.close()
+        sent = bus.stats()["sent"]
+        assert {topic: counts["refused"] for topic, counts in sent.items() if counts["refused"]} == {}
+        assert sent[EPOCH]["sent"] == sent[HEALTH]["sent"] == 1
+    finally:
+        guarded.stop()
