@@ -36,8 +36,9 @@ class HealthSignal(Message):
         dead_neuron_ratio: share of its features that had one value, zero or another, in all of those rows.
         avg_correlation: mean of |r|, Pearson's, over pairs of its features that are not dead; of 64 of them, always the
             same, where it has more.
-        execution_latency_us: mean of the forward launches. kernel_load_latency_us: of its last load, from the request
-            to the store until the program was checked and in place.
+        execution_latency_us: mean of the forward launches that were timed: all on a CPU, those of samples on a GPU.
+        kernel_load_latency_us: of its last load, from the request to the store until the program was checked and in
+            place.
         cache_hit_ratio: of the process's kernel cache. timestamp: seconds since 1970.
     """
 

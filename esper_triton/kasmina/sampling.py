@@ -111,13 +111,23 @@ class SamplingClock:
         self.__init__(**state)  # type: ignore[misc]
 
 
+class _Mark(NamedTuple):
+    """A sample on a device that runs by itself: events before it, after the launch of the kernel (None for no launch),
+    and at its end."""
+
+    seed: Seed
+    start: torch.cuda.Event
+    launched: torch.cuda.Event | None
+    end: torch.cuda.Event
+
+
 class _Reading(NamedTuple):
     """Statistics on their way to the host: float64 [seeds, 3], there when `arrived` has happened (None: already)."""
 
     seeds: tuple[tuple[Seed, LoadedKernel], ...]
     values: Tensor
     arrived: torch.cuda.Event | None
-    marks: tuple[tuple[torch.cuda.Event, torch.cuda.Event], ...]
+    marks: tuple[_Mark, ...]
 
 
 class ActivationSampler:
@@ -132,7 +142,7 @@ class ActivationSampler:
         self.spent_ns = 0
         self._moments: dict[int, tuple[LoadedKernel, Moments]] = {}  # since the epoch began, by seed
         self._taken: list[Seed] = []  # in this step
-        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._marks: list[_Mark] = []
         self._readings: deque[_Reading] = deque()
         self._one: Tensor | None = None
         self._chosen: dict[int, Tensor | None] = {}  # by width, on the device of `_one`
@@ -199,11 +209,16 @@ class ActivationSampler:
 
     def _give(self, reading: _Reading) -> bool:
         """Whether the reading had arrived."""
-        events = [reading.arrived, *(end for _, end in reading.marks)]
+        events = [reading.arrived, *(mark.end for mark in reading.marks)]
         if not all(event is None or event.query() for event in events):  # type: ignore[no-untyped-call]
             return False
-        for start, end in reading.marks:
-            self.spent_ns += int(start.elapsed_time(end) * 1e6)
+        kernels = {seed.index: kernel for seed, kernel in reading.seeds}
+        for mark in reading.marks:
+            self.spent_ns += int(mark.start.elapsed_time(mark.end) * 1e6)
+            # What a call's own clock cannot tell there.
+            if mark.launched is not None and mark.seed.kernel is kernels.get(mark.seed.index):
+                mark.seed.latency_ns += int(mark.start.elapsed_time(mark.launched) * 1e6)
+                mark.seed.timed_calls += 1
         for (seed, kernel), values in zip(reading.seeds, reading.values.tolist(), strict=True):
             if seed.kernel is kernel:
                 seed.activations = ActivationStatistics.of(values)
@@ -224,7 +239,7 @@ class ActivationSampler:
         was given. That has written a blend, so it is run once more, at alpha 1, for what is k alone (law 2)."""
         if not self._takes(active.seed, h):
             return
-        began, start = time.perf_counter_ns(), _mark(h)
+        began, start, launched = time.perf_counter_ns(), _event(h), None
         try:
             with torch.no_grad():
                 assert self._one is not None
@@ -238,22 +253,23 @@ class ActivationSampler:
                     training=training,
                     dropout_seed=dropout_seed,
                 )
+                launched = _event(h)
                 self._keep(active.seed, k)
         except Exception as error:  # of a measurement: the call itself has been right
             self._tell(active.seed, error)
-        self._spend(began, start, h)
+        self._spend(active.seed, began, start, launched, h)
 
     def sample_output(self, seed: Seed, k: Tensor) -> None:
         """Takes k itself in, [rows, span], if the seed is due."""
         if not self._takes(seed, k):
             return
-        began, start = time.perf_counter_ns(), _mark(k)
+        began, start = time.perf_counter_ns(), _event(k)
         try:
             with torch.no_grad():
                 self._keep(seed, k)
         except Exception as error:
             self._tell(seed, error)
-        self._spend(began, start, k)
+        self._spend(seed, began, start, None, k)
 
     def _takes(self, seed: Seed, like: Tensor) -> bool:
         if seed.index not in self.due or not like.shape[0]:
@@ -276,11 +292,17 @@ class ActivationSampler:
         self._moments[seed.index] = seed.kernel, moments
         self._taken.append(seed)
 
-    def _spend(self, began: int, start: torch.cuda.Event | None, like: Tensor) -> None:
-        if start is not None:
-            end = _mark(like)
-            assert end is not None
-            self._marks.append((start, end))
+    def _spend(
+        self,
+        seed: Seed,
+        began: int,
+        start: torch.cuda.Event | None,
+        launched: torch.cuda.Event | None,
+        like: Tensor,
+    ) -> None:
+        end = _event(like)
+        if start is not None and end is not None:
+            self._marks.append(_Mark(seed, start, launched, end))
         self.spent_ns += time.perf_counter_ns() - began
 
     def _tell(self, seed: Seed | None, error: Exception) -> None:
@@ -296,7 +318,7 @@ def _runs(state: SeedLifecycleState) -> bool:
     return state.is_active or state is SeedLifecycleState.TRAINING
 
 
-def _mark(like: Tensor) -> torch.cuda.Event | None:
+def _event(like: Tensor) -> torch.cuda.Event | None:
     """An event of the device's current stream; None where a call has run when it returns."""
     if not like.is_cuda:
         return None

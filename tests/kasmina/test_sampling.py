@@ -514,6 +514,48 @@ def test_a_sampled_call_touches_the_host_in_nothing_and_reads_nothing_back(
     assert measured(layer, 1) == wanted(output(layer, 1, x))
 
 
+class Event:
+    """A place in the work of a device that has come to `reached`."""
+
+    reached = 0
+    made = 0
+
+    def __init__(self, *_: object) -> None:
+        Event.made += 1
+        self.place = Event.made
+
+    def query(self) -> bool:
+        return self.place <= Event.reached
+
+    def elapsed_time(self, end: Event) -> float:
+        assert end.query()  # or the device would have to be waited for
+        return float(end.place - self.place)  # milliseconds
+
+
+def test_a_boundary_takes_in_what_a_device_has_done_and_waits_for_nothing_else(
+    adapter_store: Urza, adapter_for: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of a device that runs by itself only the events are needed; the values are computed here.
+    monkeypatch.setattr(sampling, "_event", Event)
+    monkeypatch.setattr(Event, "made", 0)
+    monkeypatch.setattr(Event, "reached", 0)
+    layer = linear_with_seeds(adapter_store, IN, D, 1, policy=EVERY)
+    grow(layer, 0, adapter_for(D, R), alpha=0.5)
+    clock, seed = layer._kasmina.clock, layer._kasmina.seeds[0]
+    step(layer)
+    x = torch.randn(9, IN)
+    step(layer, x)
+    assert Event.made == 3
+    step(layer)
+    assert measured(layer) == (None, None, None)
+    launches, before = (seed.timed_calls, seed.latency_ns), clock.spent_ns
+    Event.reached = 3
+    step(layer)
+    assert measured(layer) == wanted(output(layer, 0, x))
+    assert clock.spent_ns - before >= 2_000_000  # from the first event to the last
+    assert (seed.timed_calls - launches[0], seed.latency_ns - launches[1]) == (1, 1_000_000)
+
+
 def test_torchs_default_device_and_dtype_are_not_the_samples(
     adapter_store: Urza, adapter_for: Callable[..., str]
 ) -> None:
