@@ -1,6 +1,7 @@
-"""What the bus costs and carries: handing over, a WebSocket hub, Redis Streams, and the health of ten thousand seeds.
+"""What the bus costs and carries: handing over, a WebSocket hub, Redis Streams, the health of ten thousand seeds, and
+what telemetry as a whole takes of training.
 
-    OMP_WAIT_POLICY=PASSIVE .venv/bin/python bench/oona.py [--only publish,hub,redis,health] [--seconds 2]
+    OMP_WAIT_POLICY=PASSIVE .venv/bin/python bench/oona.py [--only publish,hub,redis,health,training] [--seconds 2]
         [--output docs]
 
 Hub and server run on this machine, with the sender and the reader in this process, so that all four share its cores.
@@ -31,7 +32,7 @@ from rich.table import Table
 from esper_triton.contracts.envelope import HEALTH, LIFECYCLE
 from esper_triton.oona import Oona
 
-PARTS = ("publish", "hub", "redis", "health")
+PARTS = ("publish", "hub", "redis", "health", "training")
 PAYLOAD = {"model": "m", "layer": "encoder.0.fc1", "seed": 1, "alpha": 0.25, "latency_us": 17.5}
 console = Console(width=130)
 
@@ -40,6 +41,11 @@ def percentiles(values: list[float]) -> dict[str, float]:
     """Median and 99th percentile."""
     ordered = sorted(values)
     return {"p50": statistics.median(ordered), "p99": ordered[int(0.99 * (len(ordered) - 1))]}
+
+
+def shown(value: float | list[float]) -> str:
+    """To four digits."""
+    return " to ".join(f"{v:.4g}" for v in value) if isinstance(value, list) else f"{value:.4g}"
 
 
 def measure_publish(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -166,11 +172,13 @@ def measure_health(folder: Path, options: argparse.Namespace) -> Iterator[dict[s
 
     import esper_triton as esper
     from esper_triton.kasmina import KernelCache
+    from esper_triton.kasmina.statistics import ActivationStatistics
 
     model = esper.wrap(nn.Sequential(*(nn.Linear(8, 8) for _ in range(2500))), [nn.Linear], seeds_per_layer=4)
     for layer in model.kasmina_layers.values():
-        for seed in layer._kasmina.seeds:  # as if each had run: with latencies and scores, the longest message
-            seed.latency_ns, seed.timed_calls, seed.calls = 17_500, 1, 1
+        for seed in layer._kasmina.seeds:  # as if each had run and had been sampled: the longest message
+            seed.latency_ns, seed.timed_calls, seed.calls, seed.load_latency_us = 17_500, 1, 1, 1234.5
+            seed.activations = ActivationStatistics(0.123456789 + seed.index, 0.25, 0.0987654321)
     KernelCache.process()._hits = 1
     with hub(folder) as address, Oona(address, journal=folder / "journal") as bus:
         remote = esper.connect(model, bus)
@@ -190,6 +198,69 @@ def measure_health(folder: Path, options: argparse.Namespace) -> Iterator[dict[s
         "process_ms": statistics.median(whole),
         "share_of_a_core_at_1_per_s": statistics.median(whole) / 1000,
     }
+
+
+def measure_training(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Training steps of one model with telemetry and of an equal one without any: launches timed, activations sampled
+    within the default share of the time, and health published through a hub every hundredth step, or nothing of it.
+    Blocks of steps of the two, and of another without (`again`: what the clock makes of equals), take turns; samples
+    and messages count in the blocks that they fall into. Times of the processor are of all threads of this process."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    import esper_triton as esper
+
+    urza = esper.Urza(folder / "urza")
+    artifact = esper.compile("kernels/bottleneck_adapter.toml", dims={"d": 128, "r": 16}, urza=urza).id
+
+    def trainer(telemetry: bool) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        host = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 256))
+        model = esper.wrap(host, ["0", "2"], seeds_per_layer=4, urza=urza, telemetry_enabled=telemetry)
+        for name in ("0", "2"):
+            for seed in range(4):
+                model.load_kernel_sync(name, seed, artifact)
+                model.graft(name, seed)
+                model.set_alpha(name, seed, 0.5)
+        optimizer = torch.optim.SGD([*model.parameters(), *esper.model.seed_parameters(model)], lr=1e-3)
+        x, y = torch.randn(512, 256), torch.randn(512, 256)
+
+        def steps(count: int) -> tuple[float, float]:
+            began, own = time.perf_counter(), time.process_time()
+            for _ in range(count):
+                F.mse_loss(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                model.step_boundary()
+            return (time.perf_counter() - began) / count, (time.process_time() - own) / count
+
+        return model, steps
+
+    with hub(folder) as address, Oona(address, journal=folder / "journal") as bus:
+        (_, without), (_, again), (model, with_it) = trainer(False), trainer(False), trainer(True)
+        remote = esper.connect(model, bus, health_every=100)
+        without(20), again(20), with_it(200)  # until the first samples have been charged
+        clock = model.kasmina_layers["0"]._kasmina.clock
+        spent, samples = clock.spent_ns, clock.samples
+        turns: list[tuple[list[tuple[float, float]], Any]] = [([], without), ([], again), ([], with_it)]
+        for block in range(30):
+            for times, steps in turns[:: -1 if block % 2 else 1]:
+                times.append(steps(25))
+        remote.close()
+        bus.flush()
+    (off, _), (equal, _), (on, _) = turns
+    passed_s = 25 * sum(wall for wall, _ in on)
+    row: dict[str, Any] = {"what": "training with telemetry over training without"}
+    row["step_ms"] = 1000 * statistics.median(wall for wall, _ in off)
+    for name, place in (("wall", 0), ("processor", 1)):
+        for kind, times in (("", on), ("_again", equal)):
+            ratios = sorted(a[place] / b[place] for a, b in zip(times, off, strict=True))
+            row[f"{name}{kind}"] = statistics.median(ratios)
+            row[f"{name}{kind}_quartiles"] = [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]]
+    row["samples"] = clock.samples - samples
+    row["share_of_samples"] = (clock.spent_ns - spent) / 1e9 / passed_s
+    yield row
 
 
 def main() -> None:
@@ -214,6 +285,8 @@ def main() -> None:
                 rows += measure_through("Redis", address, folder, options)
         if "health" in wanted:
             rows += measure_health(folder, options)
+        if "training" in wanted:
+            rows += measure_training(folder, options)
     table = Table("what", "messages/s", "p50", "p99", "dropped", "else")
     for row in rows:
         unit = "us" if "p50_us" in row else "ms"
@@ -223,7 +296,7 @@ def main() -> None:
             f"{row['messages_per_s']:,.0f}" if "messages_per_s" in row else "",
             *(f"{row[f'{p}_{unit}']:.2f} {unit}" if f"{p}_{unit}" in row else "" for p in ("p50", "p99")),
             str(row.get("dropped", "")),
-            ", ".join(f"{name} {value:.3g}" for name, value in row.items() if name not in known),
+            ", ".join(f"{name} {shown(value)}" for name, value in row.items() if name not in known),
         )
     console.print(table)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())

@@ -48,7 +48,9 @@ class WrapSection(_Section):
     guard: bool = Field(
         default=False, description="select away non-finite outputs of a seed in every call, on the device"
     )
-    telemetry_enabled: bool = Field(default=True, description="measure the time of active calls")
+    telemetry_enabled: bool = Field(
+        default=True, description="measure the time of active calls, and sample what seeds put out"
+    )
 
 
 class PolicySection(_Section):
@@ -76,6 +78,12 @@ class PolicySection(_Section):
     embargo_epochs: _Steps = Field(default=5, description="epochs for which the slot of a culled seed takes no other")
     load_deadline_s: float = Field(default=10.0, gt=0, description="seconds that a load in the background may take")
     sample_every: _Steps = Field(default=100, description="steps between checks for non-finite outputs; 0 for never")
+    statistics_share: float = Field(
+        default=0.005, ge=0, le=1, description="of the time of steps, for statistics of activations; 0 for none"
+    )
+    statistics_every: _Steps | None = Field(
+        default=None, description="steps between two samples of activations, in place of a share of time"
+    )
 
 
 class HeuristicSection(_Section):
@@ -168,6 +176,8 @@ class GrowthConfig(_Section):
             embargo_epochs=section.embargo_epochs,
             load_deadline_s=section.load_deadline_s,
             sample_every=section.sample_every,
+            statistics_share=section.statistics_share,
+            statistics_every=section.statistics_every,
         )
 
     def wrap_model(self, model: nn.Module, urza: Urza | None = None) -> MorphableModel:

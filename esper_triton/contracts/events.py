@@ -25,7 +25,8 @@ __all__ = [
 
 class TransitionEvent(Message):
     """`audit.lifecycle`: a seed has moved. `step` and `epoch` are its layer's. `error` is the class of what the seed
-    has met, where that is why; its message stays in the process."""
+    has met, where that is why; its message stays in the process. With one state as source and target the seed has
+    stayed in it, and goes on with another kernel of its design: `artifact_id`, for tensors that it had none for."""
 
     model: str
     layer: str

@@ -12,6 +12,7 @@ from esper_triton.contracts.envelope import Message
 __all__ = ["HealthFrame", "HealthSignal", "health_score"]
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -30,7 +31,14 @@ class HealthSignal(Message):
 
     Attributes:
         chunk: columns [start, stop) of the layer's output that the seed works on. step: boundaries of its layer.
-        execution_latency_us: mean of the forward launches. kernel_load_latency_us: of its last load.
+        activation_variance: of the seed's own output k in the calls that were sampled since the epoch began: over rows,
+            with n - 1 below the sum of squares, and the mean of that over features.
+        dead_neuron_ratio: share of its features that had one value, zero or another, in all of those rows.
+        avg_correlation: mean of |r|, Pearson's, over pairs of its features that are not dead; of 64 of them, always the
+            same, where it has more.
+        execution_latency_us: mean of the forward launches that were timed: all on a CPU, those of samples on a GPU.
+        kernel_load_latency_us: of its last load, from the request to the store until the program was checked and in
+            place.
         cache_hit_ratio: of the process's kernel cache. timestamp: seconds since 1970.
     """
 
@@ -42,9 +50,9 @@ class HealthSignal(Message):
     step: int
     state: str
     alpha: float
-    activation_variance: float | None = None
+    activation_variance: NonNegative | None = None
     dead_neuron_ratio: UnitInterval | None = None
-    avg_correlation: float | None = None
+    avg_correlation: UnitInterval | None = None
     health_score: UnitInterval | None = None
     execution_latency_us: float | None = None
     kernel_load_latency_us: float | None = None
@@ -79,9 +87,9 @@ class HealthFrame(Message):
     execution_latency_us: tuple[float | None, ...] | None = None
     health_score: tuple[UnitInterval | None, ...] | None = None
     kernel_load_latency_us: tuple[float | None, ...] | None = None
-    activation_variance: tuple[float | None, ...] | None = None
+    activation_variance: tuple[NonNegative | None, ...] | None = None
     dead_neuron_ratio: tuple[UnitInterval | None, ...] | None = None
-    avg_correlation: tuple[float | None, ...] | None = None
+    avg_correlation: tuple[UnitInterval | None, ...] | None = None
 
     @model_validator(mode="after")
     def _even(self) -> HealthFrame:

@@ -12,7 +12,7 @@ from torch import Tensor
 from esper_triton.kasmina.plan import ActiveSeed, Call, Plan, draw_dropout_seeds
 from esper_triton.kasmina.views import Extents, add_share, extents_of
 
-__all__ = ["Contribution", "add_gradients", "make_call", "run_seeds"]
+__all__ = ["Contribution", "add_gradients", "make_call", "run_seeds", "sample"]
 
 
 class Contribution(NamedTuple):
@@ -85,15 +85,32 @@ def _run_seed(plan: Plan, active: ActiveSeed, x: Tensor | None, h: Tensor, targe
     if plan.timed:
         active.seed.latency_ns += time.perf_counter_ns() - began
         active.seed.timed_calls += 1
-    rejected = None
-    if plan.guard or active.nonfinite is not None:
+    rejected, flag = None, active.seed.nonfinite_flag
+    if plan.guard or flag is not None:
         broken = (h.isfinite() & ~target.isfinite()).any()
-        if active.nonfinite is not None:
-            active.nonfinite.logical_or_(broken)
+        if flag is not None:
+            flag.logical_or_(broken)
     if plan.guard:
         rejected = broken
         target.copy_(torch.where(rejected, h, target))
     return Contribution(active, saved, rejected, call.extents, call.training)
+
+
+def sample(plan: Plan, contributions: Sequence[Contribution], x: Tensor | None, h: Tensor) -> None:
+    """Takes what the seeds of a call have put out into their statistics, where they are due. `x` and `h` as for
+    `run_seeds`."""
+    if plan.sampler is None:
+        return
+    for contribution in contributions:
+        active = contribution.active
+        plan.sampler.sample(
+            active,
+            x,
+            h[:, active.start : active.stop],
+            contribution.extents,
+            contribution.training,
+            contribution.saved.get("dropout_seed"),
+        )
 
 
 def add_gradients(

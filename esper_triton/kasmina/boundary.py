@@ -105,7 +105,7 @@ def commit(layer: KasminaLayer) -> None:
         return
     with record.queue.lock:
         made = [*apply_faults(record), *apply_requests(record, lambda loaded: _received(layer, loaded))]
-        if made:
+        if made or record.replan:
             refresh(layer)
         else:
             write_state(layer)
@@ -151,10 +151,17 @@ def finish_step(layer: KasminaLayer, measured: Measured, *, auto_advance: bool) 
         made += apply_requests(record, lambda loaded: _received(layer, loaded))
     every = record.policy.sample_every
     was_sampling, record.sampling = record.sampling, every > 0 and record.step % every == 0
-    if made or ramp_given or was_sampling is not record.sampling:
+    if made or ramp_given or record.replan:
         refresh(layer)
-    elif alphas != [seed.alpha for seed in record.seeds]:
-        write_state(layer)
+    else:
+        if alphas != [seed.alpha for seed in record.seeds]:
+            write_state(layer)
+        if was_sampling is not record.sampling:
+            _place_flags(record, state_storage(layer).device)
+    if record.clock is not None:
+        record.clock.spend(record.sampler.end())
+        if record.clock.chooses(record.step):
+            record.sampler.begin(record.seeds, state_storage(layer).device)
     return made
 
 
@@ -308,6 +315,7 @@ def refresh(layer: KasminaLayer) -> None:
 def install_dispatch(layer: KasminaLayer) -> None:
     """Puts the dispatch in place that belongs to the seeds and to the state block as they are."""
     record, device = layer._kasmina, state_storage(layer).device
+    record.replan = False
     _place_flags(record, device)
     learning = trains(record)
     plan = make_plan(record, _alphas(layer), device)
@@ -424,5 +432,6 @@ def begin_epoch(layer: KasminaLayer, epoch: int) -> None:
     record = layer._kasmina
     with record.queue.lock:
         record.epoch = epoch
+        record.sampler.begin_epoch()
         if any(seed.state is not _S.DORMANT for seed in record.seeds):
             write_state(layer)

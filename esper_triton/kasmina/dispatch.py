@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from esper_triton.kasmina.autograd import SeedBlend
-from esper_triton.kasmina.blending import Contribution, make_call, run_seeds
+from esper_triton.kasmina.blending import Contribution, make_call, run_seeds, sample
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.operator import blend, name_plan
 from esper_triton.kasmina.plan import ActiveSeed, Plan, draw_dropout_seeds
@@ -58,7 +58,8 @@ class Dispatch:
         self.record.forward_calls_active += 1
         prepared = self._prepared
         training = self._follows_mode and self.layer.training
-        if prepared is not None and prepared.fits(h, x):
+        # Calls that are checked for what is not finite go the general way.
+        if prepared is not None and self.record.nonfinite is None and prepared.fits(h, x):
             return prepared(h, x if self._reads_x else None, training)
         if _is_recorded():
             self._warn_of_recording()
@@ -173,6 +174,7 @@ def _blend(
 ) -> tuple[Tensor, list[Contribution], Tensor | None] | None:
     """The blended output, what its seeds leave for backward, and the input where one of them read it; None where no
     seed contributed."""
+    sampled = plan.sampler is not None and plan.sampler.due and torch.is_grad_enabled()
     fitting = [active for active in plan.seeds if _fits(plan, active, x, h, extents)]
     _count_misses([active for active in plan.seeds if active not in fitting], h)
     if not fitting:
@@ -182,7 +184,10 @@ def _blend(
         call = make_call(plan, h, training, extents)
         h2 = matrix(h, plan.axes)
         out, out2 = empty_output(h, plan.axes)
-        contributions = run_seeds(plan, fitting, matrix(x, plan.axes) if reads_x else None, h2, out2, call)
+        x2 = matrix(x, plan.axes) if reads_x else None
+        contributions = run_seeds(plan, fitting, x2, h2, out2, call)
+        if sampled:
+            sample(plan, contributions, x2, h2)
         settle(out, out2, plan.axes)
     return (out, contributions, x if reads_x else None) if contributions else None
 

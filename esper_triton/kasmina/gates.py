@@ -104,6 +104,11 @@ class Policy:
         load_deadline_s: seconds that a background load may take once it has begun.
         sample_every: steps from one check of seeds' outputs for non-finite values to the next; 0 for never. In
             EVALUATING every call is checked.
+        statistics_share: how much of the time of steps the statistics of activations may take, by what they are
+            measured to take; how often a step is sampled follows from it. 0 for never.
+        statistics_every: steps from one sample of activations to the next in place of that; 0 for never.
+
+    Raises ValueError for a share that is not from 0 to 1, or a negative number of steps.
     """
 
     to_grafting: ReconstructionGate = field(default_factory=ReconstructionGate)
@@ -115,3 +120,11 @@ class Policy:
     embargo_epochs: int = 5
     load_deadline_s: float = 10.0
     sample_every: int = 100
+    statistics_share: float = 0.005
+    statistics_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.statistics_share <= 1.0:
+            raise ValueError(f"statistics_share must be from 0 to 1, found {self.statistics_share}")
+        if self.statistics_every is not None and self.statistics_every < 0:
+            raise ValueError(f"statistics_every must be at least 0, found {self.statistics_every}")

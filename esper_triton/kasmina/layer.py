@@ -32,7 +32,7 @@ from esper_triton.kasmina.kinds import Chunking, kind_of, seed_spans
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.moves import Made, release, warn
 from esper_triton.kasmina.pending import PendingLoad
-from esper_triton.kasmina.record import LayerRecord
+from esper_triton.kasmina.record import LayerRecord, make_clock
 from esper_triton.kasmina.restore import converted, restore_kernels
 from esper_triton.kasmina.schedules import Schedule
 from esper_triton.kasmina.seed import Seed, SeedLoss
@@ -109,7 +109,7 @@ class KasminaLayer(Adopted):
             chunking: `features` divides the output's columns among the seeds; `whole` gives each seed all of them.
             features: the size of the output's last dimension, for a kind of module that is not known here.
             guard: select away non-finite outputs of a seed in every call, on the device.
-            telemetry_enabled: measure the time of active calls.
+            telemetry_enabled: measure the time of active calls, and sample what seeds put out.
             policy: gates and times of the lifecycle; the defaults of `Policy`.
 
         Raises TypeError for a module that cannot be adopted, with the reason, and ValueError for one that is adopted
@@ -131,6 +131,7 @@ class KasminaLayer(Adopted):
             telemetry_enabled=telemetry_enabled,
             policy=policy or Policy(),
         )
+        layer._kasmina.clock = make_clock(layer._kasmina)
         device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
         # A buffer, so that it follows .to(); not persistent, so that the host's state_dict keeps its keys (law 8).
         layer.register_buffer(_STATE_BUFFER, KasminaStateLayout(num_seeds, device=device).storage, persistent=False)
@@ -305,6 +306,10 @@ class KasminaLayer(Adopted):
                     "parameters": sum(p.numel() for p in seed.parameters.values()),
                     "error_count": seed.error_count + seed.pending_faults,
                     "exec_latency_us": seed.exec_latency_us,
+                    "kernel_load_latency_us": seed.load_latency_us,
+                    "activation_variance": None if seed.activations is None else seed.activations.variance,
+                    "dead_neuron_ratio": None if seed.activations is None else seed.activations.dead_ratio,
+                    "avg_correlation": None if seed.activations is None else seed.activations.correlation,
                     "specialisation_misses": seed.specialisation_misses,
                     "health": seed.health,
                     "is_ready_for_transition": seed.is_ready,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ def load(request: LoadRequest, urza: Urza) -> LoadedKernel:
 
     Raises an EsperError that says what was wrong and what would work.
     """
+    began = time.perf_counter_ns()
     artifact, blobs = urza.load(request.artifact_id)
     manifest = artifact.manifest
     cache = KernelCache.process()
@@ -64,7 +66,8 @@ def load(request: LoadRequest, urza: Urza) -> LoadedKernel:
     except Exception:
         cache.record_failure(manifest.id, request.layer_key)
         raise
-    return LoadedKernel(manifest=manifest, digest=artifact.digest, program=program, key=key)
+    latency_us = (time.perf_counter_ns() - began) / 1000
+    return LoadedKernel(manifest=manifest, digest=artifact.digest, program=program, key=key, load_latency_us=latency_us)
 
 
 def fetch(request: LoadRequest, urza: Urza) -> tuple[LoadedKernel, dict[str, nn.Parameter]]:

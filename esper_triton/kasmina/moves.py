@@ -20,6 +20,7 @@ from esper_triton.kasmina.transitions import (
     Request,
     Reset,
     SetAlpha,
+    Specialised,
     Unload,
     follow,
 )
@@ -78,7 +79,8 @@ def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, ma
         case Loaded():
             request.ticket.took_effect = seed.ticket is request.ticket
             if request.ticket.took_effect:
-                seed.kernel = request.kernel
+                seed.kernel, seed.load_latency_us = request.kernel, request.kernel.load_latency_us
+                seed.activations = None
                 seed.parameters = seed.parameters or request.parameters
                 KernelCache.process().pin(seed.kernel.key, seed.kernel.program, seed)
                 _enter(record, seed, after.state, made)
@@ -90,6 +92,8 @@ def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, ma
                 _enter(record, seed, _S.CULLED, made)
         case SetAlpha():
             seed.alpha, seed.schedule = request.value, None
+        case Specialised():
+            _specialise(record, seed, request)
         case Unload():
             if seed.state not in (_S.DORMANT, _S.CULLED, _S.CANCELLED):
                 _enter(record, seed, _S.CANCELLED if seed.state in (_S.GERMINATED, _S.TRAINING) else _S.CULLED, made)
@@ -101,6 +105,17 @@ def _apply(record: LayerRecord, seed: Seed, request: Request, after: Outlook, ma
         case _:
             raise TypeError(f"unknown request {request!r}")
     seed.ticket, seed.opens_at = after.ticket, after.opens_at
+
+
+def _specialise(record: LayerRecord, seed: Seed, request: Specialised) -> None:
+    kernel, cache = request.kernel, KernelCache.process()
+    fits = all((p.dtype, p.device) == (kernel.program.dtype, kernel.program.device) for p in seed.parameters.values())
+    if seed.kernel is not request.instead_of or not fits:
+        return  # the seed has another by now, or its layer is as it was before
+    cache.unpin(seed.kernel.key, seed)
+    cache.pin(kernel.key, kernel.program, seed)
+    seed.kernel, seed.artifact_id, seed.load_latency_us = kernel, kernel.manifest.id, kernel.load_latency_us
+    seed.activations, record.replan = None, True
 
 
 def apply_faults(record: LayerRecord) -> list[Made]:
@@ -119,7 +134,7 @@ def apply_faults(record: LayerRecord) -> list[Made]:
         if seed.state.is_active:
             was_permanent = seed.state is _S.FOSSILIZED
             _discard_kernel(record, seed)
-            seed.kernel, seed.alpha = None, 0.0
+            seed.kernel, seed.alpha, seed.activations = None, 0.0, None
             _enter(record, seed, _S.ERROR_RECOVERY, made)
             if not was_permanent and record.policy.error_rate.culls(seed.error_count, seed.calls):
                 _cull(record, seed, made)
@@ -175,6 +190,7 @@ def release(seed: Seed) -> None:
     if seed.ticket is not None and seed.ticket.give_up is not None:
         seed.ticket.give_up()
     seed.kernel, seed.artifact_id, seed.parameters, seed.alpha, seed.ticket = None, None, {}, 0.0, None
+    seed.activations = None
 
 
 def warn(event: str, layer: str, seed: int, artifact_id: str | None, error: BaseException | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_triton.kasmina.blending import Contribution, add_gradients, run_seeds
+from esper_triton.kasmina.blending import Contribution, add_gradients, run_seeds, sample
 from esper_triton.kasmina.plan import ActiveSeed, Call, Plan
 from esper_triton.kasmina.views import empty_output, extents_of, from_matrix, matrix, settle
 
@@ -87,7 +87,10 @@ def _forward(
     h2, x2 = matrix(h, axes), None if x is None else matrix(x, axes)
     out, out2 = empty_output(h, axes)
     call = Call(extents_of(h.shape, axes), training, dropout_seeds)
-    contributions = {id(c.active): c for c in run_seeds(plan, plan.seeds, x2, h2, out2, call)}
+    ran = run_seeds(plan, plan.seeds, x2, h2, out2, call)
+    if plan.sampler is not None and plan.sampler.due:
+        sample(plan, ran, x2, h2)
+    contributions = {id(c.active): c for c in ran}
     settle(out, out2, axes)
     saved = []
     for active, tensor, shape, dtype in _saved_shapes(plan, h):

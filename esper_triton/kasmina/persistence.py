@@ -225,6 +225,7 @@ def _apply_seed(prepared: _PreparedSeed, device: torch.device, epoch: int) -> Ma
         setattr(own, name, section.counters.get(name, 0))
     if own.kernel is not None:
         KernelCache.process().pin(own.kernel.key, own.kernel.program, own)
+        own.load_latency_us = own.kernel.load_latency_us
         own.alpha, own.schedule, own.progress = section.alpha, prepared.schedule, stage.progress
     if prepared.error is None:  # else it has only just come into its state
         own.stage_steps, own.is_ready = stage.steps, stage.is_ready

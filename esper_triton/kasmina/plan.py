@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +17,16 @@ from esper_triton.kasmina.record import LayerRecord
 from esper_triton.kasmina.seed import Seed
 from esper_triton.kasmina.views import Axes, Extents
 
+if TYPE_CHECKING:
+    from esper_triton.kasmina.sampling import ActivationSampler
+
 __all__ = ["ActiveSeed", "Call", "Plan", "axes_for", "draw_dropout_seeds", "make_plan", "spread"]
 
 _MOST = 2**63 - 1
 
 
 class ActiveSeed(NamedTuple):
-    """A seed of a plan. `alpha` is a view of the layer's state on the device; a new value needs no new plan. Where
-    `nonfinite` is given, a 0-d bool on the device, calls set it once the seed's output is not finite where the host's
-    is; a step boundary reads it."""
+    """A seed of a plan. `alpha` is a view of the layer's state on the device; a new value needs no new plan."""
 
     seed: Seed
     program: KernelProgram
@@ -33,7 +34,6 @@ class ActiveSeed(NamedTuple):
     stop: int
     alpha: Tensor
     parameters: Mapping[str, Tensor]
-    nonfinite: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,7 @@ class Plan:
     overlapping: bool
     guard: bool
     timed: bool
+    sampler: ActivationSampler | None = None  # of what seeds put out
 
     @cached_property
     def has_positions(self) -> bool:
@@ -79,7 +80,7 @@ class Call(NamedTuple):
 def make_plan(record: LayerRecord, alphas: Sequence[Tensor], device: torch.device) -> Plan | None:
     """The plan of a layer's active seeds, or None where every one is silent."""
     seeds = tuple(
-        ActiveSeed(seed, seed.kernel.program, *seed.span, alphas[seed.index], seed.parameters, seed.nonfinite_flag)
+        ActiveSeed(seed, seed.kernel.program, *seed.span, alphas[seed.index], seed.parameters)
         for seed in record.seeds
         if seed.state.is_active and seed.kernel is not None
     )
@@ -97,6 +98,7 @@ def make_plan(record: LayerRecord, alphas: Sequence[Tensor], device: torch.devic
         guard=record.guard,
         # On another device a launch returns before it has run, and its end cannot be read without a sync.
         timed=record.telemetry_enabled and device.type == "cpu",
+        sampler=record.sampler,
     )
 
 

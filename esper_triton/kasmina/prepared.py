@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from esper_triton.kasmina.launcher import Bound
 from esper_triton.kasmina.plan import ActiveSeed, Plan, draw_dropout_seeds
+from esper_triton.kasmina.sampling import ActivationSampler
 from esper_triton.kasmina.views import Extents, extents_of
 
 __all__ = ["Prepared", "prepare"]
@@ -98,6 +99,7 @@ class Prepared:
         self.parameters = tuple(parameter for seed in self.seeds for parameter in seed.parameters)
         self.addresses = tuple(address for seed in self.seeds for address in seed.addresses)
         self.timed = plan.timed
+        self.sampler = plan.sampler
 
     def fits(self, h: Any, x: Any) -> bool:
         """Whether a call with this host output and input is one that this was prepared for."""
@@ -158,6 +160,8 @@ class Prepared:
                     kept += dropout_seed
             elif seed.reuses and len(seed.spare) < _SPARE:
                 seed.spare.append(saved)
+        if self.sampler is not None and self.sampler.due and torch.is_grad_enabled():
+            self._sample(self.sampler, ran, h, x, training, drawn)
         if not ran:
             return h
         if not recording:
@@ -165,6 +169,21 @@ class Prepared:
         apply: Any = _PreparedBlend.apply
         result: Tensor = apply(self, (ran, training), (out,), kept, h, x, *(p for seed in ran for p in seed.parameters))
         return result
+
+    def _sample(
+        self,
+        sampler: ActivationSampler,
+        ran: Sequence[_PreparedSeed],
+        h: Tensor,
+        x: Tensor | None,
+        training: bool,
+        drawn: Tensor | None,
+    ) -> None:
+        h2, x2 = h.view(-1, self.plan.width), None if x is None else x.view(-1, x.shape[-1])
+        for seed in ran:
+            own_x = x2 if seed.reads_x else None
+            dropout_seed = drawn[seed.place].view(1) if drawn is not None and seed.draws else None
+            sampler.sample(seed.active, own_x, h2[:, seed.span], seed.extents, training, dropout_seed)
 
     def _needs_graph(self, h: Tensor, x: Tensor | None) -> bool:
         return (
@@ -284,8 +303,6 @@ def _seed_backward(
 def prepare(plan: Plan, h: Any, x: Any) -> Prepared | None:
     """The plan for calls like this one, whose `h` and `x` fit its seeds; None where they have to go the general way."""
     if plan.overlapping or plan.guard or plan.axes.feature_dim != -1:
-        return None
-    if any(active.nonfinite is not None for active in plan.seeds):  # calls of a step that is looked at
         return None
     if type(h) is not Tensor or h.numel() == 0 or not h.is_contiguous():
         return None

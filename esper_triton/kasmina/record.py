@@ -12,12 +12,13 @@ from torch import Tensor
 from esper_triton.kasmina.events import Boundary, MissObserver, Observer, SpecialisationMiss
 from esper_triton.kasmina.gates import Policy
 from esper_triton.kasmina.kinds import Chunking, Kind
+from esper_triton.kasmina.sampling import ActivationSampler, SamplingClock
 from esper_triton.kasmina.seed import Seed
 from esper_triton.kasmina.transitions import TransitionQueue
 from esper_triton.kasmina.views import Extents
 from esper_triton.urza import Urza
 
-__all__ = ["LayerRecord", "Observed"]
+__all__ = ["LayerRecord", "Observed", "make_clock"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class LayerRecord:
     calls_counted: int = 0  # of `forward_calls_active`, as of the last commit
     warned_of_recording: bool = False
     warned_of_packing: bool = False
+    clock: SamplingClock | None = None  # which steps are sampled, for all layers of a model; None for none
     output_mean: Tensor | None = None  # [width], of the step before, for schedules that look at the drift
     # What follows is of this process and this object: neither copied nor pickled.
     queue: TransitionQueue = field(default_factory=TransitionQueue)
@@ -63,20 +65,30 @@ class LayerRecord:
     observers: list[Observer] = field(default_factory=list)
     miss_observers: list[MissObserver] = field(default_factory=list)
     misses_told: set[SpecialisationMiss] = field(default_factory=set)
+    replan: bool = False  # a commit has changed a kernel and no state, and the plan is of the one before
     observed: Observed | None = None
+    sampler: ActivationSampler = field(default_factory=ActivationSampler)
     nonfinite: Tensor | None = None  # [num_seeds] bool on the device, while a seed's calls are checked
     output_mean_now: Tensor | None = None
     alphas: tuple[Tensor, tuple[Tensor, ...]] | None = None  # a state block, and its views of each seed's alpha
     prior_forward: Any = None  # an instance `forward` that the host had before a seed became active
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerRecord:
-        return LayerRecord(**self.__getstate__() | {"seeds": copy.deepcopy(self.seeds, memo)})
+        own = {"seeds": copy.deepcopy(self.seeds, memo), "clock": copy.deepcopy(self.clock, memo)}
+        return LayerRecord(**self.__getstate__() | own)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _OF_THIS_OBJECT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # the fields that are not kept get their defaults
+
+
+def make_clock(record: LayerRecord) -> SamplingClock | None:
+    """A clock as the layer's policy says; None where there is no telemetry."""
+    if not record.telemetry_enabled:
+        return None
+    return SamplingClock(share=record.policy.statistics_share, every=record.policy.statistics_every)
 
 
 _OF_THIS_OBJECT = frozenset(
@@ -91,7 +103,9 @@ _OF_THIS_OBJECT = frozenset(
         "observers",
         "miss_observers",
         "misses_told",
+        "replan",
         "observed",
+        "sampler",
         "nonfinite",
         "output_mean_now",
         "alphas",

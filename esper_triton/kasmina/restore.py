@@ -38,6 +38,7 @@ def restore_kernels(layer: KasminaLayer) -> None:
                     )
                 request = load_request(layer, seed, seed.artifact_id, holder=seed)
                 seed.kernel = loading.load(request, record.urza)
+                seed.load_latency_us = seed.kernel.load_latency_us
             except Exception as error:
                 seed.last_error = error
                 seed.alpha = 0.0

@@ -16,6 +16,7 @@ from esper_triton.kasmina.gates import Evaluation
 from esper_triton.kasmina.launcher import KernelProgram
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.schedules import Schedule
+from esper_triton.kasmina.statistics import ActivationStatistics
 
 __all__ = ["LoadTicket", "LoadedKernel", "Seed", "SeedLoss"]
 
@@ -28,12 +29,14 @@ SeedLoss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """An artifact that may run here, loaded, and the key under which the process's cache keeps it."""
+    """An artifact that may run here, loaded, and the key under which the process's cache keeps it. `load_latency_us`:
+    from the request to the program, with everything that was checked."""
 
     manifest: Manifest
     digest: str
     program: KernelProgram
     key: CacheKey
+    load_latency_us: float
 
     @functools.cached_property
     def number(self) -> int:
@@ -74,6 +77,8 @@ class Seed:
     latency_ns: int = 0
     timed_calls: int = 0
     calls: int = 0  # in which the seed was active
+    load_latency_us: float | None = None  # of its last load
+    activations: ActivationStatistics | None = None  # as sampled last
     health: float = 0.0
     last_update_epoch: int = 0
     opens_at: int = 0  # the epoch until which the slot of a CULLED seed is embargoed
@@ -88,7 +93,9 @@ class Seed:
     permanent_evaluation: Evaluation | None = None  # what it was FOSSILIZED on, where that was measured
     ticket: LoadTicket | None = None  # of the load under way; another one, or None, makes a late load's result void
     measured_error: Tensor | None = None  # 0-d, on the device, until the boundary reads it
-    nonfinite_flag: Tensor | None = None  # 0-d bool, a view of the layer's, where calls are checked
+    # 0-d bool on the device, a view of the layer's, where calls are checked: they set it once the seed's output is not
+    # finite where the host's is, and a boundary reads it. No part of a plan, or checking a step would compile it anew.
+    nonfinite_flag: Tensor | None = None
 
     def fault(self, error: BaseException) -> None:
         """Notes that the seed's kernel failed in this call; it takes effect at the next commit."""
@@ -123,6 +130,7 @@ class Seed:
         self.error_count = self.pending_faults = self.specialisation_misses = 0
         self.wanted = None
         self.latency_ns = self.timed_calls = self.calls = 0
+        self.load_latency_us = None
         self.health, self.last_update_epoch, self.opens_at = 0.0, 0, 0
         self.permanent_since_step, self.permanent_evaluation = None, None
 

@@ -17,6 +17,7 @@ from esper_triton.kasmina.dispatch import Dispatch, _dispatch, _is_plain, _is_re
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.plan import ActiveSeed, Plan, axes_for
 from esper_triton.kasmina.record import LayerRecord, Observed
+from esper_triton.kasmina.sampling import ActivationSampler
 from esper_triton.kasmina.seed import LoadedKernel, Seed
 from esper_triton.kasmina.views import ROWS, Axes, extents_of, matches, matrix
 
@@ -98,13 +99,13 @@ def seed_loss(record: LayerRecord) -> Tensor | None:
     total: Tensor | None = None
     for seed in record.seeds:
         if seed.state is _S.TRAINING and seed.kernel is not None:
-            loss = _loss_of(seed, seed.kernel, observed)
+            loss = _loss_of(record.sampler, seed, seed.kernel, observed)
             if loss is not None:
                 total = loss if total is None else total + loss
     return total
 
 
-def _loss_of(seed: Seed, kernel: LoadedKernel, observed: Observed) -> Tensor | None:
+def _loss_of(sampler: ActivationSampler, seed: Seed, kernel: LoadedKernel, observed: Observed) -> Tensor | None:
     start, stop = seed.span
     h = observed.h[..., start:stop]
     one = torch.ones((), device=h.device)
@@ -126,6 +127,8 @@ def _loss_of(seed: Seed, kernel: LoadedKernel, observed: Observed) -> Tensor | N
         k = _dispatch(plan, observed.x, h, training=True, extents=observed.extents)
         if (seed.pending_faults, seed.specialisation_misses) != before:
             return None
+        if sampler.due:
+            sampler.sample_output(seed, k.detach())
         loss = relative_reconstruction_error(k, h) if seed.loss is None else seed.loss(k, h)
     with torch.no_grad():
         error = relative_reconstruction_error(k.detach().float(), h.float()).sqrt()

@@ -28,6 +28,7 @@ __all__ = [
     "Request",
     "Reset",
     "SetAlpha",
+    "Specialised",
     "TransitionQueue",
     "Unload",
     "Waiting",
@@ -83,6 +84,16 @@ class SetAlpha(Request):
     """A new alpha; ends a schedule."""
 
     value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specialised(Request):
+    """A kernel of the same design as `instead_of`, which it takes the place of if the seed still has that one. The seed
+    keeps its state and its parameters. `holder` pins the kernel until then."""
+
+    instead_of: LoadedKernel
+    kernel: LoadedKernel
+    holder: object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +158,8 @@ def follow(layer: str, request: Request, before: Outlook, *, epoch: int, embargo
                 raise ValueError(
                     f"seed {seed} of layer {layer!r} is {state.name}: alpha is set from GRAFTING to FINE_TUNING"
                 )
+            return before
+        case Specialised():
             return before
         case Unload():
             if state is not _S.DORMANT and state not in _REOPENED:

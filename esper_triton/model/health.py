@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain, repeat
 
 import numpy as np
@@ -19,7 +19,8 @@ __all__ = ["HealthReader"]
 
 _NAMES = [state.name for state in SeedLifecycleState]  # an enum's own `name` takes three times as long
 _read = operator.attrgetter(
-    "state", "alpha", "error_count", "pending_faults", "is_ready", "latency_ns", "timed_calls", "calls", "health"
+    *("state", "alpha", "error_count", "pending_faults", "is_ready", "latency_ns", "timed_calls", "calls", "health"),
+    *("load_latency_us", "activations"),
 )
 
 
@@ -60,8 +61,8 @@ class HealthReader:
         cache = KernelCache.process().stats()
         loads = cache.hits + cache.misses
         hit_ratio = cache.hits / loads if loads else None
-        rows = zip(*map(_read, self._seeds), strict=True) if self._seeds else repeat((), 9)
-        states, alphas, errors, pending, ready, latency_ns, timed, calls, failing = rows
+        rows = zip(*map(_read, self._seeds), strict=True) if self._seeds else repeat((), 11)
+        states, alphas, errors, pending, ready, latency_ns, timed, calls, failing, load_us, activations = rows
         latencies: list[float | None] | None = None
         scores: list[float | None] | None = None
         if any(timed):
@@ -92,4 +93,12 @@ class HealthReader:
             is_ready_for_transition=ready,
             execution_latency_us=None if latencies is None else tuple(latencies),
             health_score=None if scores is None else tuple(scores),
+            kernel_load_latency_us=_measured(load_us),
+            activation_variance=_measured([None if a is None else a.variance for a in activations]),
+            dead_neuron_ratio=_measured([None if a is None else a.dead_ratio for a in activations]),
+            avg_correlation=_measured([None if a is None else a.correlation for a in activations]),
         )
+
+
+def _measured(column: Sequence[float | None]) -> tuple[float | None, ...] | None:
+    return None if column.count(None) == len(column) else tuple(column)

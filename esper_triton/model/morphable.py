@@ -338,7 +338,7 @@ def wrap(
         chunking: `features` divides a layer's output columns among its seeds; `whole` gives each seed all of them.
         copy: wrap a deep copy and leave `model` alone.
         guard: select away non-finite outputs of a seed in every call, on the device.
-        telemetry_enabled: measure the time of active calls.
+        telemetry_enabled: measure the time of active calls, and sample what seeds put out, as often as the policy says.
         policy: gates and times of the lifecycle; the defaults of `Policy`.
         auto_advance: at step boundaries seeds whose stage is done make their next move by themselves.
 
@@ -373,6 +373,7 @@ def wrap(
                 )
             )
             adopted[-1]._kasmina.auto_advance = auto_advance
+            adopted[-1]._kasmina.clock = adopted[0]._kasmina.clock  # what samples cost counts for all layers together
         adopt_class(model, MorphableLayer if isinstance(model, KasminaLayer) else MorphableModel)
     except Exception:
         for layer in adopted:

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import nn
 
 from esper_triton.contracts import envelope as topics
 from esper_triton.contracts.commands import CommandKind, CommandResult, CommandStatus, KasminaCommand
 from esper_triton.contracts.errors import EsperError, MalformedMessage, NonFiniteOutput, ReplicaFailed, nearest
 from esper_triton.contracts.events import (
-    CompileRequest,
     EpochEvent,
     FieldReport,
     KernelCharacterized,
@@ -28,16 +26,15 @@ from esper_triton.contracts.events import (
 )
 from esper_triton.contracts.manifest import ARTIFACT_ID, KernelStatus
 from esper_triton.kasmina.cache import KernelCache
-from esper_triton.kasmina.events import SpecialisationMiss, Transition
+from esper_triton.kasmina.events import Transition
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.pending import PendingLoad
 from esper_triton.model.commanding import ask
-from esper_triton.model.germination import target_name
 from esper_triton.model.health import HealthReader
+from esper_triton.model.missing import MissingKernels
 from esper_triton.model.morphable import MorphableModel
 from esper_triton.oona import Delivery, Oona
-from esper_triton.tezzeret.targets import parse_target
 from esper_triton.urza import Event, Urza
 
 __all__ = ["Remote", "connect"]
@@ -84,7 +81,10 @@ class Remote:
     carried out once and answered each time; results tell what became of the command when it had taken effect, and a
     load is answered at the boundary where its kernel is in place or its seed is culled.
 
-    A verdict that rejects a kernel takes it out of the seeds that use it at the next boundary.
+    A verdict that rejects a kernel takes it out of the seeds that use it at the next boundary. A kernel that a seed's
+    calls have missed (they had another dtype, or were on another device) is asked for, loaded in the background when it
+    is there and proven, and takes the place of the seed's own at a boundary: the seed keeps its state and its
+    parameters. Of a model with replicas it is only asked for.
 
     Every transition is published, every epoch that `epoch_boundary` begins, what kernels are missing, what happens to
     the stores of the layers (as far as this process does it), and the health of all seeds in one message.
@@ -110,11 +110,12 @@ class Remote:
         self._health = HealthReader(name, self._layers, latency_budget_us=latency_budget_us)
         self._commands = bus.subscribe(topics.COMMANDS, f"kasmina:{name}")
         self._verdicts = bus.subscribe(topics.CHARACTERIZED)
+        self._missing = MissingKernels(bus, name, self._layers, self._traces, self._announce)
 
     def open(self) -> None:
         """Listens to the layers, and stands at the model's boundaries."""
         for layer in dict.fromkeys(self._layers.values()):
-            self._endings += [layer.on_transition(self._moved), layer.on_specialisation_miss(self._missed)]
+            self._endings += [layer.on_transition(self._moved), layer.on_specialisation_miss(self._missing.ask)]
             layer._kasmina.boundary = self
         stores = {id(layer._kasmina.urza): layer._kasmina.urza for layer in self._layers.values()}
         self._endings += [
@@ -132,12 +133,15 @@ class Remote:
                 record.boundary = None
         self._commands.close()
         self._verdicts.close()
+        self._missing.close()
 
     # ---- boundaries, on the training thread
 
     def before_boundary(self) -> None:
-        """Gives the layers the commands that have come since the last time, and takes out what was rejected since."""
+        """Gives the layers the commands that have come since the last time, takes out what was rejected since, and has
+        loaded what was waited for."""
         self._entered.clear()
+        self._missing.before_boundary()
         for _ in range(_PER_BOUNDARY):
             verdict = self._verdicts.poll()
             if verdict is None:
@@ -175,6 +179,7 @@ class Remote:
                 status = CommandStatus.FAILED
                 reason = "the seed did not wait for it" if error is None else f"{type(error).__name__}: {error}"
             self._answer(loading.delivery, self._done(loading.command, loading.layer, status, reason or None))
+        self._missing.after_boundary()
         if self._health_every and self._steps % self._health_every == 0:
             self.publish_health()
 
@@ -202,6 +207,7 @@ class Remote:
             _log.warning("%s", json.dumps({"event": "malformed_verdict", "reason": str(error)[:500]}))
             return
         assert isinstance(verdict, KernelCharacterized)
+        self._missing.heed(verdict)
         if verdict.status is not KernelStatus.REJECTED:
             return
         for name, layer in self._layers.items():
@@ -343,9 +349,13 @@ class Remote:
             self._commands.ack(delivery)
 
     def _moved(self, event: Transition) -> None:
-        record = self._layers[event.layer]._kasmina if event.layer in self._layers else None
-        trace_id = self._traces.get((event.layer, event.seed))
         self._entered.add((event.layer, event.seed, event.target))
+        self._announce(event)
+        if event.target in _REPORTED and event.artifact_id is not None:
+            self._report(event, self._traces.get((event.layer, event.seed)))
+
+    def _announce(self, event: Transition) -> None:
+        record = self._layers[event.layer]._kasmina if event.layer in self._layers else None
         self.bus.publish(
             topics.LIFECYCLE,
             TransitionEvent(
@@ -359,10 +369,8 @@ class Remote:
                 step=0 if record is None else record.step,
                 epoch=0 if record is None else record.epoch,
             ),
-            trace_id=trace_id,
+            trace_id=self._traces.get((event.layer, event.seed)),
         )
-        if event.target in _REPORTED and event.artifact_id is not None:
-            self._report(event, trace_id)
 
     def _met(self, event: Transition) -> str | None:
         layer = self._layers.get(event.layer)
@@ -415,26 +423,6 @@ class Remote:
                 message=event.message,
                 details=event.details,
             ),
-        )
-
-    def _missed(self, miss: SpecialisationMiss) -> None:
-        try:
-            target = parse_target(target_name(torch.device(miss.device)))
-        except ValueError as error:  # nothing compiles for such a device
-            _log.warning("%s", json.dumps({"event": "no_target", "device": miss.device, "reason": str(error)}))
-            return
-        self.bus.publish(
-            topics.SUBMITTED,
-            CompileRequest(
-                reason="specialisation_miss",
-                like_artifact_id=miss.artifact_id,
-                dtype=miss.dtype.removeprefix("torch."),
-                targets=(target,),
-                model=self.name,
-                layer=miss.layer,
-                seed=miss.seed,
-            ),
-            trace_id=self._traces.get((miss.layer, miss.seed)),
         )
 
 

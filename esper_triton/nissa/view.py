@@ -305,13 +305,15 @@ class View:
         if event.target == "LOADING":
             self._loading[key] = envelope.timestamp
         if self._counted is not None:
-            self._counted.moved(event)
+            if event.source != event.target:
+                self._counted.moved(event)
             if began is not None and event.target in ("TRAINING", "GRAFTING"):
                 self._counted.loaded(event.model, max(0.0, envelope.timestamp - began))
         reason = "" if event.error is None else f": {event.error}"
-        self._tell(
-            envelope, event, "lifecycle", f"{event.source} to {event.target}{reason}", failure=event.target in _FAILURES
-        )
+        text = f"{event.source} to {event.target}{reason}"
+        if event.source == event.target:
+            text = f"goes on in {event.target} with {event.artifact_id}"
+        self._tell(envelope, event, "lifecycle", text, failure=event.target in _FAILURES)
 
     def _take_epoch(self, envelope: Envelope, event: EpochEvent) -> None:
         model = self._model(event.model)

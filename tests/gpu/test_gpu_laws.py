@@ -1,4 +1,4 @@
-"""The laws of tests/test_laws.py that a device could break in ways of its own: 1, 2, 3, 4 and 8."""
+"""The laws of tests/test_laws.py that a device could break in ways of its own: 1, 2, 3, 4, 8 and 9."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from seeding import break_launches, copy_artifact, grow, law_2, own_parameters
+from seeding import adapter, break_launches, copy_artifact, grow, law_2, own_parameters
 from torch import Tensor, nn
 
 import esper_triton as esper
 from esper_triton.contracts.errors import ArtifactRefused
-from esper_triton.kasmina import KasminaLayer, KernelCache, SeedLifecycleState
+from esper_triton.kasmina import KasminaLayer, KernelCache, Policy, SeedLifecycleState
 from esper_triton.urza import Urza
 
 D, R, IN = 48, 4, 6
@@ -308,3 +308,34 @@ def test_law_8_the_gpus_random_stream_is_untouched_by_wrapping_and_by_loading(
     model.graft("0", 0)
     model(torch.zeros(2, IN, device=device))
     assert torch.equal(torch.cuda.get_rng_state(device), before)
+
+
+# ---- Law 9
+
+
+def test_law_9_activations_are_sampled_without_waiting_for_the_device(
+    layer_on: Callable[..., KasminaLayer], gpu_adapter: Callable[..., str], device: torch.device
+) -> None:
+    policy = Policy(sample_every=0, statistics_every=1)
+    layer = layer_on(IN, 2 * D, 2, policy=policy)
+    for seed in range(2):
+        grow(layer, seed, gpu_adapter(D, R), alpha=0.5, draw=seed)
+    layer.step_boundary()
+    x = torch.randn(200, IN, device=device)
+    layer(x)
+    layer.step_boundary()
+    with no_waiting_for_the_device():
+        layer(x)
+        layer.step_boundary()
+    torch.cuda.synchronize()
+    layer.step_boundary()
+    for seed, stats in enumerate(layer.get_layer_stats()["seeds"]):
+        parameters = {n: p.detach().cpu().double() for n, p in own_parameters(layer, seed).items()}
+        start, stop = layer.seed_span(seed)
+        rows = adapter(layer.default_transform(x).detach().cpu().double()[:, start:stop], parameters).repeat(2, 1)
+        # k is float32 there, and its products may be of TF32's precision in the host.
+        assert stats["activation_variance"] == pytest.approx(float(rows.var(0).mean()), rel=1e-2)
+        assert stats["dead_neuron_ratio"] == 0.0
+        assert 0.0 < stats["avg_correlation"] < 1.0
+        assert 0.0 < stats["exec_latency_us"] < 1e6
+    assert layer._kasmina.clock.spent_ns > 0

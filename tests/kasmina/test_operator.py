@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import esper_triton as esper
-from esper_triton.kasmina import KasminaLayer, KernelCache, SeedLifecycleState
+from esper_triton.contracts.errors import NonFiniteOutput
+from esper_triton.kasmina import KasminaLayer, KernelCache, Policy, SeedLifecycleState
 from esper_triton.kasmina.boundary import refresh
 from esper_triton.kasmina.dispatch import Dispatch
 from esper_triton.urza import Urza
@@ -77,6 +78,32 @@ def test_an_alpha_ramp_compiles_nothing_again_and_a_transition_once(
     grow(layer, 1, adapter_for(D, R), alpha=0.5)
     torch.testing.assert_close(compiled(x), layer(x))
     assert counter.frame_count == 3
+
+
+def test_steps_that_are_sampled_or_checked_compile_nothing_again(
+    adapter_store: Urza, adapter_for: Callable[..., str]
+) -> None:
+    layer = linear_with_seeds(
+        adapter_store, IN, D, 1, policy=Policy(sample_every=3, statistics_every=2, stabilization_steps=1000)
+    )
+    grow(layer, 0, adapter_for(D, R), alpha=0.5)
+    layer.request_transition(0, S.STABILIZATION)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(nn.Sequential(layer), fullgraph=True, backend=counter)
+    x = torch.randn(3, IN)
+    for _ in range(12):
+        torch.testing.assert_close(compiled(x), layer(x))
+        layer.step_boundary()
+    assert counter.frame_count == 1
+    assert layer.get_layer_stats()["seeds"][0]["activation_variance"] is not None
+    with torch.no_grad():
+        own_parameters(layer, 0)["up_bias"].fill_(float("nan"))
+    while not layer._kasmina.sampling:
+        layer.step_boundary()
+    compiled(x)
+    layer.step_boundary()
+    assert layer.seed_state(0) is S.ERROR_RECOVERY
+    assert isinstance(layer.last_error(0), NonFiniteOutput)
 
 
 def test_a_dormant_layer_compiles_to_the_graph_of_the_bare_module(store: Urza) -> None:

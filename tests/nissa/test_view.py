@@ -10,6 +10,7 @@ from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.nissa.details import seed_detail
 from esper_triton.nissa.live import overview
+from esper_triton.nissa.metrics import Metrics
 from esper_triton.nissa.view import ACTIVE, STATES, View
 from esper_triton.oona.wire import MODELS
 
@@ -66,6 +67,35 @@ def test_a_seed_is_followed_over_time_and_by_what_it_met() -> None:
     assert seed_detail(view, "m", "layers.0", 1)["history"]["health"] == [None] * 5
     assert seed_detail(view, "m", "layers.0", 2) is None
     assert seed_detail(view, "other", "layers.0", 0) is None
+
+
+def test_what_was_measured_of_a_seed_is_in_its_detail() -> None:
+    columns = {
+        "execution_latency_us": (12.5, None),
+        "kernel_load_latency_us": (1234.5, None),
+        "activation_variance": (0.75, None),
+        "dead_neuron_ratio": (0.125, None),
+        "avg_correlation": (0.3, None),
+    }
+    view = View()
+    tell(view, frame(["GRAFTING", "DORMANT"]).model_copy(update=columns))
+    for seed in range(2):
+        detail = seed_detail(view, "m", "layers.0", seed)
+        assert detail is not None
+        assert {name: detail["signal"][name] for name in columns} == {name: c[seed] for name, c in columns.items()}
+
+
+def test_a_seed_that_goes_on_with_another_kernel_has_made_no_move() -> None:
+    other = "0123456789ab-cpu-standard-000000000000"
+    metrics = Metrics()
+    view = View(metrics)
+    tell(view, frame(["GRAFTING", "DORMANT"]))
+    tell(view, move("GRAFTING", "GRAFTING").model_copy(update={"artifact_id": other}), at=1001.0)
+    detail = seed_detail(view, "m", "layers.0", 0)
+    assert detail is not None
+    assert (detail["signal"]["state"], detail["artifact_id"]) == (4, other)
+    assert [entry["text"] for entry in detail["entries"]] == [f"goes on in GRAFTING with {other}"]
+    assert b"esper_seed_transitions_total{" not in metrics.text()
 
 
 def test_a_compile_is_followed_from_its_request_to_the_last_of_its_artifacts() -> None:

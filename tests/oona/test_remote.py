@@ -19,13 +19,14 @@ from esper_triton.contracts.commands import CommandKind, CommandResult, CommandS
 from esper_triton.contracts.envelope import COMMANDS, EPOCH, FIELD_REPORTS, HEALTH, LIFECYCLE, RESULTS, STORE, SUBMITTED
 from esper_triton.contracts.errors import StateCorruption
 from esper_triton.contracts.health import HealthFrame, health_score
-from esper_triton.kasmina import KernelCache
+from esper_triton.kasmina import KernelCache, Policy
 from esper_triton.kasmina.lifecycle import SeedLifecycleState as S
 from esper_triton.model import Remote
 from esper_triton.oona import Oona
 from esper_triton.urza import Urza
 
 D, R = 16, 4
+ACTIVATIONS = ("activation_variance", "dead_neuron_ratio", "avg_correlation")
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +42,9 @@ def bus() -> Iterator[Oona]:
         yield bus
 
 
-def wrapped(store: Urza) -> esper.MorphableModel:
+def wrapped(store: Urza, policy: Policy | None = None) -> esper.MorphableModel:
     host = nn.Sequential(nn.Linear(D, 2 * D), nn.ReLU(), nn.Linear(2 * D, 2 * D))
-    return esper.wrap(host, ["0", "2"], seeds_per_layer=2, urza=store)
+    return esper.wrap(host, ["0", "2"], seeds_per_layer=2, urza=store, policy=policy)
 
 
 @pytest.fixture
@@ -299,9 +300,11 @@ def test_a_missing_specialisation_goes_out_as_a_request_to_compile(
     assert request.targets == (adapter_store.get(artifact).manifest.target,)
 
 
+@pytest.mark.parametrize("sampled", [False, True])
 def test_health_of_all_seeds_comes_in_one_message_and_what_was_not_measured_is_null(
-    remote: Remote, adapter_for: Callable[..., str]
+    bus: Oona, adapter_store: Urza, adapter_for: Callable[..., str], sampled: bool
 ) -> None:
+    remote = esper.connect(wrapped(adapter_store, Policy(statistics_every=int(sampled))), bus)
     for one in (
         command(CommandKind.REQUEST_GERMINATION, artifact_id=adapter_for(D, R)),
         command(CommandKind.ADVANCE),
@@ -325,8 +328,12 @@ def test_health_of_all_seeds_comes_in_one_message_and_what_was_not_measured_is_n
     assert grown.execution_latency_us == latency > 0
     assert grown.cache_hit_ratio == ratio
     assert grown.health_score == pytest.approx(health_score(latency, 0.0, ratio, budget_us=1000.0), abs=1e-12)
-    assert grown.activation_variance is grown.dead_neuron_ratio is grown.avg_correlation is None
+    measured = [stats["seeds"][0][name] for name in (*ACTIVATIONS, "kernel_load_latency_us")]
+    assert [getattr(grown, name) for name in (*ACTIVATIONS, "kernel_load_latency_us")] == measured
+    assert [value is not None for value in measured] == [sampled, sampled, sampled, True]
     assert (dormant.state, dormant.execution_latency_us, dormant.health_score) == ("DORMANT", None, None)
+    assert {getattr(dormant, name) for name in (*ACTIVATIONS, "kernel_load_latency_us")} == {None}
+    remote.close()
 
 
 @pytest.mark.parametrize(
@@ -350,6 +357,7 @@ def test_an_epoch_is_announced_with_the_seeds_by_state_and_so_is_damage(remote: 
         remote.model.epoch_boundary(3)
         event = epochs.get(10.0).parse()
         assert (event.epoch, event.seeds_by_state, event.damaged) == (3, {"DORMANT": 4}, {})
+        assert event.cache == KernelCache.process().stats()._asdict()
         assert set(health.get(10.0).parse().epochs) == {3}
         remote.model.kasmina_layers["2"].state.alpha_blend[0] = 0.5
         with pytest.raises(StateCorruption):
@@ -439,3 +447,24 @@ def test_commands_over_a_hub_that_is_killed_are_each_applied_once_and_answered(
     assert applied == [k / count for k in range(count)]
     assert answers == {one.command_id: CommandStatus.APPLIED for one in asked}
     remote.close()
+
+
+def test_the_token_of_a_trainer_in_the_page_is_enough_for_a_model(
+    tmp_path: Path, bus_to: Callable[..., Oona], adapter_store: Urza
+) -> None:
+    page = (Path(esper.__file__).parents[1] / "docs" / "oona.md").read_text(encoding="utf-8")
+    (block,) = [part.split("```")[0] for part in page.split("```toml\n")[1:] if part.startswith("[[token]]")]
+    (tmp_path / "tokens.toml").write_text(block.replace("...", "0123456789abcdef", 1), encoding="utf-8")
+    guarded = HubServer(tmp_path, "--token-file", str(tmp_path / "tokens.toml")).start()
+    try:
+        bus = bus_to(guarded, name="trainer", token="0123456789abcdef")
+        remote = esper.connect(wrapped(adapter_store), bus)
+        remote.model.epoch_boundary(1)
+        remote.model.step_boundary()
+        assert bus.flush()
+        remote.close()
+        sent = bus.stats()["sent"]
+        assert {topic: counts["refused"] for topic, counts in sent.items() if counts["refused"]} == {}
+        assert sent[EPOCH]["sent"] == sent[HEALTH]["sent"] == 1
+    finally:
+        guarded.stop()
