@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,17 @@ from esper_triton.urabrask.references import draws_itself, reference_of
 from esper_triton.urabrask.rounding import Rounded
 from esper_triton.urabrask.sandbox import Died, Failed, Limits, Sandbox
 
-__all__ = ["Answer", "LocalOracle", "Oracle", "Question", "RemoteOracle", "answer_in", "in_layout", "warm_up"]
+__all__ = [
+    "Answer",
+    "LocalOracle",
+    "Oracle",
+    "Question",
+    "RemoteOracle",
+    "all_finite",
+    "answer_in",
+    "in_layout",
+    "warm_up",
+]
 
 K = "k"
 """The name of k among an answer's tensors; `grad_<name>` are what k passes back to each of its operands."""
@@ -54,6 +65,33 @@ class Answer:
     exact: dict[str, Tensor]
     narrow: dict[str, Tensor]
     spread: dict[str, Tensor] = field(default_factory=dict)
+
+    @functools.cached_property
+    def allowances(self) -> dict[str, Tensor]:
+        """By how much k and its gradients may be missed for what the reference's own condition is: 3 (s + r + R) of
+        `judging`."""
+        return {name: _allowance(spread) for name, spread in self.spread.items()}
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all are, in one pass; where False is said, a sum of large ones may have overflowed."""
+    return math.isfinite(float(values.sum(dtype=torch.float32 if values.itemsize == 2 else None)))
+
+
+def _allowance(spread: Tensor) -> Tensor:
+    """3 (s + r + R): r is the root of the mean square of what is finite in the line, and R that of the r."""
+    if not spread.numel():
+        return spread
+    lines = spread if spread.dim() else spread[None]
+    finite = lines if all_finite(lines) else torch.where(lines.isfinite(), lines, 0.0)
+    r = torch.linalg.vector_norm(finite, dim=-1, keepdim=True) / math.sqrt(lines.shape[-1])
+    if not all_finite(r):  # the square of a large float64 may be none
+        largest = finite.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        r = largest * (finite / largest).square_().mean(-1, keepdim=True).sqrt()
+    most = max(float(r.max()), torch.finfo(torch.float64).tiny)
+    whole = most * float((r / most).square_().mean().sqrt())
+    allowed: Tensor = (lines + (r + whole)).mul_(3).view(spread.shape)
+    return allowed
 
 
 class Oracle(Protocol):
@@ -100,8 +138,9 @@ class LocalOracle:
 
     def answer(self, question: Question) -> Answer:
         """Raises what the reference raises."""
-        exact = self._evaluate(question, torch.float64)
-        narrow = self._evaluate(question, self.dtype)
+        wide = self._leaves(question, torch.float64)
+        exact = self._evaluate(question, wide)
+        narrow = self._evaluate(question, self._leaves(question, self.dtype))
         spread = {name: _distance(narrow[name], value) for name, value in exact.items()}
         generator = torch.Generator().manual_seed(question.seed)
         roundoff = torch.finfo(self.dtype).eps / 2
@@ -115,17 +154,17 @@ class LocalOracle:
                     roundoff, generator, together=sample == 0, watched=sample == 1 and self.dtype is torch.float16
                 ) as rounded,
             ):
-                found = self._evaluate(question, torch.float64)
+                found = self._evaluate(question, wide)
             largest = max(largest, rounded.largest)
             for name, value in exact.items():
-                spread[name] = torch.maximum(spread[name], _distance(found[name], value))
+                torch.maximum(spread[name], _distance(found[name], value), out=spread[name])
         if largest > limit:  # what is between may not fit the dtype, and then nothing can be demanded
             spread = {name: torch.full_like(value, torch.inf) for name, value in spread.items()}
         return Answer(exact, narrow, spread)
 
     def exact(self, question: Question) -> dict[str, Tensor]:
         """Raises what the reference raises."""
-        return self._evaluate(question, torch.float64)
+        return self._evaluate(question, self._leaves(question, torch.float64))
 
     def _call(self, question: Question, inputs: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
         drawn: dict[str, Any] = {}
@@ -138,18 +177,18 @@ class LocalOracle:
         k = self.reference(**inputs, **parameters, **drawn)
         return k.reshape(question.extents.rows, k.shape[-1])
 
-    def _evaluate(self, question: Question, dtype: torch.dtype) -> dict[str, Tensor]:
-        leaves = {name: value.to(dtype, copy=True).requires_grad_() for name, value in question.inputs.items()}
-        weights = {name: value.to(dtype, copy=True).requires_grad_() for name, value in question.parameters.items()}
-        k = self._call(
-            question,
-            {name: in_layout(value, self.layout, question.extents) for name, value in leaves.items()},
-            weights,
-        )
-        named = leaves | weights
+    @staticmethod
+    def _leaves(question: Question, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Copies of inputs and parameters that gradients are taken at."""
+        named = (*question.inputs.items(), *question.parameters.items())
+        return {name: value.detach().to(dtype, copy=True).requires_grad_() for name, value in named}
+
+    def _evaluate(self, question: Question, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {name: in_layout(named[name], self.layout, question.extents) for name in question.inputs}
+        k = self._call(question, inputs, {name: named[name] for name in question.parameters})
         if k.requires_grad:
             grads = torch.autograd.grad(
-                k, list(named.values()), question.grad_k.to(dtype), materialize_grads=True, allow_unused=True
+                k, list(named.values()), question.grad_k.to(k.dtype), materialize_grads=True, allow_unused=True
             )
         else:
             grads = tuple(torch.zeros_like(value) for value in named.values())
@@ -158,7 +197,7 @@ class LocalOracle:
 
 
 def _distance(found: Tensor, exact: Tensor) -> Tensor:
-    return (found - exact).abs()
+    return (found - exact).abs_()
 
 
 def warm_up() -> None:

@@ -98,19 +98,32 @@ class Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value * (1 + by * float(self._signs[self._at]))
         count = value.numel()
         if self._watched and count:
-            self.largest = max(self.largest, float(value.detach().abs().max()))
+            low, high = value.detach().aminmax()
+            self.largest = max(self.largest, -float(low), float(high))
         if count > _SIGNS:
             # From another place each time, so that not the same errors meet again.
             self._at = (self._at + 977) % _SIGNS
-            signs = self._signs.roll(self._at).repeat(-(-count // _SIGNS))[:count].view(value.shape)
-        else:
+            return _times(value, self._signs.roll(self._at).mul_(by).add_(1))
+        if self._at + count > _SIGNS:
+            self._at = (self._at + count) % 977
             if self._at + count > _SIGNS:
-                self._at = (self._at + count) % 977
-                if self._at + count > _SIGNS:
-                    self._at = 0
-            signs = self._signs[self._at : self._at + count].view(value.shape)
-            self._at += count
+                self._at = 0
+        signs = self._signs[self._at : self._at + count].view(value.shape)
+        self._at += count
         return value * signs.mul(by).add_(1)
+
+
+def _times(value: Tensor, factors: Tensor) -> Tensor:
+    """Each element times one of the factors, which are taken again and again, in one pass over memory."""
+    found = torch.empty_like(value)  # dense, in the value's own order where that is dense
+    if value.stride() != found.stride():
+        value = value.contiguous()
+        found = torch.empty_like(value)
+    count, whole = value.numel(), value.numel() // len(factors) * len(factors)
+    flat, into = value.as_strided((count,), (1,)), found.as_strided((count,), (1,))
+    torch.mul(flat[:whole].view(-1, len(factors)), factors, out=into[:whole].view(-1, len(factors)))
+    torch.mul(flat[whole:], factors[: count - whole], out=into[whole:])
+    return found
 
 
 @lru_cache(maxsize=1024)
