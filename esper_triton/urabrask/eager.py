@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["graph_of"]
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Does what it is told, and writes it down. Tensors are known by who they are, so all of them are kept."""
+    """Does what it is told, and writes it down. Tensors are known by who they are, so all of them are kept; those that
+    come from elsewhere, as numbers that are made tensors, are constants of the graph."""
 
     def __init__(self, graph: fx.Graph, given: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.constants: dict[str, Tensor] = {}
         self._graph = graph
         self._nodes = {id(value): graph.placeholder(f"given_{index}") for index, value in enumerate(given)}
         self._kept: list[Tensor] = [*given]
@@ -28,8 +30,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def node(self, value: Any) -> Any:
-        """What a value is in the graph. Raises KeyError for a tensor that was made elsewhere."""
-        return self._nodes[id(value)] if isinstance(value, Tensor) else value
+        """What a value is in the graph."""
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._nodes:
+            name = f"constant_{len(self.constants)}"
+            self.constants[name] = value.detach()
+            self._nodes[id(value)] = self._graph.create_node("get_attr", name)
+            self._kept.append(value)
+        return self._nodes[id(value)]
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -57,7 +66,7 @@ def graph_of(function: Callable[..., Tensor], *given: Tensor) -> fx.GraphModule:
 
     `torch.fx.experimental.proxy_tensor.make_fx` does as much, and imports torch's compiler, which takes seconds.
 
-    Raises what the function raises, KeyError where it reads a tensor that is neither given nor made by it.
+    Raises what the function raises.
     """
     graph = fx.Graph()
     recorder = _Recorder(graph, given)
@@ -65,4 +74,4 @@ def graph_of(function: Callable[..., Tensor], *given: Tensor) -> fx.GraphModule:
         found = function(*given)
     graph.output(recorder.node(found))
     graph.eliminate_dead_code()
-    return fx.GraphModule(nn.Module(), graph)
+    return fx.GraphModule(recorder.constants, graph)
