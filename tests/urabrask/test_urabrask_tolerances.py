@@ -112,6 +112,43 @@ def test_where_something_not_finite_goes_in_its_row_may_not_hide_it_and_the_othe
     assert compare("out", leaked, wanted["out"]).ratio == float("inf")
 
 
+@settings(max_examples=20, deadline=None)
+@given(alpha=st.sampled_from([1e-3, 0.3, 1.0]), seed=st.integers(0, 2**32), reads_h=st.booleans())
+def test_what_is_expected_is_the_blend_and_its_gradients_by_autograd_and_by_finite_differences(
+    alpha: float, seed: int, reads_h: bool
+) -> None:
+    drawn = [torch.randn(5, 4, generator=generator(seed + k)) for k in range(3)]
+    h, x, grad = drawn
+    w = torch.randn(4, generator=generator(seed + 3))
+    inputs = {"h": h, "x": x} if reads_h else {"x": x}
+
+    def k_of(w: Tensor, x: Tensor, h: Tensor | None = None) -> Tensor:
+        return torch.tanh(x * w) if h is None else torch.tanh(x * w) * h
+
+    asked = Question(extents=Extents.of_rows(5), inputs=inputs, parameters={"w": w}, grad_k=grad, seed=seed)
+    reference = k_of if reads_h else lambda w, x: k_of(w, x)
+    answer = LocalOracle(reference, "rows", torch.float32).answer(asked)
+    case = CaseRecord(rows=5, batch=5, length=1, values="normal", seed=seed, alpha=alpha)
+    wanted = expected(answer, case, {"h": h, "x": x, "grad_out": grad}, torch.float32, 1)
+
+    a = float(torch.tensor(alpha, dtype=torch.float32))
+    leaves = {name: value.double().requires_grad_() for name, value in {"h": h, "x": x, "w": w}.items()}
+
+    def blend(h: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        return h + a * (k_of(w, x, h if reads_h else None) - h)
+
+    out = blend(**leaves)
+    torch.testing.assert_close(wanted["out"].exact, out.detach(), rtol=1e-12, atol=1e-12)
+    grads = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad.double()), strict=True))
+    plain = {name: value.detach() for name, value in leaves.items()}
+    for name, value in plain.items():
+        torch.testing.assert_close(wanted[f"grad_{name}"].exact, grads[name], rtol=1e-12, atol=1e-12)
+        step = 1e-5 * torch.randn(value.shape, generator=generator(seed + 4), dtype=torch.float64)
+        ahead, behind = (blend(**(plain | {name: value + sign * step})) for sign in (1, -1))
+        slope = float(((ahead - behind) * grad).sum() / 2)
+        assert slope == pytest.approx(float((wanted[f"grad_{name}"].exact * step).sum()), rel=1e-4, abs=1e-9)
+
+
 def test_an_infinite_error_of_a_finite_element_is_found_wherever_it_is() -> None:
     wanted = Expected(torch.zeros(3, 3, dtype=torch.float64), torch.ones(3, 3, dtype=torch.float64))
     for bad in (torch.nan, torch.inf, -torch.inf, 1.5):
