@@ -42,7 +42,8 @@ def test_a_layer_with_its_kernel_at_alpha_1_is_its_host(name: str, store: Urza) 
         own.copy_(value.detach().reshape(own.shape))  # a 1x1 convolution's is a matrix
     layer.graft(0)
     layer.set_alpha(0, 1.0)
-    shape = {"rows": (9,), "sequence": (3, 7), "image": (2, 5, 4)}[BLUEPRINTS[name].layout]
+    layout = "image" if isinstance(host, nn.Conv2d) else BLUEPRINTS[name].layout
+    shape = {"rows": (9,), "sequence": (3, 7), "image": (2, 5, 4)}[layout]
     x = torch.randn(*shape, SIZES.get("d_in", SIZES["d"]) if "d_in" in BLUEPRINTS[name].dims else SIZES["d"])
     apply = EQUIVALENTS[name].apply
     found = apply(layer, x)
