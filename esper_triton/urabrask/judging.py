@@ -24,14 +24,13 @@ from torch import Tensor
 from esper_triton.contracts.report import CaseRecord
 from esper_triton.urabrask.arena import equal_bytes
 from esper_triton.urabrask.draws import dirty_rows
-from esper_triton.urabrask.oracle import Answer, K, all_finite
+from esper_triton.urabrask.oracle import PIECE, Answer, K, all_finite
 from esper_triton.urabrask.rounding import accumulated
 from esper_triton.urabrask.subject import Outcome
 
 __all__ = ["Expected", "Miss", "expected", "judge", "same_bits"]
 
 _BY_ROW = (K, "out", "grad_h", "grad_x")
-_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def expected(
     for name, exact in answer.exact.items():
         if name in without:
             continue
-        narrow, off = answer.narrow[name], alpha * answer.allowances[name]
+        narrow, off = answer.narrow[name], answer.allowance(name).mul_(alpha)
         if name == K:
             value = h + alpha * (exact - h)
             terms = h.abs() + alpha * exact.abs()
@@ -96,7 +95,7 @@ def expected(
             terms = grad.abs() + alpha * exact.abs()
             blended = (alpha * narrow + (1 - alpha) * grad).to(dtype)
         else:
-            found[name] = _of_a_sum(exact, narrow, answer.allowances[name], alpha, last, tiny, dtype)
+            found[name] = _of_a_sum(exact, narrow, answer.allowance(name), alpha, last, tiny, dtype)
             if dirty.any():  # a sum over all rows
                 found[name].tolerance[dirty if name in _BY_ROW else ...] = torch.nan
             continue
@@ -128,15 +127,16 @@ def judge(
 ) -> Iterator[Miss]:
     """Every result against what is `expected`. Large gradients of parameters are compared in pieces, which stay in the
     processor's cache."""
-    large = {name for name, v in outcome.results.items() if name not in _BY_ROW and v.numel() > _PIECE}
+    large = {name for name, v in outcome.results.items() if name not in _BY_ROW and v.numel() > PIECE}
     is_dirty = bool(dirty_rows(case).any())
     wanted = expected(answer, case, tensors, dtype, terms_added, without=large)
     last, tiny = _last(dtype, terms_added), _tiny(dtype)
 
     def of_lines(name: str, value: Tensor, start: int, stop: int) -> Miss:
-        exact, narrow, allowance = (of[name][start:stop] for of in (answer.exact, answer.narrow, answer.allowances))
+        lines = slice(start, stop)
+        exact, narrow, allowance = answer.exact[name][lines], answer.narrow[name][lines], answer.allowance(name, lines)
         piece = _of_a_sum(exact, narrow, allowance, _alpha(case), last, tiny, dtype)
-        found = compare(name, value[start:stop], piece)
+        found = compare(name, value[lines], piece)
         return found if found.index is None else replace(found, index=(found.index[0] + start, *found.index[1:]))
 
     for name, value in outcome.results.items():
@@ -146,7 +146,7 @@ def judge(
         if is_dirty:  # nothing is demanded of a sum over all rows
             yield Miss(name, 0.0)
             continue
-        step = max(1, _PIECE * len(value) // value.numel())
+        step = max(1, PIECE * len(value) // value.numel())
         yield max((of_lines(name, value, at, at + step) for at in range(0, len(value), step)), key=lambda m: m.ratio)
 
 
@@ -155,7 +155,7 @@ def _of_a_sum(
 ) -> Expected:
     """Of a gradient at what the blend has no part in."""
     value = alpha * exact
-    tolerance = (alpha * allowance).add_(value.abs(), alpha=last).add_(tiny)
+    tolerance = allowance.mul_(alpha).add_(value.abs(), alpha=last).add_(tiny)
     _demand_only_finite(value, (alpha * narrow).to(dtype), tolerance)
     return Expected(value, tolerance)
 

@@ -37,6 +37,8 @@ __all__ = [
 
 K = "k"
 """The name of k among an answer's tensors; `grad_<name>` are what k passes back to each of its operands."""
+PIECE = 1 << 16
+"""Elements that a piece of a large tensor has."""
 _SAMPLES = 3
 _ROOM = 8.0  # a kernel may keep some multiple of what the reference computes
 
@@ -66,11 +68,18 @@ class Answer:
     narrow: dict[str, Tensor]
     spread: dict[str, Tensor] = field(default_factory=dict)
 
+    def allowance(self, name: str, lines: Any = ...) -> Tensor:
+        """By how much k, or a gradient, may be missed for what the reference's own condition is: 3 (s + r + R) of
+        `judging`; of some lines of it."""
+        spread = self.spread[name][lines]
+        if not spread.numel():
+            return spread
+        r, whole = self._typical[name]
+        return (spread + (r[lines] + whole)).mul_(3)
+
     @functools.cached_property
-    def allowances(self) -> dict[str, Tensor]:
-        """By how much k and its gradients may be missed for what the reference's own condition is: 3 (s + r + R) of
-        `judging`."""
-        return {name: _allowance(spread) for name, spread in self.spread.items()}
+    def _typical(self) -> dict[str, tuple[Tensor, float]]:
+        return {name: _typical(spread) for name, spread in self.spread.items() if spread.numel()}
 
 
 def all_finite(values: Tensor) -> bool:
@@ -78,10 +87,8 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(float(values.sum(dtype=torch.float32 if values.itemsize == 2 else None)))
 
 
-def _allowance(spread: Tensor) -> Tensor:
-    """3 (s + r + R): r is the root of the mean square of what is finite in the line, and R that of the r."""
-    if not spread.numel():
-        return spread
+def _typical(spread: Tensor) -> tuple[Tensor, float]:
+    """The root of the mean square of what is finite in each line, and that of these."""
     lines = spread if spread.dim() else spread[None]
     finite = lines if all_finite(lines) else torch.where(lines.isfinite(), lines, 0.0)
     r = torch.linalg.vector_norm(finite, dim=-1, keepdim=True) / math.sqrt(lines.shape[-1])
@@ -90,8 +97,8 @@ def _allowance(spread: Tensor) -> Tensor:
         r = largest * (finite / largest).square_().mean(-1, keepdim=True).sqrt()
     most = max(float(r.max()), torch.finfo(torch.float64).tiny)
     whole = most * float((r / most).square_().mean().sqrt())
-    allowed: Tensor = (lines + (r + whole)).mul_(3).view(spread.shape)
-    return allowed
+    # A tensor of one dimension is one line, of which each element may be asked for.
+    return (r.expand_as(lines).view(spread.shape) if spread.dim() < 2 else r), whole
 
 
 class Oracle(Protocol):
@@ -157,7 +164,7 @@ class LocalOracle:
                 found = self._evaluate(question, wide)
             largest = max(largest, rounded.largest)
             for name, value in exact.items():
-                torch.maximum(spread[name], _distance(found[name], value), out=spread[name])
+                _take_in(spread[name], found[name], value)
         if largest > limit:  # what is between may not fit the dtype, and then nothing can be demanded
             spread = {name: torch.full_like(value, torch.inf) for name, value in spread.items()}
         return Answer(exact, narrow, spread)
@@ -194,6 +201,17 @@ class LocalOracle:
             grads = tuple(torch.zeros_like(value) for value in named.values())
         found = {K: k.detach()} | {f"grad_{name}": grad for name, grad in zip(named, grads, strict=True)}
         return {name: value.double() for name, value in found.items()}
+
+
+def _take_in(spread: Tensor, found: Tensor, exact: Tensor) -> None:
+    """Makes the spread as large as the distance, in pieces that stay in the processor's cache."""
+    if spread.dim() < 2 or spread.numel() <= PIECE:
+        torch.maximum(spread, _distance(found, exact), out=spread)
+        return
+    step = max(1, PIECE * len(spread) // spread.numel())
+    for start in range(0, len(spread), step):
+        piece = slice(start, start + step)
+        torch.maximum(spread[piece], _distance(found[piece], exact[piece]), out=spread[piece])
 
 
 def _distance(found: Tensor, exact: Tensor) -> Tensor:
