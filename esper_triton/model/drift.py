@@ -73,7 +73,9 @@ class DriftWatch:
             layer = self._layers[at]
             seed = layer._kasmina.seeds[index]
             try:
-                looked = self._look_at(layer, seed)
+                # As if the training loop had set nothing.
+                with torch.device("cpu"), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+                    looked = self._look_at(layer, seed)
             except Exception as error:
                 told = {"event": "no_drift_measured", "layer": layer._kasmina.name, "seed": index}
                 _log.warning("%s", json.dumps(told | {"error": f"{type(error).__name__}: {error}"[:500]}))
@@ -158,7 +160,7 @@ def _worst(seed: Seed, kernel: LoadedKernel, oracle: LocalOracle, number: int) -
                 return None
             results |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     case = CaseRecord(**extents._asdict(), values="normal", seed=number, alpha=1.0)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         question = Question(
             extents=extents,
             inputs={name: tensors[name] for name in program.inputs},
