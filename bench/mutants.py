@@ -1,27 +1,35 @@
 """What the gauntlet says of broken kernels, and of sound ones.
 
     OMP_WAIT_POLICY=PASSIVE .venv/bin/python bench/mutants.py [--level fast] [--runs 20] [--only lora,linear]
-        [--output docs]
+        [--results FILE] [--output docs]
 
 Every mutant of tests/urabrask/mutants.py is put through the gauntlet and has to be rejected; the table has what caught
 it. One that shows beyond 2^31 elements alone is put through level `standard`.
 Every blueprint that ships, in every dtype, is put through it `--runs` times, each with a seed of its own, and has to be
 validated each time.
+
+It takes an hour or more. With `--results` each outcome is a line of JSON at the end of that file as soon as it is
+there, and what the file has is not done again: the work can be ended and begun again, and done by several processes at
+a time that are given different blueprints. The page is made of all that the file has.
 """
 
 import argparse
+import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from tables import markdown
 
-sys.path += [str(Path(__file__).resolve().parent.parent / "tests" / "urabrask")]
+# Before this folder, in which a file has the name of one there.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "urabrask"))
 
 from mutants import MUTANTS, blueprint_of, dims_of, forged
 
@@ -33,85 +41,125 @@ from esper_triton.tezzeret.targets import parse_target
 from esper_triton.urabrask import examine
 
 DTYPES = ("float32", "float16", "bfloat16")
+LEVELS = ("fast", "standard", "thorough")
+A_DAY = 24 * 60 * 60
+Row = dict[str, Any]
 console = Console(width=170)
 
 
-def broken(level: str) -> list[dict[str, Any]]:
-    """A row for each mutant."""
-    rows = []
+def broken(names: list[str], level: str, known: list[Row]) -> Iterator[Row]:
+    """An outcome for each mutant of these blueprints, and of those that no blueprint that ships is."""
+    done = {row["mutant"] for row in known if "mutant" in row}
     for mutant in MUTANTS:
+        if mutant.name in done or (mutant.blueprint in shipped() and mutant.blueprint not in names):
+            continue
         made = forged(mutant)
-        began = time.perf_counter()
-        deepest = max(level, mutant.level, key=("fast", "standard", "thorough").index)
+        deepest = max(level, mutant.level, key=LEVELS.index)
         report = examine(made.manifest, made.blobs, blueprint_of(mutant.blueprint), level=deepest, seed=1)  # type: ignore[arg-type]
         caught, _, said = report.reasons[0].partition(": ")
-        rows.append(
-            {
-                "mutant": mutant.name,
-                "of": f"{mutant.blueprint}, {mutant.kernel}",
-                "verdict": report.verdict,
-                "caught by": caught if report.verdict == "REJECTED" else "-",
-                "as": said.rpartition(": ")[2][:100].replace("|", "/"),
-                "s": time.perf_counter() - began,
-            }
-        )
-        console.print(rows[-1])
-    return rows
+        yield {
+            "mutant": mutant.name,
+            "of": f"{mutant.blueprint}, {mutant.kernel}",
+            "level": deepest,
+            "verdict": report.verdict,
+            "caught by": caught if report.verdict == "REJECTED" else "-",
+            "as": (said.partition(": ")[2] or said)[:110].replace("|", "/"),
+            "cases": report.cases,
+            "s": report.seconds,
+        }
 
 
-def sound(names: list[str], runs: int, level: str) -> list[dict[str, Any]]:
-    """A row for each blueprint and dtype."""
-    rows = []
-    draw = random.Random(2019)
-    for name in names:
-        blueprint = Blueprint.load(shipped()[name])
-        for dtype in DTYPES:
-            made = forge(plan_build(blueprint, dims_of(blueprint, {}), dtype, parse_target("cpu"), "fast"))
-            began, failures, worst = time.perf_counter(), [], 0.0
-            for _ in range(runs):
-                seed = draw.getrandbits(48)
-                report = examine(made.manifest, made.blobs, blueprint, level=level, seed=seed)  # type: ignore[arg-type]
-                worst = max(worst, *report.worst.values())
-                if report.verdict != "VALIDATED":
-                    failures.append(f"seed {seed}: {report.reasons[0]}")
-            seconds = (time.perf_counter() - began) / runs
-            rows.append(
-                {
+def sound(names: list[str], runs: int, level: str, known: list[Row]) -> Iterator[Row]:
+    """An outcome for each run of each blueprint and dtype, one run of all before the next of any."""
+    done = {(row["blueprint"], row["dtype"], row["level"], row["seed"]) for row in known if "blueprint" in row}
+    made = {}
+    for run in range(runs):
+        for name in names:
+            for dtype in DTYPES:
+                seed = random.Random(f"{name} {dtype} {run}").getrandbits(48)
+                if (name, dtype, level, seed) in done:
+                    continue
+                blueprint = Blueprint.load(shipped()[name])
+                if (name, dtype) not in made:
+                    plan = plan_build(blueprint, dims_of(blueprint, {}), dtype, parse_target("cpu"), "fast")
+                    made[name, dtype] = forge(plan)
+                artifact = made[name, dtype]
+                report = examine(artifact.manifest, artifact.blobs, blueprint, level=level, seed=seed)  # type: ignore[arg-type]
+                yield {
                     "blueprint": name,
                     "dtype": dtype,
-                    "runs": runs,
-                    "validated": runs - len(failures),
-                    "worst error in tolerances": worst,
-                    "s a run": seconds,
+                    "level": level,
+                    "seed": seed,
+                    "verdict": report.verdict,
+                    "reason": report.reasons[0],
+                    "cases": report.cases,
+                    "worst": max(report.worst.values()),
+                    "s": report.seconds,
                 }
-            )
-            console.print(rows[-1], *failures)
-    return rows
+
+
+def of_kernels(rows: list[Row]) -> list[Row]:
+    """The runs of each kernel, as a line of the table."""
+    table = []
+    for name, dtype in sorted({(row["blueprint"], row["dtype"]) for row in rows}):
+        of = [row for row in rows if (row["blueprint"], row["dtype"]) == (name, dtype)]
+        table.append(
+            {
+                "blueprint": name,
+                "dtype": dtype,
+                "runs": len(of),
+                "validated": sum(row["verdict"] == "VALIDATED" for row in of),
+                "cases a run": round(statistics.median(row["cases"] for row in of)),
+                "worst error in tolerances": max(row["worst"] for row in of),
+                "s a run": statistics.median(row["s"] for row in of),
+            }
+        )
+    return table
+
+
+def page(rows: list[Row]) -> str:
+    """All that was found, in Markdown."""
+    mutants = [row for row in rows if "mutant" in row]
+    order = {mutant.name: number for number, mutant in enumerate(MUTANTS)}
+    mutants.sort(key=lambda row: order[row["mutant"]])
+    killed = sum(row["verdict"] == "REJECTED" for row in mutants)
+    parts = {f"Broken kernels: {killed} of {len(mutants)} rejected": mutants}
+    for level in LEVELS:
+        runs = [row for row in rows if "blueprint" in row and row["level"] == level]
+        if runs:
+            validated = sum(row["verdict"] == "VALIDATED" for row in runs)
+            a_day = round(A_DAY / statistics.fmean(row["s"] for row in runs))
+            title = f"Kernels that ship, at level {level}: {validated} of {len(runs)} runs validated, {a_day} a day"
+            parts[title] = of_kernels(runs)
+    return markdown("What the gauntlet catches", "mutants.py", parts, digits=3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--level", choices=("fast", "standard"), default="fast")
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--only", default=",".join(sorted(shipped())), help="blueprints, with commas")
+    parser.add_argument("--level", choices=LEVELS[:2], default="fast")
+    parser.add_argument("--runs", type=int, default=20, help="of each sound kernel")
+    parser.add_argument("--only", default=",".join(sorted(shipped())), help="blueprints, with commas; may be empty")
+    parser.add_argument("--results", type=Path, help="a file that has what was done, and gets what is done")
     parser.add_argument("--output", type=Path, help="a folder: urabrask-mutants.md goes there")
     options = parser.parse_args()
+    names = [name for name in options.only.split(",") if name]
+    rows: list[Row] = []
+    if options.results is not None and options.results.exists():
+        rows += map(json.loads, options.results.read_text(encoding="utf-8").splitlines())
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        mutants = broken(options.level)
-        kernels = sound(options.only.split(","), options.runs, options.level) if options.runs else []
-    killed = sum(row["verdict"] == "REJECTED" for row in mutants)
-    runs, validated = sum(row["runs"] for row in kernels), sum(row["validated"] for row in kernels)
-    says = (
-        f"{killed} of {len(mutants)} mutants were rejected; {validated} of {runs} runs of sound kernels were validated"
-    )
-    console.print(says)
+        works = (broken(names, options.level, rows), sound(names, options.runs, options.level, rows)) if names else ()
+        began, new = time.perf_counter(), []
+        for work in works:
+            for row in work:
+                new.append(row)
+                console.print(row)
+                if options.results is not None:
+                    with options.results.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+    console.print(f"{len(new)} artifacts in {time.perf_counter() - began:.0f} s")
     if options.output is not None:
-        parts = {f"Broken kernels: {killed} of {len(mutants)} rejected, at level {options.level}": mutants}
-        if kernels:
-            parts[f"Kernels that ship: {validated} of {runs} runs validated"] = kernels
-        page = markdown("What the gauntlet catches", "mutants.py", parts, digits=3)
-        (options.output / "urabrask-mutants.md").write_text(page, encoding="utf-8")
+        (options.output / "urabrask-mutants.md").write_text(page(rows + new), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ __all__ = [
     "MalformedMessage",
     "NonFiniteOutput",
     "NotAuthorized",
+    "OutputDrifted",
     "ProofFailed",
     "ProofUnavailable",
     "ReplicaFailed",
@@ -162,6 +163,11 @@ class MalformedMessage(EsperError, ValueError):
 
 class NonFiniteOutput(EsperError, ArithmeticError):
     """A seed's kernel returned values that are not finite where the host's were."""
+
+
+class OutputDrifted(EsperError, ArithmeticError):
+    """A seed's kernel, with the parameters that it has by now, is further from what its blueprint says than the prover
+    allows."""
 
 
 class TrainingDiverged(EsperError, ArithmeticError):

@@ -7,7 +7,7 @@ seeds on the last call's copies. A layer without such a seed has nothing in its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from esper_triton.kasmina.plan import ActiveSeed, Plan, axes_for
 from esper_triton.kasmina.record import LayerRecord, Observed
 from esper_triton.kasmina.sampling import ActivationSampler
 from esper_triton.kasmina.seed import LoadedKernel, Seed
-from esper_triton.kasmina.views import ROWS, Axes, extents_of, matches, matrix
+from esper_triton.kasmina.views import ROWS, Axes, Extents, extents_of, matches, matrix
 
-__all__ = ["HostObserver", "observe_call", "relative_reconstruction_error", "seed_loss"]
+__all__ = ["HostObserver", "observe_call", "relative_reconstruction_error", "run_alone", "seed_loss"]
 
 _S = SeedLifecycleState
 
@@ -105,14 +105,23 @@ def seed_loss(record: LayerRecord) -> Tensor | None:
     return total
 
 
-def _loss_of(sampler: ActivationSampler, seed: Seed, kernel: LoadedKernel, observed: Observed) -> Tensor | None:
-    start, stop = seed.span
-    h = observed.h[..., start:stop]
+def run_alone(
+    seed: Seed,
+    kernel: LoadedKernel,
+    parameters: Mapping[str, nn.Parameter],
+    x: Tensor | None,
+    h: Tensor,
+    extents: Extents,
+    *,
+    training: bool = False,
+) -> Tensor | None:
+    """k of a seed's kernel, [rows, span], for `h` of its own span: law 2 for one seed at alpha 1. None where the kernel
+    failed, which the seed has noted then, or is not for such tensors."""
+    width = h.shape[-1]
     one = torch.ones((), device=h.device)
-    # One seed over all of its own span, at alpha 1: what law 2 then gives is k.
-    active = ActiveSeed(seed, kernel.program, 0, stop - start, one, dict(seed.parameters))
+    active = ActiveSeed(seed, kernel.program, 0, width, one, dict(parameters))
     plan = Plan(
-        width=stop - start,
+        width=width,
         axes=ROWS,
         x_name="",
         first_of_tuple=False,
@@ -123,9 +132,15 @@ def _loss_of(sampler: ActivationSampler, seed: Seed, kernel: LoadedKernel, obser
         timed=False,
     )
     before = seed.pending_faults, seed.specialisation_misses
+    k: Tensor = _dispatch(plan, x, h, training=training, extents=extents)
+    return k if (seed.pending_faults, seed.specialisation_misses) == before else None
+
+
+def _loss_of(sampler: ActivationSampler, seed: Seed, kernel: LoadedKernel, observed: Observed) -> Tensor | None:
+    h = observed.h[..., slice(*seed.span)]
     with torch.enable_grad():
-        k = _dispatch(plan, observed.x, h, training=True, extents=observed.extents)
-        if (seed.pending_faults, seed.specialisation_misses) != before:
+        k = run_alone(seed, kernel, seed.parameters, observed.x, h, observed.extents, training=True)
+        if k is None:
             return None
         if sampler.due:
             sampler.sample_output(seed, k.detach())

@@ -16,7 +16,14 @@ from torch import nn
 
 from esper_triton.contracts import envelope as topics
 from esper_triton.contracts.commands import CommandKind, CommandResult, CommandStatus, KasminaCommand
-from esper_triton.contracts.errors import EsperError, MalformedMessage, NonFiniteOutput, ReplicaFailed, nearest
+from esper_triton.contracts.errors import (
+    EsperError,
+    MalformedMessage,
+    NonFiniteOutput,
+    OutputDrifted,
+    ReplicaFailed,
+    nearest,
+)
 from esper_triton.contracts.events import (
     EpochEvent,
     FieldReport,
@@ -31,6 +38,7 @@ from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.pending import PendingLoad
 from esper_triton.model.commanding import ask
+from esper_triton.model.drift import DriftWatch
 from esper_triton.model.health import HealthReader
 from esper_triton.model.missing import MissingKernels
 from esper_triton.model.morphable import MorphableModel
@@ -45,6 +53,10 @@ _REPORTED: dict[SeedLifecycleState, Literal["FOSSILIZED", "CULLED", "ROLLED_BACK
     _S.CULLED: "CULLED",
     _S.ROLLED_BACK: "ROLLED_BACK",
     _S.ERROR_RECOVERY: "FAULTED",
+}
+_FAULTS: dict[type[EsperError], Literal["non_finite", "drift"]] = {
+    NonFiniteOutput: "non_finite",
+    OutputDrifted: "drift",
 }
 _REMEMBERED = 10_000
 _GONE = frozenset((_S.DORMANT, _S.CULLED, _S.CANCELLED, _S.ROLLED_BACK))
@@ -93,12 +105,20 @@ class Remote:
     """
 
     def __init__(
-        self, model: MorphableModel, bus: Oona, *, name: str, health_every: int, latency_budget_us: float
+        self,
+        model: MorphableModel,
+        bus: Oona,
+        *,
+        name: str,
+        health_every: int,
+        latency_budget_us: float,
+        drift_every: int,
     ) -> None:
         self.model = model
         self.bus = bus
         self.name = name
         self._health_every = health_every
+        self._drift_every = drift_every
         self._steps = 0
         self._answered: OrderedDict[str, CommandResult] = OrderedDict()
         self._loading: dict[str, _Loading] = {}
@@ -108,6 +128,7 @@ class Remote:
         self._endings: list[Callable[[], None]] = []
         self._layers = model.kasmina_layers
         self._health = HealthReader(name, self._layers, latency_budget_us=latency_budget_us)
+        self._drift = DriftWatch(list(dict.fromkeys(self._layers.values())))
         self._commands = bus.subscribe(topics.COMMANDS, f"kasmina:{name}")
         self._verdicts = bus.subscribe(topics.CHARACTERIZED)
         self._missing = MissingKernels(bus, name, self._layers, self._traces, self._announce)
@@ -184,7 +205,10 @@ class Remote:
             self.publish_health()
 
     def begun_epoch(self, epoch: int, damaged: Mapping[str, tuple[str, ...]]) -> None:
-        """Announces an epoch, or that the state arrays are damaged."""
+        """Announces an epoch, or that the state arrays are damaged. Before it, where it is time, one active seed is
+        looked at for drift."""
+        if self._drift_every and epoch % self._drift_every == 0 and not damaged:
+            self._drift.look()
         seeds = [seed for layer in dict.fromkeys(self._layers.values()) for seed in layer._kasmina.seeds]
         states = Counter(seed.state.name for seed in seeds)
         cache = KernelCache.process().stats()._asdict()
@@ -386,13 +410,13 @@ class Remote:
             return
         evaluation = layer._kasmina.seeds[event.seed].permanent_evaluation if event.target is _S.FOSSILIZED else None
         on, off = ((), ()) if evaluation is None else (evaluation.on, evaluation.off)
-        fault: Literal["launch", "non_finite"] | None = None
+        fault: Literal["launch", "non_finite", "drift"] | None = None
         message = ""
         if event.target is _S.ERROR_RECOVERY:
             error = layer._kasmina.seeds[event.seed].last_error
             if isinstance(error, ReplicaFailed):  # another replica's, which reports it
                 return
-            fault = "non_finite" if isinstance(error, NonFiniteOutput) else "launch"
+            fault = next((kind for of, kind in _FAULTS.items() if isinstance(error, of)), "launch")
             message = f"{type(error).__name__}: {error}"[:2000]
         self.bus.publish(
             topics.FIELD_REPORTS,
@@ -433,6 +457,7 @@ def connect(
     name: str = "model",
     health_every: int = 0,
     latency_budget_us: float = 1000.0,
+    drift_every: int = 1,
 ) -> Remote:
     """Puts a wrapped model on a bus: from now on it takes commands and tells what it does.
 
@@ -442,15 +467,27 @@ def connect(
         health_every: boundaries between two messages with the health of all seeds; 0 for those that
             `Remote.publish_health` and epochs send.
         latency_budget_us: the launch time, in microseconds, that counts as too slow in the health score.
+        drift_every: epochs from one look at a kernel to the next, at one active seed each time, in turn: see
+            `esper_triton.model.drift`. What is off is reported as a fault; 0 for no looks.
 
     Raises ValueError for a model that is not wrapped or is connected already, BusUnavailable from a hub that refuses.
     """
     if not isinstance(model, MorphableModel):
         raise ValueError(f"{type(model).__name__} is not wrapped; esper_triton.wrap(model, ...) first")
-    if health_every < 0 or not latency_budget_us > 0:
-        raise ValueError(f"health_every >= 0 and latency_budget_us > 0, found {health_every} and {latency_budget_us}")
+    if min(health_every, drift_every) < 0 or not latency_budget_us > 0:
+        raise ValueError(
+            f"health_every >= 0, drift_every >= 0 and latency_budget_us > 0 are expected, found {health_every}, "
+            f"{drift_every} and {latency_budget_us}"
+        )
     if any(layer._kasmina.boundary is not None for layer in model.kasmina_layers.values()):
         raise ValueError(f"{type(model).__name__} is on a bus already; close that connection first")
-    remote = Remote(model, bus, name=name, health_every=health_every, latency_budget_us=latency_budget_us)
+    remote = Remote(
+        model,
+        bus,
+        name=name,
+        health_every=health_every,
+        latency_budget_us=latency_budget_us,
+        drift_every=drift_every,
+    )
     remote.open()
     return remote

@@ -82,11 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     worker = add("worker", _worker, "prove what is compiled, as the bus tells, until it is ended by SIGTERM")
     add_bus_arguments(worker)
     add_effort(worker)
+    worker.add_argument(
+        "--watch-training",
+        action="store_true",
+        help="also try again, at level fast, what models report to have failed (innovation.field_reports)",
+    )
     return parser
 
 
 def _worker(store: Urza, options: argparse.Namespace) -> int:
     from esper_triton.contracts import envelope as topics
+    from esper_triton.urabrask.field import FieldWatch
     from esper_triton.urabrask.jobs import proof_server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -94,9 +100,11 @@ def _worker(store: Urza, options: argparse.Namespace) -> int:
     store.ids()  # a store that cannot be read at all is told now
     try:
         with bus_of(options, "urabrask") as bus:
+            watch = FieldWatch(bus, store) if options.watch_training else contextlib.nullcontext()
             server = proof_server(bus, store, level=options.level, policy=options.policy)
             says = f"serving {topics.KERNEL_READY} of {options.bus} at level {options.level}; store: {store.location}"
-            serve(server, stop, says, options.grace)
+            with watch:
+                serve(server, stop, says, options.grace)
     except (OSError, ValueError) as error:
         return failed(error, 2)
     return 0

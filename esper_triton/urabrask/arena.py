@@ -14,7 +14,7 @@ from torch import Tensor
 
 from esper_triton.urabrask.cell import STATUS_BYTES
 
-__all__ = ["Arena", "Region", "Snapshot", "TooLarge", "changes", "poison"]
+__all__ = ["Arena", "Region", "Snapshot", "TooLarge", "changes", "equal_bytes", "poison"]
 
 _FENCE_BYTES = 512  # before and after every tensor: a vector, or a row of a block, that goes too far ends in them
 _POISON = 0xFF  # NaN in every format of floating-point numbers, -1 in integers
@@ -47,14 +47,14 @@ class Region:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The arena's bytes at one moment, which nobody can change any more."""
+    """The arena's bytes at one moment, which no cell can change any more."""
 
     memory: Tensor
     start: int
 
     def read(self, region: Region) -> Tensor:
-        """A tensor as it was, contiguous."""
-        return region.view(self.memory, self.start).contiguous()
+        """A copy of a tensor as it was, contiguous."""
+        return region.view(self.memory, self.start).clone(memory_format=torch.contiguous_format)
 
 
 class Arena:
@@ -70,6 +70,7 @@ class Arena:
         self._map = mmap.mmap(self.descriptor, self.size_bytes)
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
         self._end = STATUS_BYTES
+        self._buffers: dict[str, Tensor] = {}
 
     def clear(self) -> None:
         """Forgets what was placed."""
@@ -121,9 +122,16 @@ class Arena:
         """The bytes of everything that was placed, fences too."""
         return self.memory[STATUS_BYTES : self._end]
 
-    def snapshot(self) -> Snapshot:
-        """A copy of everything that was placed, fences too."""
-        return Snapshot(self.used.clone(), STATUS_BYTES)
+    def snapshot(self, buffer: str | None = None) -> Snapshot:
+        """A copy of everything that was placed, fences too. With the name of a `buffer` it is good until the next one
+        with that name, and takes no new memory, whose first touch takes longer than the copy."""
+        if buffer is None:
+            return Snapshot(self.used.clone(), STATUS_BYTES)
+        used = self.used
+        kept = self._buffers.get(buffer)
+        if kept is None or len(kept) < len(used):
+            kept = self._buffers[buffer] = torch.empty(len(used), dtype=torch.uint8)
+        return Snapshot(kept[: len(used)].copy_(used), STATUS_BYTES)
 
     def forbidden_call(self) -> int | None:
         """The number of the system call that ended the cell, if one did."""
@@ -144,15 +152,40 @@ def poison(memory: Tensor) -> None:
 
 def changes(before: Snapshot, after: Snapshot, regions: Iterable[Region], writable: Iterable[Region]) -> str | None:
     """What was written that was not to be: None where nothing but the elements of `writable` has changed."""
-    expected = before.memory.clone()
-    for region in writable:
-        if region.size_bytes:
-            region.view(expected, before.start).copy_(region.view(after.memory, after.start))
-    if torch.equal(expected, after.memory):
+    count, first, at = 0, 0, before.start
+    # Between the results, which are in the order of their places, and from the last one to the end.
+    ordered = sorted((region for region in writable if region.size_bytes), key=lambda region: region.offset)
+    for region in (*ordered, None):
+        end = before.start + len(before.memory) if region is None else region.offset
+        pieces = [(at, before.memory[at - before.start : end - before.start])]
+        if region is not None:
+            at = region.offset + region.size_bytes
+            if region.stride != _contiguous(region.shape):  # what lies between its rows is nobody's
+                between = before.memory[end - before.start : at - before.start].clone()
+                region.view(between, end).copy_(region.view(after.memory, after.start))
+                pieces.append((end, between))
+        for start, expected in pieces:
+            found = after.memory[start - after.start : start - after.start + len(expected)]
+            if not equal_bytes(expected, found):
+                different = (expected != found).nonzero()[:, 0]
+                first = first if count else int(different[0]) + start
+                count += len(different)
+    if not count:
         return None
-    different = (expected != after.memory).nonzero()[:, 0]
-    first = int(different[0]) + before.start
-    return f"{len(different)} bytes that are no result's were written, the first {_place(first, list(regions))}"
+    return f"{count} bytes that are no result's were written, the first {_place(first, list(regions))}"
+
+
+def equal_bytes(a: Tensor, b: Tensor) -> bool:
+    """Of two flat tensors of uint8: eight bytes at a time, where they lie alike, since single ones take four times as
+    long."""
+    if len(a) != len(b) or (a.storage_offset() - b.storage_offset()) % 8:
+        return torch.equal(a, b)
+    start = min(len(a), -a.storage_offset() % 8)
+    stop = start + (len(a) - start) // 8 * 8
+    pieces = ((a[:start], b[:start]), (a[stop:], b[stop:]))
+    return all(torch.equal(one, other) for one, other in pieces) and torch.equal(
+        a[start:stop].view(torch.int64), b[start:stop].view(torch.int64)
+    )
 
 
 def _place(at: int, regions: Sequence[Region]) -> str:

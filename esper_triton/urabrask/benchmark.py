@@ -14,6 +14,7 @@ from torch import Tensor
 
 from esper_triton.contracts.report import CaseRecord, Latency, RowsBenchmark
 from esper_triton.urabrask.draws import call_of, extents_of_case
+from esper_triton.urabrask.eager import graph_of
 from esper_triton.urabrask.oracle import LocalOracle, in_layout
 from esper_triton.urabrask.sandbox import Runner
 from esper_triton.urabrask.subject import Subject
@@ -27,6 +28,7 @@ _POSITIONS = {32: (1, 32, 4, 8), 512: (2, 256, 16, 16), 4096: (16, 256, 16, 16)}
 _LARGEST_TENSOR = 1 << 24  # elements of an activation; calls with longer ones are left out
 _SAMPLE_NS = 100_000  # a sample repeats a call until it takes about as long
 _LARGEST_PRODUCTS = 1 << 33  # rows times elements of parameters
+_PRODUCTS_A_S, _ELEMENTS_A_S = 1 << 33, 1 << 24  # of the time that there is
 _SLOW_NS = 100_000_000  # a call that takes longer is measured one at a time
 _A_ROUND = 5
 _ROOM_BYTES = 1 << 20  # for what lies around tensors
@@ -43,8 +45,8 @@ def benchmark(
     and remarks on what could not be measured. Raises Died and Failed."""
     subject, found, remarks = trial.subject, [], []
     widest = max(subject.widths.values())
-    elements = sum(math.prod(record.shape) for record in subject.manifest.parameters.values())
-    counts = [rows for rows in ROWS if rows * widest <= _LARGEST_TENSOR and rows * elements <= _LARGEST_PRODUCTS]
+    most, longest = min(_LARGEST_PRODUCTS, seconds * _PRODUCTS_A_S), min(_LARGEST_TENSOR, seconds * _ELEMENTS_A_S)
+    counts = [rows for rows in ROWS if rows * widest <= longest and rows * subject.elements <= most]
     counts = counts or [ROWS[0]]
     room = trial.runner.arena.size_bytes - _ROOM_BYTES
     counts = [rows for rows in counts if subject.bytes_of(extents_of_case(_case(subject, rows, seed))) <= room]
@@ -152,8 +154,6 @@ def _timed(function: Callable[[], Any], samples: int, inner: int) -> list[int]:
 
 def _eager(trial: Trial, case: CaseRecord, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
     """The reference and its blend in the layer's dtype as a graph of torch's operations, and then what it takes."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     oracle, subject = trial.oracle, trial.subject
     assert isinstance(oracle, LocalOracle)
     question = trial.question(case, tensors)
@@ -169,7 +169,7 @@ def _eager(trial: Trial, case: CaseRecord, tensors: dict[str, Tensor]) -> tuple[
 
     given = [tensors[name].to(subject.dtype) for name in names]
     with torch.no_grad():
-        return make_fx(blended)(*given), *given
+        return graph_of(blended, *given), *given
 
 
 def _compiled(graph: Any, *given: Tensor) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ __all__ = [
     "extents_of_case",
     "sizes",
     "tensors_of",
+    "variants_of",
 ]
 
 VALUES = ("normal", "large", "huge", "tiny", "denormal", "zeros", "equal", "sorted", "one row", "inf", "nan")
@@ -55,14 +55,24 @@ A_TURN = len(_TURNS)
 _ORDINARY = (1, 2, 3, 7, 13, 31, 37, 61, 97, 127, 193, 257)
 _MOST_ELEMENTS = 1 << 18  # of an activation
 _MOST_PRODUCTS = 1 << 28
+_USUAL_PRODUCTS = 1 << 25  # but for a call in eight
+_MANY_PARAMETERS = 1 << 16
+_VARIANTS = 8
 _ALPHAS = (1.0, 0.0, 0.3, 0.999, 1e-3, 0.5)
 _POISONED_EVERY = 8
+_LONG_EVERY = 8
 _TINY = (1e-10, 1e-3)  # and in float16
+
+
+def variants_of(subject: Subject) -> int:
+    """How many more cases a group has for a wide layer, whose numbers take longer to draw, and to know the answer of,
+    than a call takes."""
+    return 0 if subject.elements < _MANY_PARAMETERS else _VARIANTS
 
 
 def sizes(subject: Subject, seed: int, most_products: int = _MOST_PRODUCTS) -> Iterator[Extents]:
     """Extents without end: one row, primes, and around the edges of the kernels' own blocks, in a drawn order. Rows
-    times elements of parameters are at most about `most_products`."""
+    times elements of parameters are at most about `most_products`, and mostly far fewer."""
     manifest = subject.manifest
     blocks = {
         value
@@ -72,9 +82,9 @@ def sizes(subject: Subject, seed: int, most_products: int = _MOST_PRODUCTS) -> I
     } or {32}
     edges = sorted({b + d for b in blocks for d in (-1, 0, 1)} | {2 * b + 1 for b in blocks})
     widest = max(subject.widths.values())
-    elements = sum(math.prod(record.shape) for record in manifest.parameters.values())
-    most = max(2, min(_MOST_ELEMENTS // widest, most_products // max(1, elements)))
+    most = max(2, min(_MOST_ELEMENTS // widest, most_products // max(1, subject.elements)))
     counts = [n for n in dict.fromkeys((*_ORDINARY, *edges)) if 1 <= n <= most]
+    usual = [n for n in counts if n <= max(2, _USUAL_PRODUCTS // max(1, subject.elements))]
     draw = random.Random(seed)
     first = True
     while True:
@@ -84,8 +94,9 @@ def sizes(subject: Subject, seed: int, most_products: int = _MOST_PRODUCTS) -> I
             # One row less than two blocks is what blocks that are placed a little off leave out, or compute twice.
             order = [1, min(most, 2 * max(blocks) - 1), *order]
             first = False
-        for rows in order:
-            yield _extents(subject.layout, rows, draw)
+        for number, rows in enumerate(order):
+            is_usual = rows in usual or number % _LONG_EVERY == 1
+            yield _extents(subject.layout, rows if is_usual else draw.choice(usual), draw)
 
 
 def _extents(layout: str, rows: int, draw: random.Random) -> Extents:
@@ -105,6 +116,7 @@ def cases(subject: Subject, seed: int, most_products: int = _MOST_PRODUCTS) -> I
     """Groups of cases without end. Those of a group are of the same numbers: they differ in alpha, strides, addresses
     and threads. `most_products` as of `sizes`."""
     draw = random.Random(seed)
+    variants = variants_of(subject)
     names = (*subject.reads, "out", "grad_out")
     follows = subject.program.follows_mode
     for number, extents in enumerate(sizes(subject, seed, most_products)):
@@ -140,6 +152,10 @@ def cases(subject: Subject, seed: int, most_products: int = _MOST_PRODUCTS) -> I
         ]
         if number % _POISONED_EVERY == 0 and subject.manifest.parameters:
             group.append(CaseRecord(**common, alpha=0.0, parameters="nan", gaps=gaps()))
+        for _ in range(variants):
+            like = draw.choice(group[:2])
+            more = {"gaps": gaps(), "shift": draw.choice((0, 1, 3)), "threads": draw.choice(("one", "two", "usual"))}
+            group.append(like.model_copy(update=more))
         yield group
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esper_triton.contracts.manifest import Manifest
 from esper_triton.contracts.report import CaseRecord, CheckRecord, Counterexample
-from esper_triton.urabrask.draws import A_TURN, cases
+from esper_triton.urabrask.draws import A_TURN, cases, variants_of
 from esper_triton.urabrask.judging import Miss
 from esper_triton.urabrask.oracle import K, LocalOracle, warm_up
 from esper_triton.urabrask.sandbox import Died, Failed, Limits, Runner, Sandbox
@@ -24,6 +24,7 @@ from esper_triton.urabrask.trial import CheckLog, Trial, broken
 __all__ = ["check_equivalence", "check_layer", "compare_with", "hung"]
 
 _MOST_OVER = 4
+_A_GROUP = 4  # cases, of a layer that is not wide
 _MOST_DEATHS = 3
 _MOST_FAILED = 12
 _EXACT = 1e-9  # of float64, for sums in another order
@@ -41,7 +42,8 @@ def check_equivalence(
     tell: Callable[[float], None] = lambda _: None,
     seen: Seen = lambda *_: None,
 ) -> None:
-    """Draws cases, about four a group, until there are `groups`, or `seconds` are over, or enough has failed.
+    """Draws cases, about four a group, until there are as many as in so many `groups`, or `seconds` are over, or enough
+    has failed. Of a wide layer, groups are of more cases, and fewer.
 
     The seconds are this thread's own, so that a busy machine proves as much as an idle one, and numbers of every kind
     are drawn in any case; where that takes four times the seconds by the clock, drawing ends, and `log.skipped` says
@@ -49,6 +51,7 @@ def check_equivalence(
 
     `tell` is told the part that is done; `seen` each ordinary case that has passed, while all have.
     """
+    groups = max(min(groups, A_TURN + 1), groups * _A_GROUP // (_A_GROUP + variants_of(trial.subject)))
     warm_up()  # or the first answer would take the time of many
     deaths = 0
     began, worked = time.monotonic(), time.thread_time()
@@ -60,7 +63,7 @@ def check_equivalence(
             log.skipped = f"{took:.0f} s were enough for {log.cases} cases, and not for numbers of every kind"
             return
         tell(min(1.0, max(number / groups, spent / seconds)))
-        drawn = {case.parameters: trial.tensors(case) for case in group}
+        drawn = {case.parameters: trial.tensors(case) for case in {case.parameters: case for case in group}.values()}
         for case in group:
             misses = trial.check(case, drawn[case.parameters])
             passed = log.note(case, misses)

@@ -1,31 +1,41 @@
-"""What training tells of kernels that were proven: one that fails there loses its status, and models are told."""
+"""What training tells of kernels that were proven: one that fails there is tried again, and loses its status where it
+fails again; models are told."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict
+import time
+from collections import OrderedDict
+
+import torch
 
 from esper_triton.contracts import envelope as topics
-from esper_triton.contracts.errors import ArtifactRefused, EsperError, MalformedMessage
+from esper_triton.contracts.errors import EsperError, MalformedMessage
 from esper_triton.contracts.events import FieldReport, KernelCharacterized
 from esper_triton.contracts.manifest import KernelStatus
-from esper_triton.contracts.report import ValidationReport
+from esper_triton.contracts.report import Level, ValidationReport
 from esper_triton.oona import Oona
+from esper_triton.tezzeret.pipelines import device_of
+from esper_triton.urabrask.gauntlet import examine
 from esper_triton.urabrask.verdict import read_report
 from esper_triton.urza import Artifact, Urza
+from esper_triton.urza.designs import blueprint_of
 
 __all__ = ["FieldWatch", "demote"]
 
 GROUP = "urabrask-field"
 _POLL_S = 0.25
 _KEPT = 100  # reports of one artifact, in its report
+_REMEMBERED = 1000  # artifacts with reports
 _log = logging.getLogger("esper_triton.urabrask")
 
 
-def demote(reports: list[FieldReport], store: Urza) -> tuple[Artifact, ValidationReport | None]:
+def demote(
+    reports: list[FieldReport], store: Urza, found: ValidationReport | None = None
+) -> tuple[Artifact, ValidationReport | None]:
     """A VALIDATED artifact becomes REJECTED, for faults in training, which its report has from then on beside what the
-    proof had found. One with another status is left as it is; the report is None then.
+    proof had found, or `found`, a later one. One with another status is left as it is; the report is None then.
 
     Raises as `Urza.set_status` does, ArtifactRefused where it was stored without a report that can be read.
     """
@@ -33,7 +43,7 @@ def demote(reports: list[FieldReport], store: Urza) -> tuple[Artifact, Validatio
     if artifact.status is not KernelStatus.VALIDATED:
         return artifact, None
     told = tuple(_in_words(report) for report in reports[:_KEPT])
-    before = read_report(artifact.id, store)
+    before = read_report(artifact.id, store) if found is None else found
     report = before.model_copy(
         update={
             "verdict": "REJECTED",
@@ -52,19 +62,34 @@ def _in_words(report: FieldReport) -> str:
 class FieldWatch:
     """Listens to `innovation.field_reports` and demotes artifacts that fault. Watches of one store share the reports.
 
+    A report is a reason to look, and proves nothing: whoever may publish can say what he likes, under any name, and
+    values that are not finite may come of parameters that have run away. So the artifact goes through the gauntlet
+    again, with other numbers, and is REJECTED where it fails, with the reports beside what was found. Where it passes,
+    it stays as it is: the model that reported has put its seed out of use by itself.
+
     A verdict goes out on `validation.kernel.characterized`, by which connected models take the kernel out of their
     seeds (see `model.remote`).
 
     Args:
-        faults: so many different seeds have to fault before an artifact is demoted. With 1, whoever may publish reports
-            can have any artifact rejected; on a bus that is shared with others, more is prudent.
+        level: at which an artifact is tried again. again_s: seconds from one trial of an artifact to the next at least,
+            so that nobody can keep the watch busy with it.
+        faults: where given, the word of so many different seeds is enough, whatever a trial finds. For a bus whose
+            every publisher is trusted.
     """
 
-    def __init__(self, bus: Oona, store: Urza, *, faults: int = 1) -> None:
-        if faults < 1:
+    def __init__(
+        self, bus: Oona, store: Urza, *, level: Level = "fast", again_s: float = 3600.0, faults: int | None = None
+    ) -> None:
+        if faults is not None and faults < 1:
             raise ValueError(f"faults is {faults}, expected at least 1")
+        if not again_s >= 0:
+            raise ValueError(f"again_s is {again_s}, expected seconds")
         self._bus, self._store, self._faults = bus, store, faults
-        self._seen: dict[str, dict[tuple[str, str, int], FieldReport]] = defaultdict(dict)
+        self._level: Level = level
+        self._again_s = again_s
+        # By artifact, the last one told of at the end: what its seeds have told, and when it may be tried again.
+        self._seen: OrderedDict[str, dict[tuple[str, str, int], FieldReport]] = OrderedDict()
+        self._due: dict[str, float] = {}
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -108,19 +133,27 @@ class FieldWatch:
         self.stop()
 
     def take(self, report: FieldReport) -> ValidationReport | None:
-        """One report; what it led to, None where it changes nothing. Raises as `demote` does."""
+        """One report; what it led to, None where it changes nothing. Raises as `demote`, `Urza.load` and `examine`
+        do."""
         if report.outcome != "FAULTED":
             return None
-        seen = self._seen[report.artifact_id]
-        seen[report.model, report.layer, report.seed] = report
-        if len(seen) < self._faults:
-            return None
+        seen = self._seen.setdefault(report.artifact_id, {})
+        self._seen.move_to_end(report.artifact_id)
+        if len(seen) < _KEPT:
+            seen[report.model, report.layer, report.seed] = report
+        while len(self._seen) > _REMEMBERED:
+            forgotten, _ = self._seen.popitem(last=False)
+            self._due.pop(forgotten, None)
+        found: ValidationReport | None = None
+        if self._faults is None or len(seen) < self._faults:
+            found = self._tried_again(report)
+            if found is None:
+                return None
         try:
-            artifact, verdict = demote(list(seen.values()), self._store)
-        except ArtifactRefused:
+            artifact, verdict = demote(list(seen.values()), self._store, found)
+        finally:
             del self._seen[report.artifact_id]
-            raise
-        del self._seen[report.artifact_id]
+            self._due.pop(report.artifact_id, None)
         if verdict is not None:
             self._bus.publish(
                 topics.CHARACTERIZED,
@@ -133,3 +166,39 @@ class FieldWatch:
                 ),
             )
         return verdict
+
+    def _tried_again(self, report: FieldReport) -> ValidationReport | None:
+        """What was found wrong with a VALIDATED artifact that was not tried a short time ago; None where nothing was
+        found, or looked for."""
+        artifact_id = report.artifact_id
+        if time.monotonic() < self._due.get(artifact_id, 0.0):
+            return None
+        if self._store.get(artifact_id).status is not KernelStatus.VALIDATED:
+            return None
+        artifact, blobs = self._store.load(artifact_id)
+        self._due[artifact_id] = time.monotonic() + self._again_s
+
+        def tell(what: str, part: float) -> None:
+            if self._stopping.is_set():
+                raise _Stopped
+
+        device = device_of(artifact.manifest.target) or torch.device("cpu")
+        try:
+            found = examine(
+                artifact.manifest,
+                blobs,
+                blueprint_of(artifact.manifest, blobs),
+                level=self._level,
+                device=device,
+                tell=tell,
+            )
+        except _Stopped:
+            return None
+        if found.verdict == "REJECTED":
+            return found
+        _log.warning("%s was tried again, and nothing was found: %s", artifact_id, _in_words(report))
+        return None
+
+
+class _Stopped(Exception):
+    """The watch ends while it tries an artifact."""

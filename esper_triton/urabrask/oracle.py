@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +23,22 @@ from esper_triton.urabrask.references import draws_itself, reference_of
 from esper_triton.urabrask.rounding import Rounded
 from esper_triton.urabrask.sandbox import Died, Failed, Limits, Sandbox
 
-__all__ = ["Answer", "LocalOracle", "Oracle", "Question", "RemoteOracle", "answer_in", "in_layout", "warm_up"]
+__all__ = [
+    "Answer",
+    "LocalOracle",
+    "Oracle",
+    "Question",
+    "RemoteOracle",
+    "all_finite",
+    "answer_in",
+    "in_layout",
+    "warm_up",
+]
 
 K = "k"
 """The name of k among an answer's tensors; `grad_<name>` are what k passes back to each of its operands."""
+PIECE = 1 << 16
+"""Elements that a piece of a large tensor has."""
 _SAMPLES = 3
 _ROOM = 8.0  # a kernel may keep some multiple of what the reference computes
 
@@ -54,6 +67,38 @@ class Answer:
     exact: dict[str, Tensor]
     narrow: dict[str, Tensor]
     spread: dict[str, Tensor] = field(default_factory=dict)
+
+    def allowance(self, name: str, lines: Any = ...) -> Tensor:
+        """By how much k, or a gradient, may be missed for what the reference's own condition is: 3 (s + r + R) of
+        `judging`; of some lines of it."""
+        spread = self.spread[name][lines]
+        if not spread.numel():
+            return spread
+        r, whole = self._typical[name]
+        return (spread + (r[lines] + whole)).mul_(3)
+
+    @functools.cached_property
+    def _typical(self) -> dict[str, tuple[Tensor, float]]:
+        return {name: _typical(spread) for name, spread in self.spread.items() if spread.numel()}
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all are, in one pass; where False is said, a sum of large ones may have overflowed."""
+    return math.isfinite(float(values.sum(dtype=torch.float32 if values.itemsize == 2 else None)))
+
+
+def _typical(spread: Tensor) -> tuple[Tensor, float]:
+    """The root of the mean square of what is finite in each line, and that of these."""
+    lines = spread if spread.dim() else spread[None]
+    finite = lines if all_finite(lines) else torch.where(lines.isfinite(), lines, 0.0)
+    r = torch.linalg.vector_norm(finite, dim=-1, keepdim=True) / math.sqrt(lines.shape[-1])
+    if not all_finite(r):  # the square of a large float64 may be none
+        largest = finite.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        r = largest * (finite / largest).square_().mean(-1, keepdim=True).sqrt()
+    most = max(float(r.max()), torch.finfo(torch.float64).tiny)
+    whole = most * float((r / most).square_().mean().sqrt())
+    # A tensor of one dimension is one line, of which each element may be asked for.
+    return (r.expand_as(lines).view(spread.shape) if spread.dim() < 2 else r), whole
 
 
 class Oracle(Protocol):
@@ -100,8 +145,9 @@ class LocalOracle:
 
     def answer(self, question: Question) -> Answer:
         """Raises what the reference raises."""
-        exact = self._evaluate(question, torch.float64)
-        narrow = self._evaluate(question, self.dtype)
+        wide = self._leaves(question, torch.float64)
+        exact = self._evaluate(question, wide)
+        narrow = self._evaluate(question, self._leaves(question, self.dtype))
         spread = {name: _distance(narrow[name], value) for name, value in exact.items()}
         generator = torch.Generator().manual_seed(question.seed)
         roundoff = torch.finfo(self.dtype).eps / 2
@@ -115,17 +161,17 @@ class LocalOracle:
                     roundoff, generator, together=sample == 0, watched=sample == 1 and self.dtype is torch.float16
                 ) as rounded,
             ):
-                found = self._evaluate(question, torch.float64)
+                found = self._evaluate(question, wide)
             largest = max(largest, rounded.largest)
             for name, value in exact.items():
-                spread[name] = torch.maximum(spread[name], _distance(found[name], value))
+                _take_in(spread[name], found[name], value)
         if largest > limit:  # what is between may not fit the dtype, and then nothing can be demanded
             spread = {name: torch.full_like(value, torch.inf) for name, value in spread.items()}
         return Answer(exact, narrow, spread)
 
     def exact(self, question: Question) -> dict[str, Tensor]:
         """Raises what the reference raises."""
-        return self._evaluate(question, torch.float64)
+        return self._evaluate(question, self._leaves(question, torch.float64))
 
     def _call(self, question: Question, inputs: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
         drawn: dict[str, Any] = {}
@@ -138,18 +184,18 @@ class LocalOracle:
         k = self.reference(**inputs, **parameters, **drawn)
         return k.reshape(question.extents.rows, k.shape[-1])
 
-    def _evaluate(self, question: Question, dtype: torch.dtype) -> dict[str, Tensor]:
-        leaves = {name: value.to(dtype, copy=True).requires_grad_() for name, value in question.inputs.items()}
-        weights = {name: value.to(dtype, copy=True).requires_grad_() for name, value in question.parameters.items()}
-        k = self._call(
-            question,
-            {name: in_layout(value, self.layout, question.extents) for name, value in leaves.items()},
-            weights,
-        )
-        named = leaves | weights
+    @staticmethod
+    def _leaves(question: Question, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Copies of inputs and parameters that gradients are taken at."""
+        named = (*question.inputs.items(), *question.parameters.items())
+        return {name: value.detach().to(dtype, copy=True).requires_grad_() for name, value in named}
+
+    def _evaluate(self, question: Question, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {name: in_layout(named[name], self.layout, question.extents) for name in question.inputs}
+        k = self._call(question, inputs, {name: named[name] for name in question.parameters})
         if k.requires_grad:
             grads = torch.autograd.grad(
-                k, list(named.values()), question.grad_k.to(dtype), materialize_grads=True, allow_unused=True
+                k, list(named.values()), question.grad_k.to(k.dtype), materialize_grads=True, allow_unused=True
             )
         else:
             grads = tuple(torch.zeros_like(value) for value in named.values())
@@ -157,8 +203,19 @@ class LocalOracle:
         return {name: value.double() for name, value in found.items()}
 
 
+def _take_in(spread: Tensor, found: Tensor, exact: Tensor) -> None:
+    """Makes the spread as large as the distance, in pieces that stay in the processor's cache."""
+    if spread.dim() < 2 or spread.numel() <= PIECE:
+        torch.maximum(spread, _distance(found, exact), out=spread)
+        return
+    step = max(1, PIECE * len(spread) // spread.numel())
+    for start in range(0, len(spread), step):
+        piece = slice(start, start + step)
+        torch.maximum(spread[piece], _distance(found[piece], exact[piece]), out=spread[piece])
+
+
 def _distance(found: Tensor, exact: Tensor) -> Tensor:
-    return (found - exact).abs()
+    return (found - exact).abs_()
 
 
 def warm_up() -> None:

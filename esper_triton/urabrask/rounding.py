@@ -49,6 +49,7 @@ class Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._roundoff, self._together = roundoff, together
         self._signs = torch.randint(0, 2, (_SIGNS,), generator=generator).double().mul_(2).sub_(1)
         self._at = 0
+        self._operands: dict[int, Tensor] = {}  # memory of large ones, by their places; its first touch takes longest
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -76,8 +77,10 @@ class Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
             terms = _terms(name, operands)
             spread = self._roundoff + accumulated(terms)
             args = tuple(
-                self._off(a, spread) if isinstance(a, Tensor) and a.is_floating_point() and a.numel() else a
-                for a in args
+                self._off(a, spread, operand=place)
+                if isinstance(a, Tensor) and a.is_floating_point() and a.numel()
+                else a
+                for place, a in enumerate(args)
             )
         result = func(*args, **given)
         if not is_new:
@@ -92,25 +95,41 @@ class Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         return result
 
-    def _off(self, value: Tensor, by: float, *, together: bool = False) -> Tensor:
+    def _off(self, value: Tensor, by: float, *, together: bool = False, operand: int | None = None) -> Tensor:
+        """A result, which may be changed, or a copy of the operand in that place, which is good for one operation."""
         if together and not self._watched:
             self._at = (self._at + 1) % _SIGNS
             return value * (1 + by * float(self._signs[self._at]))
         count = value.numel()
         if self._watched and count:
-            self.largest = max(self.largest, float(value.detach().abs().max()))
+            low, high = value.detach().aminmax()
+            self.largest = max(self.largest, -float(low), float(high))
         if count > _SIGNS:
             # From another place each time, so that not the same errors meet again.
             self._at = (self._at + 977) % _SIGNS
-            signs = self._signs.roll(self._at).repeat(-(-count // _SIGNS))[:count].view(value.shape)
-        else:
+            return self._times(value, self._signs.roll(self._at).mul_(by).add_(1), operand)
+        if self._at + count > _SIGNS:
+            self._at = (self._at + count) % 977
             if self._at + count > _SIGNS:
-                self._at = (self._at + count) % 977
-                if self._at + count > _SIGNS:
-                    self._at = 0
-            signs = self._signs[self._at : self._at + count].view(value.shape)
-            self._at += count
+                self._at = 0
+        signs = self._signs[self._at : self._at + count].view(value.shape)
+        self._at += count
         return value * signs.mul(by).add_(1)
+
+    def _times(self, value: Tensor, factors: Tensor, operand: int | None) -> Tensor:
+        """Each element times one of the factors, which are taken again and again, in one pass over memory."""
+        if not torch.ops.aten.is_non_overlapping_and_dense(value):
+            value = value.contiguous()
+        count, whole = value.numel(), value.numel() // len(factors) * len(factors)
+        flat = into = value.as_strided((count,), (1,))
+        if operand is not None:
+            kept = self._operands.get(operand)
+            if kept is None or len(kept) < count or kept.dtype is not value.dtype:
+                kept = self._operands[operand] = torch.empty(count, dtype=value.dtype)
+            into = kept[:count]
+        torch.mul(flat[:whole].view(-1, len(factors)), factors, out=into[:whole].view(-1, len(factors)))
+        torch.mul(flat[whole:], factors[: count - whole], out=into[whole:])
+        return into.as_strided(value.shape, value.stride())
 
 
 @lru_cache(maxsize=1024)

@@ -46,7 +46,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """A call in an arena. `results` are what is asked for, `writable` all that kernels may write."""
+    """A call in an arena. `results` are what is asked for; `before` is good until the next call is placed there."""
 
     regions: dict[str, Region]
     results: tuple[str, ...]
@@ -86,7 +86,8 @@ class _NamedLaunch:
 
 
 class Subject:
-    """An artifact's launch plan without its code. Raises ArtifactRefused where the plan is not consistent."""
+    """An artifact's launch plan without its code; `elements` are those of all its parameters. Raises ArtifactRefused
+    where the plan is not consistent."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -96,6 +97,7 @@ class Subject:
         self.dtype = self.program.dtype
         self.layout = self.program.layout
         self.width = manifest.width
+        self.elements = sum(math.prod(record.shape) for record in manifest.parameters.values())
         self.terms_added = max(manifest.dims.values())  # to h, at most, where a product is accumulated onto it
 
     @property
@@ -169,7 +171,7 @@ class Subject:
             backward=backward,
             forward_writes=tuple(writes),
             backward_writes=tuple(backward_writes),
-            before=arena.snapshot(),
+            before=arena.snapshot("before"),
         )
 
     def _launches(self, bound: Bound, regions: Mapping[str, Region], call: Call) -> list[Launch]:

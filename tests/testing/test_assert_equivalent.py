@@ -13,6 +13,12 @@ from esper_triton.testing import assert_equivalent
 from esper_triton.urza import Urza
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Urza:
+    """Of all tests here, so that each blueprint is compiled and proven once."""
+    return Urza(tmp_path_factory.mktemp("equivalent") / "urza")
+
+
 def compiled(name: str, store: Urza) -> esper.Artifact:
     return esper.compile(BLUEPRINTS[name], dims=dims_of(name), pipeline="fast", urza=store)[0]
 
@@ -25,17 +31,19 @@ def test_what_ships_as_equal_to_a_layer_is(name: str, store: Urza) -> None:
     assert all(torch.equal(before[n], p) for n, p in layer.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["linear", "conv3x3", "layernorm", "multi_head_attention"])
+@pytest.mark.parametrize("name", EQUIVALENTS)
 def test_a_layer_with_its_kernel_at_alpha_1_is_its_host(name: str, store: Urza) -> None:
     artifact = compiled(name, store)
     host = EQUIVALENTS[name].make(SIZES)
     layer = KasminaLayer.adopt(host, num_seeds=1, chunking="whole", urza=store, name="host")
     assert layer.load_kernel_sync(0, artifact.id), layer.last_error(0)
     for parameter, value in EQUIVALENTS[name].parameters(layer, name).items():
-        layer._kasmina.seeds[0].parameters[parameter].data.copy_(value.detach())
+        own = layer._kasmina.seeds[0].parameters[parameter].data
+        own.copy_(value.detach().reshape(own.shape))  # a 1x1 convolution's is a matrix
     layer.graft(0)
     layer.set_alpha(0, 1.0)
-    shape = {"rows": (9,), "sequence": (3, 7), "image": (2, 5, 4)}[BLUEPRINTS[name].layout]
+    layout = "image" if isinstance(host, nn.Conv2d) else BLUEPRINTS[name].layout
+    shape = {"rows": (9,), "sequence": (3, 7), "image": (2, 5, 4)}[layout]
     x = torch.randn(*shape, SIZES.get("d_in", SIZES["d"]) if "d_in" in BLUEPRINTS[name].dims else SIZES["d"])
     apply = EQUIVALENTS[name].apply
     found = apply(layer, x)

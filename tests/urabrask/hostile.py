@@ -12,24 +12,24 @@ only_here = pytest.mark.skipif(platform.machine() != "x86_64", reason="hostile c
 SYSCALLS = {"openat": 257, "socket": 41, "fork": 57, "kill": 62, "execve": 59, "exit_group": 231, "ptrace": 101}
 
 
-def object_code(body: str, declarations: str = "") -> bytes:
+def object_code(body: str, declarations: str = "", symbol: str = SYMBOL) -> bytes:
     """An object file whose entry point does `body`, LLVM IR that may use %frame."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     llvm.initialize_native_asmparser()
     machine = llvm.Target.from_default_triple().create_target_machine(opt=0, reloc="static", codemodel="large")
-    module = llvm.parse_assembly(f"{declarations}\ndefine void @{SYMBOL}(ptr %frame) {{\n{body}\n}}\n")
+    module = llvm.parse_assembly(f"{declarations}\ndefine void @{symbol}(ptr %frame) {{\n{body}\n}}\n")
     module.triple, module.data_layout = llvm.get_default_triple(), str(machine.target_data)
     module.verify()
     return bytes(machine.emit_object(module))
 
 
-def system_call(name: str, *arguments: int) -> bytes:
+def system_call(name: str, *arguments: int, symbol: str = SYMBOL) -> bytes:
     """Makes one system call and returns."""
     values = [*arguments, *(0,) * (4 - len(arguments))]
     given = ", ".join(f"i64 {value}" for value in (SYSCALLS[name], *values))
     asm = 'call i64 asm sideeffect "syscall", "={rax},{rax},{rdi},{rsi},{rdx},{r10},~{rcx},~{r11},~{memory}"'
-    return object_code(f"  %found = {asm}({given})\n  ret void")
+    return object_code(f"  %found = {asm}({given})\n  ret void", symbol=symbol)
 
 
 LOOP = '  br label %again\nagain:\n  call void asm sideeffect "pause", ""()\n  br label %again'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -24,13 +25,16 @@ from esper_triton.tezzeret.targets import parse_target
 from esper_triton.urabrask import examine
 from esper_triton.urabrask.arena import Arena, TooLarge, changes
 from esper_triton.urabrask.benchmark import latency_of, median_interval
-from esper_triton.urabrask.draws import cases, dirty_rows, tensors_of
+from esper_triton.urabrask.draws import A_TURN, VALUES, cases, dirty_rows, tensors_of
 from esper_triton.urabrask.equivalence import compare_with
 from esper_triton.urabrask.gauntlet import LEVELS
+from esper_triton.urabrask.judging import Miss
 from esper_triton.urabrask.layers import module_reference
+from esper_triton.urabrask.oracle import K, LocalOracle
 from esper_triton.urabrask.static import static_faults
-from esper_triton.urabrask.subject import Call, Subject
+from esper_triton.urabrask.subject import Call, Outcome, Subject
 from esper_triton.urabrask.tags import tags_of
+from esper_triton.urabrask.trial import Trial
 
 Variant = Callable[..., tuple[esper.Blueprint, Forged]]
 DIMS = {"d": 24, "r": 4}
@@ -227,6 +231,49 @@ def test_the_same_seed_draws_the_same_cases_and_numbers_and_another_draws_others
     assert {case.values for case in first(5)} >= {"normal", "huge", "tiny", "nan", "inf", "one row", "sorted", "zeros"}
     assert {0.0, 1.0} < {case.alpha for case in first(5)}
     assert any(case.gaps and min(case.gaps.values()) < 0 for case in first(5))
+
+
+def test_a_wide_layer_is_called_as_often_with_fewer_numbers() -> None:
+    dims = {"d_in": 256, "d": 260}
+    built = forge(plan_build(BLUEPRINTS["linear"], dims, "float32", parse_target("cpu"), "fast"))
+    drawn = list(itertools.islice(cases(Subject(built.manifest), 3), A_TURN + 1))
+    assert sum(map(len, drawn)) >= 200
+    assert {group[0].values for group in drawn} == set(VALUES)
+    for group in drawn:
+        assert len({(case.seed, case.rows, case.values, case.training) for case in group}) == 1
+        calls = [case.model_dump_json() for case in group]
+        assert len(set(calls)) > len(calls) - 3  # hardly any is drawn twice
+    layer = torch.nn.Linear(256, 260)
+    record, shown = compare_with(
+        module_reference(layer, tuple(built.manifest.parameters)), built.manifest, built.blobs, seed=3, groups=49
+    )
+    assert (record.failures, shown) == ((), None)
+    assert record.cases >= 200
+
+
+def test_results_of_bits_that_were_judged_are_what_they_were_found_to_be_and_others_are_judged() -> None:
+    built = shipped("channel_scale")
+    subject = Subject(built.manifest)
+    oracle = LocalOracle.of_blueprint(BLUEPRINTS["channel_scale"], built.manifest.dims, "float32")
+    trial = Trial(subject, oracle, None)  # type: ignore[arg-type]  # nothing is launched
+    case = next(group[0] for group in cases(subject, 3) if group[0].values == "normal" and group[0].rows > 3)
+    tensors = trial.tensors(case)
+    exact = trial.answer(case, tensors).exact
+    right = {"out" if name == K else name: value.float() for name, value in exact.items()}
+
+    def judged(results: dict[str, torch.Tensor], case: CaseRecord = case) -> list[Miss]:
+        return trial.judge(case, tensors, Outcome(results, None))
+
+    first = judged(right)
+    assert all(miss.ratio < 1 for miss in first)
+    assert judged({name: value.clone() for name, value in right.items()}) is first
+    wrong = right["out"].clone()
+    wrong[2, 1] *= 1.001
+    again = judged(right | {"out": wrong})
+    assert max(again, key=lambda miss: miss.ratio).index == (2, 1)
+    assert max(miss.ratio for miss in again) > 1
+    # The same bits are wrong for another alpha.
+    assert max(miss.ratio for miss in judged(right, case.model_copy(update={"alpha": 0.5}))) > 1
 
 
 def test_only_items_that_are_said_to_be_dirty_have_numbers_that_are_not_finite() -> None:

@@ -14,8 +14,8 @@ from bus_servers import HubServer
 from mutants import MUTANTS, forged
 
 import esper_triton as esper
-from esper_triton.contracts.envelope import CHARACTERIZED, KERNEL_READY, PROOF_FAILED
-from esper_triton.contracts.events import KernelCharacterized, KernelReady, ProofFailed
+from esper_triton.contracts.envelope import CHARACTERIZED, FIELD_REPORTS, KERNEL_READY, PROOF_FAILED
+from esper_triton.contracts.events import FieldReport, KernelCharacterized, KernelReady, ProofFailed
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.oona import Oona
 from esper_triton.tezzeret.forge import forge
@@ -29,6 +29,7 @@ from esper_triton.urza import Artifact, Urza
 def worker(hub: HubServer, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A prover of the store in `tmp_path` that is ready."""
     command = [sys.executable, "-m", "esper_triton.urabrask", "worker", "--bus", hub.address, "--level", "fast"]
+    command += ["--watch-training"]
     with (tmp_path / "worker.log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--store", str(tmp_path / "urza")],
@@ -105,6 +106,18 @@ def test_what_is_compiled_gets_its_verdict(
     told = failure.parse()
     assert isinstance(told, ProofFailed)
     assert (told.artifact_id, told.error) == (lost.artifact_id, "ArtifactNotFound")
+
+    # What a model reports is tried again; this one was never tried at all.
+    made = forged(next(mutant for mutant in MUTANTS if mutant.name == "a gradient lacks alpha"))
+    store.commit(made.manifest, made.blobs)
+    trusted = store.set_status(made.manifest.id, KernelStatus.VALIDATED, b"{}")
+    told = {"model": "model", "layer": "0", "seed": 0, "outcome": "FAULTED", "fault": "launch"}
+    bus.publish(FIELD_REPORTS, FieldReport(blueprint=trusted.id[:12], artifact_id=trusted.id, **told))
+    demoted = answers.get(60.0)
+    assert demoted is not None
+    verdict = demoted.parse()
+    assert isinstance(verdict, KernelCharacterized)
+    assert (verdict.artifact_id, verdict.status) == (trusted.id, KernelStatus.REJECTED)
 
     worker.send_signal(signal.SIGTERM)
     assert worker.wait(30) == 0
