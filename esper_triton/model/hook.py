@@ -28,7 +28,7 @@ from esper_triton.model.checkpoints import Checkpoints, DirectoryCheckpoints, Me
 from esper_triton.model.commanding import carry_out
 from esper_triton.model.divergence import LossWatch, Rollback
 from esper_triton.model.evaluation import undisturbed
-from esper_triton.model.morphable import MorphableModel, seed_parameters
+from esper_triton.model.morphable import MorphableModel, end_step_of, seed_parameters
 from esper_triton.model.optim import attach, attachment_of
 from esper_triton.model.run_state import SCHEMA_VERSION, RunState, check_version
 from esper_triton.model.system import SystemReader
@@ -133,7 +133,8 @@ class GrowthHook:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
         self._layers: dict[str, KasminaLayer] = {layer._kasmina.name: layer for layer in model.kasmina_layers.values()}
-        if any(layer._kasmina.replicas is not None for layer in self._layers.values()):
+        self._distinct = tuple(self._layers.values())
+        if any(layer._kasmina.replicas is not None for layer in self._distinct):
             raise ValueError(
                 f"{type(model).__name__} is replicated: its ranks would have to go back together, which GrowthHook "
                 "does not do; call model.step_boundary() and model.epoch_boundary(epoch) on every rank instead"
@@ -213,7 +214,7 @@ class GrowthHook:
             reason = self._watch.see(sum(map(float, losses)) / len(losses))
             if reason is not None:
                 return self._go_back(reason)
-        self.model.step_boundary(auto_advance=self._auto_advance)
+        end_step_of(self._distinct, auto_advance=self._auto_advance)
         if self._asked is not None:
             return self._go_back("it was asked for", asked=self._asked)
         self._evaluate(again=False)

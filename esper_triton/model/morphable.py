@@ -188,19 +188,7 @@ class MorphableModel(Adopted):
         With `auto_advance` seeds that are ready make their next move, through the gates of their layer's policy; by
         default as `wrap` was told.
         """
-        layers = list(self._distinct_layers())
-        boundary = next((layer._kasmina.boundary for layer in layers), None)
-        if boundary is not None:
-            boundary.before_boundary()
-        replicas = next((layer._kasmina.replicas for layer in layers), None)
-        if isinstance(replicas, Replicas):
-            replicas.step_boundary(auto_advance=auto_advance)
-        else:
-            for layer in layers:
-                auto = layer._kasmina.auto_advance if auto_advance is None else auto_advance
-                end_step(layer, auto_advance=auto)
-        if boundary is not None:
-            boundary.after_boundary()
+        end_step_of(list(self._distinct_layers()), auto_advance=auto_advance)
 
     def epoch_boundary(self, epoch: int) -> None:
         """Call it when `epoch` begins: embargoes are counted in epochs, and the state arrays are checked.
@@ -279,6 +267,23 @@ class MorphableModel(Adopted):
             _raise_if_module(name, layers, dict(self.named_modules(remove_duplicate=False)))
             raise ValueError(f"no wrapped layer {name!r}{nearest(name, layers)}")
         return layers[name]
+
+
+def end_step_of(layers: Sequence[KasminaLayer], *, auto_advance: bool | None) -> None:
+    """The step boundary of a model with these layers: `MorphableModel.step_boundary` for who knows them already. A walk
+    through the modules takes longer than all the rest of a boundary at which nothing happens."""
+    boundary = next((layer._kasmina.boundary for layer in layers), None)
+    if boundary is not None:
+        boundary.before_boundary()
+    replicas = next((layer._kasmina.replicas for layer in layers), None)
+    if isinstance(replicas, Replicas):
+        replicas.step_boundary(auto_advance=auto_advance)
+    else:
+        for layer in layers:
+            auto = layer._kasmina.auto_advance if auto_advance is None else auto_advance
+            end_step(layer, auto_advance=auto)
+    if boundary is not None:
+        boundary.after_boundary()
 
 
 def _raise_if_module(name: str, layers: Iterable[str], modules: dict[str, nn.Module]) -> None:
