@@ -44,6 +44,7 @@ import triton
 from cpu_cases import Case, Tensors
 from rich.console import Console
 from rich.progress import Progress
+from tables import processor
 
 from esper_triton.cpu.host import last_level_cache_bytes
 
@@ -267,7 +268,7 @@ def main() -> None:
                 progress.advance(task)
         costs = cpu_costs.measure(options, progress) if options.costs else {}
     machine = {
-        "processor": cpu_costs.processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,6 +1,6 @@
 """What the gauntlet says of broken kernels, and of sound ones.
 
-    OMP_WAIT_POLICY=PASSIVE .venv/bin/python bench/mutants.py [--level fast] [--runs 20] [--only lora,linear]
+    OMP_WAIT_POLICY=PASSIVE .venv/bin/python bench/gauntlet.py [--level fast] [--runs 20] [--only lora,linear]
         [--output docs]
 
 Every mutant of tests/urabrask/mutants.py is put through the gauntlet and has to be rejected; the table has what caught
@@ -110,7 +110,7 @@ def main() -> None:
         parts = {f"Broken kernels: {killed} of {len(mutants)} rejected, at level {options.level}": mutants}
         if kernels:
             parts[f"Kernels that ship: {validated} of {runs} runs validated"] = kernels
-        page = markdown("What the gauntlet catches", "mutants.py", parts, digits=3)
+        page = markdown("What the gauntlet catches", "gauntlet.py", parts, digits=3)
         (options.output / "urabrask-mutants.md").write_text(page, encoding="utf-8")
 
 
