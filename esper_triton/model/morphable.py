@@ -23,6 +23,7 @@ from esper_triton.kasmina.layer import KasminaLayer, release_layer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.schedules import Schedule
 from esper_triton.kasmina.seed import SeedLoss
+from esper_triton.model.agreement import agreement_of
 from esper_triton.model.distributed import Replicas
 from esper_triton.model.evaluation import measure
 from esper_triton.model.germination import Germination, germinate
@@ -146,12 +147,15 @@ class MorphableModel(Adopted):
 
         Calls the metric `repeats` times with the seed's alpha as it is and as often with alpha 0, in pairs that draw
         the same random numbers, in eval mode and without gradients. Alpha, modes and random streams are as they were
-        afterwards. Call it between steps. Raises ValueError for a seed that is not in STABILIZATION, EVALUATING or
-        FINE_TUNING, or fewer than two repeats; what the metric raises passes through.
+        afterwards. Call it between steps. Of replicas it is a collective, and the first rank's figures count on all of
+        them. Raises ValueError for a seed that is not in STABILIZATION, EVALUATING or FINE_TUNING, or fewer than two
+        repeats; what the metric raises passes through.
         """
         layer = self._layer(name)
         model = cast(nn.Module, self)
-        return measure(model, layer, seed, metric, repeats=repeats, lower_is_better=lower_is_better)
+        found = measure(model, layer, seed, metric, repeats=repeats, lower_is_better=lower_is_better)
+        agreed = layer._seed(seed).evaluation = agreement_of([layer]).first(found)
+        return agreed
 
     def seed_loss(self) -> Tensor | None:
         """The sum of the losses of all seeds in TRAINING over the last training call of each layer, 0-d; None where
