@@ -1,8 +1,9 @@
 """Whether growing pays, and what it costs: real data, and hosts that are too narrow in one place (growth_tasks.py).
 
-python bench/growth.py [--quick] [--only mlp,cnn,transformer,overhead,decisions] [--seeds 5] [--output docs]
+python bench/growth.py [--quick] [--only mlp,cnn,transformer,overhead,decisions] [--seeds 5] [--jobs 1]
+    [--output docs]
 
-Four contestants train for the same epochs on the same batches, with Adam at the same rate:
+Four contestants train for the same epochs on the same batches, with AdamW at the same rate:
 
 - host: the network alone, narrow in one place;
 - grown: the same with `GrowthHook` and `Heuristic`, all Linear and convolution layers wrapped, from the start;
@@ -23,19 +24,21 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from growth_costs import decisions, overhead
-from growth_tasks import TASKS, Data, Task
+from growth_tasks import LEAST_WIDTH, TASKS, Data, Task
 from tables import markdown
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,6 +49,9 @@ _S = esper.SeedLifecycleState
 UNDER_WAY = {_S.GRAFTING, _S.STABILIZATION, _S.EVALUATING, _S.FINE_TUNING}
 
 
+Contests = dict[str, dict[str, list["Run"]]]
+
+
 @dataclass
 class Run:
     """One contestant with one seed."""
@@ -54,6 +60,7 @@ class Run:
     loss: float
     parameters: int
     seconds: float
+    cpu_seconds: float
     steps: int  # in an epoch
     validation: list[float]  # loss, at the end of each epoch
     under_way: list[bool]  # for each epoch, whether a seed contributed and was not permanent
@@ -71,23 +78,36 @@ def loss_on(model: nn.Module, part: tuple[Tensor, Tensor]) -> float:
 
 
 @torch.no_grad()
+def loss_on_half(model: nn.Module, part: tuple[Tensor, Tensor]) -> float:
+    """On a half of the part that is drawn anew each time, so that the gates know how far the metric is chance."""
+    half = torch.randperm(len(part[1]))[: len(part[1]) // 2]
+    return float(loss_of(model, part[0][half], part[1][half]))
+
+
+@torch.no_grad()
 def accuracy_on(model: nn.Module, part: tuple[Tensor, Tensor]) -> float:
     return float((model(part[0]).argmax(-1) == part[1]).float().mean())
 
 
 def train(task: Task, model: nn.Module, data: Data, seed: int, epochs: int, urza: esper.Urza | None = None) -> Run:
     """Grows where there is a store."""
-    optimizer, hook = torch.optim.Adam(model.parameters(), lr=task.rate), None
+    optimizer, hook = torch.optim.AdamW(model.parameters(), lr=task.rate, weight_decay=task.decay), None
     if urza is not None:
         controller = esper.Heuristic(urza, **task.heuristic)
-        validate = lambda model: loss_on(model, data.validation)  # noqa: E731
-        every = 2 * data.steps
-        hook = esper.GrowthHook(model, optimizer, controller=controller, validate=validate, measure_every=every)
+        hook = esper.GrowthHook(
+            model,
+            optimizer,
+            controller=controller,
+            validate=lambda model: loss_on_half(model, data.validation),
+            repeats=5,
+            undecided_evaluations=10,
+            measure_every=2 * data.steps,
+        )
     layers = model.kasmina_layers.values() if isinstance(model, esper.MorphableModel) else ()
     batches = torch.Generator().manual_seed(seed)
-    run = Run(0.0, 0.0, 0, 0.0, data.steps, [], [], [])
+    run = Run(0.0, 0.0, 0, 0.0, 0.0, data.steps, [], [], [])
     for epoch in range(epochs):
-        began, active = time.perf_counter(), False
+        began, cpu, active = time.perf_counter(), time.process_time(), False
         for x, y in data.epoch(batches):
             loss = loss_of(model, x, y)
             optimizer.zero_grad()
@@ -100,6 +120,7 @@ def train(task: Task, model: nn.Module, data: Data, seed: int, epochs: int, urza
         if hook is not None:
             hook.epoch_end(epoch, run.validation[-1])
         run.seconds += time.perf_counter() - began
+        run.cpu_seconds += time.process_time() - cpu
         run.under_way.append(active)
         run.accuracies.append(accuracy_on(model, data.test))
     run.accuracy, run.loss = run.accuracies[-1], loss_on(model, data.test)
@@ -116,8 +137,10 @@ def targets(model: nn.Module) -> list[str]:
 def compile_for(task: Task, model: nn.Module, urza: esper.Urza) -> None:
     """What the heuristic may choose from, for every layer."""
     for name in targets(model):
-        for design, dims in task.kernels(model.get_submodule(name)).items():
-            esper.compile(design, dims=dims, urza=urza, pipeline="fast")
+        layer = model.get_submodule(name)
+        if len(layer.weight) >= LEAST_WIDTH:
+            for design, dims in task.kernels(layer):
+                esper.compile(design, dims=dims, urza=urza, pipeline="fast")
 
 
 def adapted(task: Task, model: nn.Module, at: str, parameters: int) -> nn.Module:
@@ -130,27 +153,52 @@ def adapted(task: Task, model: nn.Module, at: str, parameters: int) -> nn.Module
     return model
 
 
-def contest(task: Task, seeds: int, epochs: int, urza: esper.Urza) -> dict[str, list[Run]]:
-    compile_for(task, task.build(task.narrow), urza)
-    runs: dict[str, list[Run]] = {"host": [], "grown": [], "adapter": [], "wide": []}
-    for seed in range(seeds):
-        data = task.data(seed)
+def contest(task: Task, seed: int, epochs: int, urza: esper.Urza) -> dict[str, Run]:
+    """All contestants with one seed; what may grow is in the store."""
+    data = task.data(seed)
 
-        def fresh(width: int, seed: int = seed) -> nn.Module:
-            torch.manual_seed(seed)
-            return task.build(width)
+    def fresh(width: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return task.build(width)
 
-        host = train(task, fresh(task.narrow), data, seed, epochs)
-        model = fresh(task.narrow)
-        model = esper.wrap(model, targets(model), seeds_per_layer=1, urza=urza, policy=task.policy)
-        grown = train(task, model, data, seed, epochs, urza)
-        at = grown.grown[0].partition(":")[0] if grown.grown else task.at
-        rival = adapted(task, fresh(task.narrow), at, grown.parameters - host.parameters)
-        runs["host"].append(host)
-        runs["grown"].append(grown)
-        runs["adapter"].append(train(task, rival, data, seed, epochs))
-        runs["wide"].append(train(task, fresh(task.wide), data, seed, epochs))
-    return runs
+    host = train(task, fresh(task.narrow), data, seed, epochs)
+    model = fresh(task.narrow)
+    model = esper.wrap(model, targets(model), seeds_per_layer=1, urza=urza, policy=task.policy)
+    grown = train(task, model, data, seed, epochs, urza)
+    at = grown.grown[0].partition(":")[0] if grown.grown else task.at
+    added = grown.parameters - host.parameters or task.parameters
+    rival = adapted(task, fresh(task.narrow), at, added)
+    adapter = train(task, rival, data, seed, epochs)
+    wide = train(task, fresh(task.wide), data, seed, epochs)
+    return {"host": host, "grown": grown, "adapter": adapter, "wide": wide}
+
+
+def in_process(name: str, seed: int, epochs: int, folder: str) -> dict[str, Run]:
+    """`contest`, in a process of its own."""
+    _prepare(folder)
+    return contest(TASKS[name], seed, epochs, esper.Urza(Path(folder) / name))
+
+
+def contests(names: Sequence[str], seeds: int, epochs: dict[str, int], folder: Path, jobs: int) -> Contests:
+    """By task and contestant, a run for each seed."""
+    for name in names:
+        task = TASKS[name]
+        compile_for(task, task.build(task.narrow), esper.Urza(folder / name))
+    places = [(name, seed) for name in names for seed in range(seeds)]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        runs = [pool.submit(in_process, name, seed, epochs[name], str(folder)) for name, seed in places]
+        done = [run.result() for run in runs]
+    found: Contests = {}
+    for (name, _), own in zip(places, done, strict=True):
+        for contestant, run in own.items():
+            found.setdefault(name, {}).setdefault(contestant, []).append(run)
+    return found
+
+
+def _prepare(folder: str) -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("esper_triton.kasmina").setLevel(logging.ERROR)
+    os.environ["TRITON_CACHE_DIR"] = f"{folder}/cache"
 
 
 def _parameters(model: nn.Module) -> int:
@@ -191,7 +239,8 @@ def summary(runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
                 "accuracy": spread([run.accuracy for run in own]),
                 "test loss": spread([run.loss for run in own]),
                 "parameters": round(statistics.fmean(run.parameters for run in own)),
-                "seconds": spread([run.seconds for run in own]),
+                "wall s": spread([run.seconds for run in own]),
+                "CPU s": spread([run.cpu_seconds for run in own]),
                 "steps to the host's best": f"{round(statistics.median(met))} ({len(met)} of {len(own)})"
                 if met
                 else "never",
@@ -237,7 +286,7 @@ def verdict(runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(path: Path, contests: dict[str, dict[str, list[Run]]]) -> None:
+def draw(path: Path, contests: Contests) -> None:
     """Test accuracy over epochs, mean and standard deviation over the seeds, as a PNG."""
     import matplotlib
 
@@ -285,32 +334,29 @@ def main() -> None:
     only = options.only.split(",")
     if unknown := sorted(set(only) - set(PARTS)):
         parser.error(f"--only: no part {', '.join(unknown)}; known: {', '.join(PARTS)}")
-    torch.set_num_threads(1)
-    logging.getLogger("esper_triton.kasmina").setLevel(logging.ERROR)
     parts: dict[str, list[dict[str, Any]]] = {}
-    contests: dict[str, dict[str, list[Run]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = f"{folder}/cache"
-        for name in only:
-            if name == "overhead":
-                parts |= overhead(Path(folder), samples=20 if options.quick else 300)
-            elif name == "decisions":
-                layers, samples = (250, 5) if options.quick else (2500, 30)
-                parts["a decision"] = decisions(Path(folder), layers, samples)
-            else:
-                task = TASKS[name]
-                seeds, epochs = (1, task.epochs // 10) if options.quick else (options.seeds, task.epochs)
-                contests[name] = contest(task, seeds, epochs, esper.Urza(Path(folder) / name))
-                parts[name] = summary(contests[name])
-                parts[f"{name}: what was wanted"] = verdict(contests[name])
-    page = markdown("Does growing pay?", "growth.py", parts, digits=4, device="1 thread")
+        _prepare(folder)
+        names = [name for name in only if name in TASKS]
+        epochs = {name: TASKS[name].epochs // (10 if options.quick else 1) for name in names}
+        runs = contests(names, 1 if options.quick else options.seeds, epochs, Path(folder), options.jobs)
+        for name, own in runs.items():
+            parts[name] = summary(own)
+            parts[f"{name}: what was wanted"] = verdict(own)
+        if "overhead" in only:
+            parts |= overhead(Path(folder), samples=20 if options.quick else 300)
+        if "decisions" in only:
+            layers, samples = (250, 5) if options.quick else (2500, 30)
+            parts["a decision"] = decisions(Path(folder), layers, samples)
+    device = f"1 thread, {options.jobs} runs at a time, load {os.getloadavg()[1]:.1f}"
+    page = markdown("Does growing pay?", "growth.py", parts, digits=4, device=device)
     sys.stdout.write(page)
     if options.output:
         (options.output / "growth.md").write_text(page)
-        figures = {name: {c: [vars(r) for r in own] for c, own in runs.items()} for name, runs in contests.items()}
+        figures = {name: {c: [vars(r) for r in own] for c, own in one.items()} for name, one in runs.items()}
         (options.output / "growth.json").write_text(json.dumps(rounded({"parts": parts, "runs": figures})) + "\n")
-        if contests:
-            draw(options.output / "growth.png", contests)
+        if runs:
+            draw(options.output / "growth.png", runs)
 
 
 if __name__ == "__main__":

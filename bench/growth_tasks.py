@@ -22,9 +22,19 @@ from torch.nn import functional as F
 
 from esper_triton.kasmina import Policy, ReconstructionGate, linear
 
-__all__ = ["TASKS", "AttentionAdapter", "Data", "ImageAdapter", "NormalisedAdapter", "RowsAdapter", "Task"]
+__all__ = [
+    "LEAST_WIDTH",
+    "TASKS",
+    "AttentionAdapter",
+    "Data",
+    "ImageAdapter",
+    "NormalisedAdapter",
+    "RowsAdapter",
+    "Task",
+]
 
 HERE = Path(__file__).resolve().parent
+Kernels = list[tuple[str | Path, dict[str, int]]]
 Pair = tuple[Tensor, Tensor]
 
 
@@ -67,6 +77,7 @@ def parity(seed: int) -> Data:
     return data
 
 
+LEAST_WIDTH = 8  # of a layer that gets kernels: of one or two features there is nothing to compute
 WINDOW = 16  # characters
 
 
@@ -231,10 +242,11 @@ class Task:
     Attributes:
         build: the network, by the width of its narrow place. narrow, wide: that width.
         block: the modules, by prefix, that differ between the two.
-        data: by seed. rate: of Adam.
+        data: by seed. rate, decay: of AdamW.
         kernels: what is compiled for a Linear or convolution: designs, by name or path, with their dims.
         adapter: the design that a rival has from the start, in plain torch: made from a layer and a width. unit: that
-            its width is a multiple of. at: the layer beside which it sits where nothing has grown.
+            its width is a multiple of. at, parameters: beside which layer it sits, and how many it has, where nothing
+            has grown.
         policy, heuristic: the options of the grown one.
     """
 
@@ -245,9 +257,11 @@ class Task:
     data: Callable[[int], Data]
     epochs: int
     rate: float
-    kernels: Callable[[nn.Module], dict[str | Path, dict[str, int]]]
+    decay: float
+    kernels: Callable[[nn.Module], Kernels]
     adapter: Callable[[Any, int], Adapter]
     at: str
+    parameters: int
     unit: int = 1
     policy: Policy
     heuristic: dict[str, Any]
@@ -263,15 +277,15 @@ def _policy(fine_tuning_steps: int) -> Policy:
     )
 
 
-def _kernels(layer: nn.Module) -> dict[str | Path, dict[str, int]]:
+def _kernels(layer: nn.Module) -> Kernels:
+    """Two sizes, so that there is another one to try where the first was thrown away."""
     if isinstance(layer, nn.Conv2d):
-        return {HERE / "conv_adapter.toml": {"d": layer.out_channels, "r": 11}}
-    return {"residual_mlp": {"d": layer.out_features, "hidden_width": 11}}
+        return [(HERE / "conv_adapter.toml", {"d": layer.out_channels, "r": r}) for r in (11, 10)]
+    return [("residual_mlp", {"d": layer.out_features, "hidden_width": r}) for r in (11, 10)]
 
 
-def _attention_kernels(layer: nn.Module) -> dict[str | Path, dict[str, int]]:
-    wide = layer.out_features >= 16
-    return {"low_rank_attention": {"d": layer.out_features, "r": 9, "heads": 3}} if wide else {}
+def _attention_kernels(layer: nn.Module) -> Kernels:
+    return [("low_rank_attention", {"d": layer.out_features, "r": r, "heads": 3}) for r in (9, 6)]
 
 
 TASKS = {
@@ -283,11 +297,13 @@ TASKS = {
         data=parity,
         epochs=120,
         rate=3e-3,
+        decay=0.05,
         kernels=_kernels,
         adapter=NormalisedAdapter,
         at="0",
-        policy=_policy(1200),
-        heuristic={"warmup_epochs": 5, "plateau_epochs": 3, "max_seeds": 1},
+        parameters=411,
+        policy=_policy(800),
+        heuristic={"warmup_epochs": 5, "plateau_epochs": 2, "max_seeds": 1},
     ),
     "cnn": Task(
         build=cnn,
@@ -297,10 +313,12 @@ TASKS = {
         data=digits,
         epochs=160,
         rate=3e-3,
+        decay=0.05,
         kernels=_kernels,
         adapter=ImageAdapter,
         at="1",
-        policy=_policy(1600),
+        parameters=1787,
+        policy=_policy(1000),
         heuristic={"warmup_epochs": 5, "plateau_epochs": 2, "max_seeds": 1},
     ),
     "transformer": Task(
@@ -311,11 +329,13 @@ TASKS = {
         data=words,
         epochs=40,
         rate=5e-3,
+        decay=0.01,
         kernels=_attention_kernels,
         adapter=AttentionAdapter,
         at="stem",
+        parameters=1776,
         unit=3,
-        policy=_policy(4800),
+        policy=_policy(4000),
         heuristic={"warmup_epochs": 2, "plateau_epochs": 1, "max_seeds": 1},
     ),
 }

@@ -113,9 +113,11 @@ def test_what_grows_is_no_more_than_a_fifth_of_what_the_wider_host_has_more(name
     task = TASKS[name]
     small, large = task.build(task.narrow), task.build(task.wide)
     layer = small.get_submodule(task.at)
-    ((_, dims),) = task.kernels(layer).items()
+    (_, dims), *smaller = task.kernels(layer)
     adapter = task.adapter(layer, dims.get("r") or dims["hidden_width"])
     added = growth._parameters(adapter) - growth._parameters(layer)
+    assert added == task.parameters
+    assert all(sum(other.values()) < sum(dims.values()) for _, other in smaller)
     assert added <= 0.2 * (growth._parameters(large) - growth._parameters(small))
     rival = growth.adapted(task, task.build(task.narrow), task.at, added)
     assert growth._parameters(rival) == growth._parameters(small) + added
@@ -152,7 +154,7 @@ def test_an_epoch_has_every_example_once() -> None:
 
 
 def run_of(validation: list[float], under_way: list[bool], accuracy: float, parameters: int) -> growth.Run:
-    return growth.Run(accuracy, validation[-1], parameters, 1.0, 10, validation, under_way, [accuracy])
+    return growth.Run(accuracy, validation[-1], parameters, 1.0, 0.9, 10, validation, under_way, [accuracy])
 
 
 def test_the_summary_counts_steps_dips_and_shares_as_it_says() -> None:
@@ -173,8 +175,19 @@ def test_the_summary_counts_steps_dips_and_shares_as_it_says() -> None:
     assert found["better with every seed"] == "1 of 1"
 
 
-def test_a_short_contest_is_run_to_its_end(tmp_path: Path) -> None:
-    runs = growth.contest(TASKS["mlp"], 1, 2, esper.Urza(tmp_path / "urza"))
-    assert {name: len(own) for name, own in runs.items()} == {"host": 1, "grown": 1, "adapter": 1, "wide": 1}
-    assert all(len(run.validation) == 2 for own in runs.values() for run in own)
-    assert runs["grown"][0].validation == runs["host"][0].validation  # before the warm-up is over nothing differs
+def test_before_anything_grows_the_wrapped_host_trains_as_the_bare_one(tmp_path: Path) -> None:
+    urza = esper.Urza(tmp_path / "urza")
+    runs = growth.contest(TASKS["mlp"], 0, 2, urza)
+    assert list(runs) == ["host", "grown", "adapter", "wide"]
+    assert runs["grown"].validation == runs["host"].validation  # bit for bit: the warm-up is longer
+    assert runs["adapter"].parameters == runs["host"].parameters + TASKS["mlp"].parameters
+
+
+def test_the_halves_that_the_gates_see_are_drawn_anew() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 3), torch.randint(2, (40,))
+    model = nn.Linear(3, 2)
+    seen = {growth.loss_on_half(model, (x, y)) for _ in range(5)}
+    assert len(seen) == 5
+    each = nn.functional.cross_entropy(model(x), y, reduction="none").detach().sort().values
+    assert all(float(each[:20].mean()) <= loss <= float(each[20:].mean()) for loss in seen)
