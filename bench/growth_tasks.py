@@ -42,12 +42,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Data:
-    """Inputs and labels in three parts. The gates and the controller see `validation` alone; `test` is reported."""
+    """Inputs and labels in three parts. The gates and the controller see `validation` alone; `test` is reported. Inputs
+    get normal noise with the standard deviation `noise` when they train, so that few of them are not learnt by heart."""
 
-    def __init__(self, x: Tensor, y: Tensor, sizes: tuple[int, int, int], batch: int) -> None:
+    def __init__(self, x: Tensor, y: Tensor, sizes: tuple[int, int, int], batch: int, noise: float = 0.0) -> None:
         parts = [tuple(part) for part in zip(x.split(sizes), y.split(sizes), strict=True)]
         self.train, self.validation, self.test = parts
-        self.batch = batch
+        self.batch, self.noise = batch, noise
 
     @property
     def steps(self) -> int:
@@ -57,7 +58,8 @@ class Data:
     def epoch(self, generator: torch.Generator) -> Iterator[Pair]:
         x, y = self.train
         for rows in torch.randperm(len(x), generator=generator).split(self.batch):
-            yield x[rows], y[rows]
+            noise = self.noise * torch.randn(x[rows].shape, generator=generator) if self.noise else 0
+            yield x[rows] + noise, y[rows]
 
 
 def digits(seed: int) -> Data:
@@ -65,7 +67,7 @@ def digits(seed: int) -> Data:
     loaded = load_digits()
     order = torch.randperm(len(loaded.target), generator=torch.Generator().manual_seed(seed))
     x = torch.from_numpy(loaded.data).float().div(8).sub(1)[order]
-    return Data(x, torch.from_numpy(loaded.target).long()[order], (1000, 300, 497), batch=50)
+    return Data(x, torch.from_numpy(loaded.target).long()[order], (1000, 300, 497), batch=50, noise=0.4)
 
 
 def parity(seed: int) -> Data:
