@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from options import names_of
 from rich.console import Console
 from tables import markdown
 
@@ -93,13 +94,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--level", choices=("fast", "standard"), default="fast")
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--only", default=",".join(sorted(shipped())), help="blueprints, with commas")
+    every = sorted(shipped())
+    parser.add_argument("--only", default=",".join(every), type=names_of(every), help="blueprints, with commas")
     parser.add_argument("--output", type=Path, help="a folder: urabrask-mutants.md goes there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         mutants = broken(options.level)
-        kernels = sound(options.only.split(","), options.runs, options.level) if options.runs else []
+        kernels = sound(options.only, options.runs, options.level) if options.runs else []
     killed = sum(row["verdict"] == "REJECTED" for row in mutants)
     runs, validated = sum(row["runs"] for row in kernels), sum(row["validated"] for row in kernels)
     says = (

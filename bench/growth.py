@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from growth_costs import decisions, overhead
 from growth_tasks import LEAST_WIDTH, TASKS, Data, Task
+from options import names_of
 from tables import markdown
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -324,16 +325,15 @@ PARTS = (*TASKS, "overhead", "decisions")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas, of {', '.join(PARTS)}")
+    every = ",".join(PARTS)
+    parser.add_argument("--only", default=every, type=names_of(PARTS), help=f"parts, with commas, of {every}")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
         "--quick", action="store_true", help="one seed, few epochs and samples: whether it works at all"
     )
     parser.add_argument("--output", type=Path, help="folder for growth.json, growth.md and growth.png")
     options = parser.parse_args()
-    only = options.only.split(",")
-    if unknown := sorted(set(only) - set(PARTS)):
-        parser.error(f"--only: no part {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    only = options.only
     parts: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         _prepare(folder)

@@ -43,7 +43,7 @@ Pair = tuple[Tensor, Tensor]
 
 class Data:
     """Inputs and labels in three parts. The gates and the controller see `validation` alone; `test` is reported. Inputs
-    get normal noise with the standard deviation `noise` when they train, so that few of them are not learnt by heart."""
+    that train get normal noise of the standard deviation `noise`, so that few of them are not learnt by heart."""
 
     def __init__(self, x: Tensor, y: Tensor, sizes: tuple[int, int, int], batch: int, noise: float = 0.0) -> None:
         parts = [tuple(part) for part in zip(x.split(sizes), y.split(sizes), strict=True)]

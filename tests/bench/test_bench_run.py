@@ -157,7 +157,7 @@ def test_an_unknown_benchmark_is_refused_with_the_names_that_there_are(capsys: p
     with pytest.raises(SystemExit):
         run.parse(["--only", "kasmina,ursa"])
     said = capsys.readouterr().err
-    assert "no benchmark ursa; there are: " in said
+    assert "argument --only: no ursa; there are: cpu_backend, " in said
     assert "urza" in said
 
 

@@ -151,6 +151,9 @@ def test_an_epoch_has_every_example_once() -> None:
     assert len(batches) == data.steps == 3
     assert torch.cat([y for _, y in batches]).sort().values.tolist() == list(range(7))
     assert all(torch.equal(x[:, 0].long(), y) for x, y in batches)
+    noisy = growth_tasks.Data(torch.zeros(500, 8), torch.zeros(500), (500, 0, 0), batch=500, noise=0.4)
+    ((x, _),) = noisy.epoch(torch.Generator().manual_seed(0))
+    assert float(x.std()) == pytest.approx(0.4, rel=0.05)  # of 4,000 numbers
 
 
 def run_of(validation: list[float], under_way: list[bool], accuracy: float, parameters: int) -> growth.Run:
