@@ -7,8 +7,8 @@ Four contestants train for the same epochs on the same batches, with AdamW at th
 
 - host: the network alone, narrow in one place;
 - grown: the same with `GrowthHook` and `Heuristic`, all Linear and convolution layers wrapped, from the start;
-- adapter: the host with a plain torch module of the design that grew, beside the layer where it grew, there from the
-  start, of as many parameters as have grown;
+- adapter: the host with a plain torch module of the same design as the kernels, in the one place where it does most
+  good, there from the start, of about as many parameters as have grown;
 - wide: the host with that place as wide as such networks have it: a hidden layer four times (mlp) or twice (cnn) as
   wide as the stream beside it, attention as wide as it (transformer).
 
@@ -48,9 +48,6 @@ import esper_triton as esper
 
 _S = esper.SeedLifecycleState
 UNDER_WAY = {_S.GRAFTING, _S.STABILIZATION, _S.EVALUATING, _S.FINE_TUNING}
-
-
-Contests = dict[str, dict[str, list["Run"]]]
 
 
 @dataclass
@@ -166,9 +163,7 @@ def contest(task: Task, seed: int, epochs: int, urza: esper.Urza) -> dict[str, R
     model = fresh(task.narrow)
     model = esper.wrap(model, targets(model), seeds_per_layer=1, urza=urza, policy=task.policy)
     grown = train(task, model, data, seed, epochs, urza)
-    at = grown.grown[0].partition(":")[0] if grown.grown else task.at
-    added = grown.parameters - host.parameters or task.parameters
-    rival = adapted(task, fresh(task.narrow), at, added)
+    rival = adapted(task, fresh(task.narrow), task.at, grown.parameters - host.parameters or task.parameters)
     adapter = train(task, rival, data, seed, epochs)
     wide = train(task, fresh(task.wide), data, seed, epochs)
     return {"host": host, "grown": grown, "adapter": adapter, "wide": wide}
@@ -180,20 +175,14 @@ def in_process(name: str, seed: int, epochs: int, folder: str) -> dict[str, Run]
     return contest(TASKS[name], seed, epochs, esper.Urza(Path(folder) / name))
 
 
-def contests(names: Sequence[str], seeds: int, epochs: dict[str, int], folder: Path, jobs: int) -> Contests:
-    """By task and contestant, a run for each seed."""
-    for name in names:
-        task = TASKS[name]
-        compile_for(task, task.build(task.narrow), esper.Urza(folder / name))
-    places = [(name, seed) for name in names for seed in range(seeds)]
+def contests(name: str, seeds: int, epochs: int, folder: Path, jobs: int) -> dict[str, list[Run]]:
+    """By contestant, a run for each seed."""
+    task = TASKS[name]
+    compile_for(task, task.build(task.narrow), esper.Urza(folder / name))
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        runs = [pool.submit(in_process, name, seed, epochs[name], str(folder)) for name, seed in places]
-        done = [run.result() for run in runs]
-    found: Contests = {}
-    for (name, _), own in zip(places, done, strict=True):
-        for contestant, run in own.items():
-            found.setdefault(name, {}).setdefault(contestant, []).append(run)
-    return found
+        done = [pool.submit(in_process, name, seed, epochs, str(folder)) for seed in range(seeds)]
+        runs = [one.result() for one in done]
+    return {contestant: [one[contestant] for one in runs] for contestant in runs[0]}
 
 
 def _prepare(folder: str) -> None:
@@ -287,7 +276,7 @@ def verdict(runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(path: Path, contests: Contests) -> None:
+def draw(path: Path, contests: dict[str, Any]) -> None:
     """Test accuracy over epochs, mean and standard deviation over the seeds, as a PNG."""
     import matplotlib
 
@@ -297,7 +286,7 @@ def draw(path: Path, contests: Contests) -> None:
     figure, axes = pyplot.subplots(1, len(contests), figsize=(6 * len(contests), 4), dpi=100, squeeze=False)
     for place, (name, runs) in zip(axes[0], contests.items(), strict=True):
         for contestant, own in runs.items():
-            series = torch.tensor([run.accuracies for run in own])
+            series = torch.tensor([run["accuracies"] for run in own])
             mean, deviation = series.mean(0), series.std(0) if len(own) > 1 else torch.zeros(series.shape[1])
             place.plot(mean, label=contestant)
             place.fill_between(range(len(mean)), mean - deviation, mean + deviation, alpha=0.15)
@@ -323,40 +312,66 @@ def rounded(value: Any) -> Any:
 PARTS = (*TASKS, "overhead", "decisions")
 
 
+def kept(path: Path, only: Sequence[str]) -> dict[str, Any]:
+    """What an earlier run has written of other parts."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    return {
+        kind: {name: value for name, value in known.get(kind, {}).items() if name not in only}
+        for kind in ("runs", "tables", "circumstances")
+    }
+
+
+def tables_of(figures: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Every table of the page, in the order of the parts."""
+    found = {}
+    for name in PARTS:
+        if name in figures["runs"]:
+            runs = {who: [Run(**run) for run in own] for who, own in figures["runs"][name].items()}
+            found |= {name: summary(runs), f"{name}: what was wanted": verdict(runs)}
+        found |= figures["tables"].get(name, {})
+    rows = [{"part": name, **figures["circumstances"][name]} for name in PARTS if name in figures["circumstances"]]
+    return found | {"the circumstances": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = ",".join(PARTS)
     parser.add_argument("--only", default=every, type=names_of(PARTS), help=f"parts, with commas, of {every}")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process and a thread of its own")
+    parser.add_argument("--quick", action="store_true", help="one seed and few epochs: whether it works at all")
     parser.add_argument(
-        "--quick", action="store_true", help="one seed, few epochs and samples: whether it works at all"
+        "--output", type=Path, help="folder for growth.json, growth.md and growth.png; other parts there are kept"
     )
-    parser.add_argument("--output", type=Path, help="folder for growth.json, growth.md and growth.png")
     options = parser.parse_args()
-    only = options.only
-    parts: dict[str, list[dict[str, Any]]] = {}
+    figures: dict[str, Any] = {"runs": {}, "tables": {}, "circumstances": {}}
     with tempfile.TemporaryDirectory() as folder:
         _prepare(folder)
-        names = [name for name in only if name in TASKS]
-        epochs = {name: TASKS[name].epochs // (10 if options.quick else 1) for name in names}
-        runs = contests(names, 1 if options.quick else options.seeds, epochs, Path(folder), options.jobs)
-        for name, own in runs.items():
-            parts[name] = summary(own)
-            parts[f"{name}: what was wanted"] = verdict(own)
-        if "overhead" in only:
-            parts |= overhead(Path(folder), samples=20 if options.quick else 300)
-        if "decisions" in only:
-            layers, samples = (250, 5) if options.quick else (2500, 30)
-            parts["a decision"] = decisions(Path(folder), layers, samples)
-    device = f"1 thread, {options.jobs} runs at a time, load {os.getloadavg()[1]:.1f}"
-    page = markdown("Does growing pay?", "growth.py", parts, digits=4, device=device)
+        for name in options.only:
+            jobs = 1
+            if name == "overhead":
+                figures["tables"][name] = overhead(Path(folder), samples=20 if options.quick else 300)
+            elif name == "decisions":
+                layers, samples = (250, 5) if options.quick else (2500, 30)
+                figures["tables"][name] = {"a decision": decisions(Path(folder), layers, samples)}
+            else:
+                seeds, jobs = 1 if options.quick else options.seeds, options.jobs
+                epochs = TASKS[name].epochs // (10 if options.quick else 1)
+                runs = contests(name, seeds, epochs, Path(folder), jobs)
+                figures["runs"][name] = {who: [vars(run) for run in own] for who, own in runs.items()}
+            load = os.getloadavg()[1]
+            figures["circumstances"][name] = {"runs at a time": jobs, "load of the machine": round(load, 1)}
+    figures = rounded(figures)
+    if options.output:
+        before = kept(options.output / "growth.json", options.only)
+        figures = {kind: before[kind] | figures[kind] for kind in figures}
+    page = markdown("Does growing pay?", "growth.py", tables_of(figures), digits=4, device="1 thread")
     sys.stdout.write(page)
     if options.output:
         (options.output / "growth.md").write_text(page)
-        figures = {name: {c: [vars(r) for r in own] for c, own in one.items()} for name, one in runs.items()}
-        (options.output / "growth.json").write_text(json.dumps(rounded({"parts": parts, "runs": figures})) + "\n")
-        if runs:
-            draw(options.output / "growth.png", runs)
+        (options.output / "growth.json").write_text(json.dumps(figures) + "\n")
+        if figures["runs"]:
+            draw(options.output / "growth.png", figures["runs"])
 
 
 if __name__ == "__main__":

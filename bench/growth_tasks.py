@@ -247,8 +247,8 @@ class Task:
         data: by seed. rate, decay: of AdamW.
         kernels: what is compiled for a Linear or convolution: designs, by name or path, with their dims.
         adapter: the design that a rival has from the start, in plain torch: made from a layer and a width. unit: that
-            its width is a multiple of. at, parameters: beside which layer it sits, and how many it has, where nothing
-            has grown.
+            its width is a multiple of. at: the layer beside which it sits. parameters: of the largest kernel there,
+            which the rival has where nothing has grown.
         policy, heuristic: the options of the grown one.
     """
 
@@ -282,7 +282,7 @@ def _policy(fine_tuning_steps: int) -> Policy:
 def _kernels(layer: nn.Module) -> Kernels:
     """Two sizes, so that there is another one to try where the first was thrown away."""
     if isinstance(layer, nn.Conv2d):
-        return [(HERE / "conv_adapter.toml", {"d": layer.out_channels, "r": r}) for r in (11, 10)]
+        return [(HERE / "conv_adapter.toml", {"d": layer.out_channels, "r": r}) for r in (9, 8)]
     return [("residual_mlp", {"d": layer.out_features, "hidden_width": r}) for r in (11, 10)]
 
 
@@ -319,9 +319,9 @@ TASKS = {
         kernels=_kernels,
         adapter=ImageAdapter,
         at="1",
-        parameters=1787,
-        policy=_policy(1000),
-        heuristic={"warmup_epochs": 5, "plateau_epochs": 2, "max_seeds": 1},
+        parameters=1465,
+        policy=_policy(600),
+        heuristic={"warmup_epochs": 5, "plateau_epochs": 2, "max_seeds": 2},
     ),
     "transformer": Task(
         build=Transformer,
@@ -329,7 +329,7 @@ TASKS = {
         wide=48,
         block=("qkv.", "out."),
         data=words,
-        epochs=40,
+        epochs=30,
         rate=5e-3,
         decay=0.01,
         kernels=_attention_kernels,
@@ -337,7 +337,7 @@ TASKS = {
         at="stem",
         parameters=1776,
         unit=3,
-        policy=_policy(4000),
+        policy=_policy(3000),
         heuristic={"warmup_epochs": 2, "plateau_epochs": 1, "max_seeds": 1},
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,6 +177,25 @@ def test_the_summary_counts_steps_dips_and_shares_as_it_says() -> None:
     assert found["90 % of the wider host's gain"] == "90%"
     assert found["at most 20 % of its added parameters"] == "20%"
     assert found["better with every seed"] == "1 of 1"
+
+
+def test_what_other_parts_have_in_the_folder_is_kept_and_its_tables_are_made_again(tmp_path: Path) -> None:
+    sizes = {"host": 100, "grown": 120, "adapter": 120, "wide": 200}
+    runs = {who: [vars(run_of([1.0, 0.5], [False, True], 0.8, size))] for who, size in sizes.items()}
+    circumstances = {"runs at a time": 1, "load of the machine": 0.5}
+    figures = {
+        "runs": {"mlp": runs, "cnn": runs},
+        "tables": {"decisions": {"a decision": [{"it": "waits", "seeds": 3}]}},
+        "circumstances": {"mlp": circumstances, "decisions": circumstances},
+    }
+    path = tmp_path / "growth.json"
+    assert growth.kept(path, ["mlp"]) == {"runs": {}, "tables": {}, "circumstances": {}}
+    path.write_text(json.dumps(figures), encoding="utf-8")
+    kept = growth.kept(path, ["cnn"])
+    assert kept == figures | {"runs": {"mlp": runs}}
+    tables = growth.tables_of(kept)
+    assert list(tables) == ["mlp", "mlp: what was wanted", "a decision", "the circumstances"]
+    assert [row["part"] for row in tables["the circumstances"]] == ["mlp", "decisions"]
 
 
 def test_before_anything_grows_the_wrapped_host_trains_as_the_bare_one(tmp_path: Path) -> None:
