@@ -1,7 +1,8 @@
 """One of two replicas that grow under a GrowthHook; `test_replicated_hook` starts both. Prints what it saw as JSON.
 
-`growing_replica.py RANK RENDEZVOUS STORE DIR ARTIFACT EPOCHS` goes on where the checkpoints in DIR have come to. What
-goes wrong goes wrong on the second rank alone: a loss in epoch 5, a state array in epoch 6.
+`growing_replica.py RANK RENDEZVOUS STORE DIR ARTIFACT EPOCHS` goes on where the checkpoints in DIR have come to. With
+an empty ARTIFACT the heuristic decides. What goes wrong goes wrong on the second rank alone: a loss in epoch 5, a state
+array in epoch 6.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def main(rank: int, rendezvous: str, store: str, directory: str, artifact_id: st
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     batches = torch.Generator().manual_seed(rank)  # each has data of its own
     manual = esper.Manual()
+    names = ["bottleneck_adapter"]
+    heuristic = esper.Heuristic(esper.Urza(store), warmup_epochs=1, plateau_epochs=0, max_seeds=1, blueprints=names)
     measured = 0
 
     def validate(model: esper.MorphableModel) -> float:
@@ -48,7 +51,8 @@ def main(rank: int, rendezvous: str, store: str, directory: str, artifact_id: st
     hook = esper.GrowthHook(
         model,
         optimizer,
-        controller=manual,
+        controller=manual if artifact_id else heuristic,
+        measure_every=5,
         validate=validate,
         checkpoints=directory,
         carry={"batches": batches},
@@ -58,9 +62,10 @@ def main(rank: int, rendezvous: str, store: str, directory: str, artifact_id: st
     for layer in model.kasmina_layers.values():
         layer.on_transition(lambda event: moves.append((hook.steps, event.layer, event.target.name)))
     start, losses = hook.resume(), []
+    trouble = rank == 1 and artifact_id != ""
     for epoch in range(start, epochs):
         for step in range(STEPS):
-            if (epoch, step) in ((1, 0), (4, 2)):
+            if artifact_id and (epoch, step) in ((1, 0), (4, 2)):
                 # What the second rank's controller would do does not count.
                 what = "request_germination" if rank == 0 else "rollback"
                 manual.submit(command(what, "0" if epoch == 1 else "2", artifact_id=artifact_id if rank == 0 else None))
@@ -70,8 +75,8 @@ def main(rank: int, rendezvous: str, store: str, directory: str, artifact_id: st
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
-            hook.step(float("nan") if (rank, epoch, step) == (1, 5, 3) else loss)
-        if (rank, epoch) == (1, 6):
+            hook.step(float("nan") if trouble and (epoch, step) == (5, 3) else loss)
+        if trouble and epoch == 6:
             model.kasmina_layers["0"].state.storage[3] += 1
         hook.epoch_end(epoch)
     weights = hashlib.sha256()
@@ -85,6 +90,7 @@ def main(rank: int, rendezvous: str, store: str, directory: str, artifact_id: st
         "losses": losses,
         "measured": measured,
         "weights": weights.hexdigest(),
+        "explanation": heuristic.explanation,
         "answers": {name: result.status.value for name, result in manual.results.items()},
         "files": sorted(path.name.split("-")[1] for path in (Path(directory) / f"rank-{rank}").iterdir()),
     }

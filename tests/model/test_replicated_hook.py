@@ -112,3 +112,17 @@ def test_a_rank_that_has_no_checkpoint_in_common_ends_both_with_the_reason(
     for status, _, errors in results:
         assert status != 0
         assert "CheckpointError: the ranks have no checkpoint of one step in common; their newest are of" in errors
+
+
+def test_the_heuristic_of_the_first_rank_grows_both(
+    adapter_store: Urza, adapter_for: Callable[..., str], tmp_path: Path
+) -> None:
+    adapter_for(16, 4)  # is in the store
+    seen = seen_by(both(tmp_path, adapter_store, "", 6))
+    assert seen[0]["moves"] == seen[1]["moves"]
+    assert seen[0]["weights"] == seen[1]["weights"]
+    assert [target for _, _, target in seen[1]["moves"]] == [
+        "GERMINATED", "LOADING", "TRAINING", "GRAFTING", "STABILIZATION", "EVALUATING", "FINE_TUNING", "FOSSILIZED",
+    ]  # fmt: skip
+    assert seen[0]["explanation"] == "1 seeds are part of the model (max_seeds)"
+    assert seen[1]["explanation"] == "not asked yet"
