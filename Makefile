@@ -15,6 +15,7 @@ PACKAGES := $(VENV)/third_party/requirements.txt $(VENV)/company/requirements.tx
   $(VENV)/nissa/requirements.txt
 DOCS_VENV := $(VENV)-docs
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
 # Processes that run tests side by side; 0 runs them in one.
 PYTEST_JOBS ?= auto
@@ -25,7 +26,7 @@ OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: coverage help demo docs test test-gpu test-matrix lint types clean
+.PHONY: bench coverage help demo docs test test-gpu test-matrix lint types clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +34,7 @@ help:
 	@echo 'make test    lint, types and tests (PYTEST_ARGS="-k name" for some of them)'
 	@echo 'make test-gpu  tests and benchmarks that need a GPU, which make test skips without one; see docs/gpu.md'
 	@echo 'make test-matrix  the tests of the CPU backend on $(MATRIX) as well; results go to docs/cpu-matrix.md'
+	@echo 'make bench   every benchmark, in hours (BENCH_ARGS="--quick" for minutes); figures go to build/bench'
 	@echo 'make coverage  the tests again, with the lines of the package that none of them runs'
 	@echo 'make docs    the documentation as a site, build/site/index.html, which needs no other host'
 	@echo 'make lint    ruff: rules and format'
@@ -57,6 +59,10 @@ test-gpu: $(STAMP)
 	  f"error: torch {torch.__version__} finds no GPU; these tests need one, and a build of torch for it")'
 	@$(BIN)/python -m pytest -q tests/gpu $(PYTEST_ARGS)
 	@$(BIN)/python bench/kasmina.py --device cuda
+
+# Rivals that tests/company installs are measured where they are.
+bench: $(STAMP)
+	@$(BIN)/python bench/run.py $(BENCH_ARGS)
 
 test-matrix: $(STAMP) $(MATRIX_VENVS:%=%/.installed)
 	@$(BIN)/python tests/matrix.py $(VENV) $(MATRIX_VENVS) $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))

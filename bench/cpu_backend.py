@@ -42,8 +42,10 @@ import cpu_report
 import torch
 import triton
 from cpu_cases import Case, Tensors
+from options import names_of, numbers
 from rich.console import Console
 from rich.progress import Progress
+from tables import processor
 
 from esper_triton.cpu.host import last_level_cache_bytes
 
@@ -187,20 +189,13 @@ def interpreted(name: str, size: int) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-def chosen(text: str, known: tuple[str, ...], what: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in known]:
-        raise SystemExit(f"error: no {what} {unknown[0]!r}; there are: {', '.join(known)}")
-    return names
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kernels", default=",".join(cpu_cases.NAMES), help="names, with commas; default: all")
-    parser.add_argument(
-        "--sizes", default="cache,memory", help="of memory-bound kernels: cache, memory or both (default)"
-    )
-    parser.add_argument("--threads", default="1,2", help="numbers of threads, default 1,2")
+    every = ",".join(cpu_cases.NAMES)
+    parser.add_argument("--kernels", default=every, type=names_of(cpu_cases.NAMES), help="with commas; default: all")
+    both = ",".join(SIZES)
+    parser.add_argument("--sizes", default=both, type=names_of(SIZES), help=f"of memory-bound kernels; default: {both}")
+    parser.add_argument("--threads", default="1,2", type=numbers, help="numbers of threads, default 1,2")
     parser.add_argument("--samples", type=int, default=30, help="of each contender, default 30")
     parser.add_argument("--cpu-time", action="store_true", help="time this thread's CPU time; one thread only")
     parser.add_argument(
@@ -217,11 +212,6 @@ def parse() -> argparse.Namespace:
         help="a folder: everything, with cpu-speed.md, cpu-backend.json and cpu-backend.png there",
     )
     options = parser.parse_args()
-    options.kernels = chosen(options.kernels, cpu_cases.NAMES, "kernel")
-    options.sizes = chosen(options.sizes, tuple(SIZES), "size")
-    options.threads = [
-        int(number) for number in chosen(options.threads, tuple(map(str, range(1, 129))), "thread count")
-    ]
     if options.cpu_time and options.threads != [1]:
         parser.error("--cpu-time counts one thread: add --threads 1")
     if options.samples < 2:
@@ -267,7 +257,7 @@ def main() -> None:
                 progress.advance(task)
         costs = cpu_costs.measure(options, progress) if options.costs else {}
     machine = {
-        "processor": cpu_costs.processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,

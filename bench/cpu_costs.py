@@ -19,13 +19,6 @@ from esper_triton.cpu.native import LoadedCode
 CALLS = 2000  # in one sample of a launch
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown"
-
-
 def measure(options: argparse.Namespace, progress: Progress) -> dict[str, float]:
     """Medians of at least `options.samples`; the names carry the units. On one thread."""
     torch.set_num_threads(1)

@@ -33,6 +33,7 @@ import kasmina_instructions
 import kasmina_replicas
 import torch
 from kasmina_hosts import HOSTS, Transformer
+from options import names_of
 from rich.console import Console
 from rich.table import Table
 from tables import markdown
@@ -465,7 +466,8 @@ def table(title: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas, of {','.join(PARTS)}")
+    every = ",".join(PARTS)
+    parser.add_argument("--only", default=every, type=names_of(PARTS), help=f"parts, with commas, of {every}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the models are")
     parser.add_argument(
         "--samples",
@@ -477,12 +479,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a folder: kasmina-speed.md and kasmina.json go there")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="kernels")
-    chosen = options.only.split(",")
-    if unknown := sorted(set(chosen) - set(PARTS)):
-        parser.error(f"no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
-    parts = {name: rows for name in PARTS if name in chosen if (rows := globals()[name](options))}
+    parts = {name: rows for name in PARTS if name in options.only if (rows := globals()[name](options))}
     if options.output:
         (options.output / "kasmina.json").write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
         gpu = torch.cuda.get_device_name() if options.device == "cuda" else ""

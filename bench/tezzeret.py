@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import names_of, numbers
 from rich.console import Console
 from rich.table import Table
 from tables import markdown
@@ -202,20 +203,17 @@ def summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default=",".join(CASES), help="blueprints, with commas")
+    parser.add_argument("--only", default=",".join(CASES), type=names_of(CASES), help="blueprints, with commas")
     parser.add_argument("--sizes", default=",".join(SIZES), help="rows x features, with commas")
-    parser.add_argument("--threads", default="1,2", help="with commas")
+    parser.add_argument("--threads", default="1,2", type=numbers, help="with commas")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--samples", type=int, default=21)
     parser.add_argument("--output", type=Path, help="a folder: tezzeret-speed.md and tezzeret.json go there")
     options = parser.parse_args()
-    options.only, options.sizes = options.only.split(","), options.sizes.split(",")
-    options.threads = [int(n) for n in options.threads.split(",")]
+    options.sizes = options.sizes.split(",")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
-    if unknown := sorted(set(options.only) - set(CASES)):
-        parser.error(f"no blueprint {', '.join(unknown)}; there are: {', '.join(CASES)}")
     with tempfile.TemporaryDirectory() as folder:
         table = measure(options, esper.Urza(folder))
     parts = {"Summary": summary(table), "Kernels": table}

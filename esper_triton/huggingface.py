@@ -76,7 +76,10 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     ) -> None:
         """The optimizer and its scheduler are there, with what a checkpoint had of them."""
         if args.world_size > 1:
-            raise ValueError(f"training in {args.world_size} processes: their models would have to go back together")
+            raise ValueError(
+                f"training in {args.world_size} processes: this callback knows one; "
+                "in a loop of your own GrowthHook takes replicas"
+            )
         model = kwargs["model"]
         if not isinstance(model, MorphableModel):
             raise ValueError(f"{type(model).__name__} is not wrapped; esper_triton.wrap(model, ...) before the Trainer")

@@ -45,7 +45,10 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # Lightning is not looked
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The optimizer exists, and its saved state has not been loaded yet."""
         if trainer.world_size > 1:
-            raise ValueError(f"training in {trainer.world_size} processes: their models would have to go back together")
+            raise ValueError(
+                f"training in {trainer.world_size} processes: this callback knows one; "
+                "in a loop of your own GrowthHook takes replicas"
+            )
         if len(trainer.optimizers) != 1:
             raise ValueError(f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, one is expected")
         model = _wrapped_model(pl_module)

@@ -52,6 +52,9 @@ class LayerGradients(_Value):
     over all of its positions (the root of its mean square), so that layers of different sizes can be compared. The
     subtraction of the rank keeps a wide layer, which can fit any gradient of few rows, from looking as if it could do
     everything.
+
+    `rank` is how many independent numbers a row of `X` has, the column of ones aside: no kernel of the layer that works
+    on rows sees more. Null where it was not measured.
     """
 
     rows: int
@@ -59,6 +62,7 @@ class LayerGradients(_Value):
     gradient_norm: float
     bottleneck: float
     unexpressed: float
+    rank: int | None = None
 
 
 class SystemState(_Value):

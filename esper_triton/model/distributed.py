@@ -109,6 +109,11 @@ class Replicas:
             record.deferred, record.follows, record.replicas = False, False, None
         self.group = None
 
+    def forget_loads(self) -> None:
+        """Drops the loads that this rank has begun. Call it on every rank, after all seeds have become those of a
+        checkpoint, where none is LOADING."""
+        self._loads = [{} for _ in self.layers]
+
     def all_reduce_gradients(self) -> None:
         """Averages the gradients of the seeds' parameters over the ranks: a collective, between backward and the
         optimizer's step. `DistributedDataParallel` does it for the host's and does not know the seeds'. A parameter

@@ -22,13 +22,14 @@ from esper_triton.kasmina.boundary import lock_seed
 from esper_triton.kasmina.events import Transition
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
+from esper_triton.model.agreement import Agreement, Alone, agreement_of
 from esper_triton.model.bottleneck import GradientProbe
 from esper_triton.model.checkpoint import esper_state_dict, prepare
 from esper_triton.model.checkpoints import Checkpoints, DirectoryCheckpoints, MemoryCheckpoint, checkpoints_in
 from esper_triton.model.commanding import carry_out
 from esper_triton.model.divergence import LossWatch, Rollback
 from esper_triton.model.evaluation import undisturbed
-from esper_triton.model.morphable import MorphableModel, seed_parameters
+from esper_triton.model.morphable import MorphableModel, end_step_of, seed_parameters
 from esper_triton.model.optim import attach, attachment_of
 from esper_triton.model.run_state import SCHEMA_VERSION, RunState, check_version
 from esper_triton.model.system import SystemReader
@@ -70,12 +71,18 @@ class GrowthHook:
     since the checkpoint. After
     `max_rollbacks` times to one checkpoint, TrainingDiverged.
 
+    **Replicas** (`esper.replicate(model)` before this hook is made; the optimizer steps on the model's own parameters,
+    the loop calls DDP). Every rank has a hook with the same options and calls the same methods at the same place, and
+    all go back together: the loss is the mean over the ranks, damage on one rank is damage on all, the validation
+    metric and what a seed does for it are the first rank's, whose controller alone is asked. Seeds' gradients are
+    averaged within `optimizer.step()`, before it. Each rank keeps checkpoints of its own, in `rank-0` and so on.
+
     A good checkpoint is one with finite weights, after a step whose loss was not suspicious. One is taken before the
     first step, and at the end of every `checkpoint_every`-th epoch.
 
     Args:
-        model: a wrapped one, not replicated. optimizer: of the host's parameters; it is attached (`esper.attach`) if it
-            is not yet, for options of the seeds' groups attach it before.
+        model: a wrapped one; if it is to be replicated, it is already. optimizer: of the host's parameters; it is
+            attached (`esper.attach`) if it is not yet, for options of the seeds' groups attach it before.
         schedulers: every learning rate scheduler of the optimizer.
         controller: decides which seeds there are; it is asked every `control_every` steps and at the end of each epoch.
         validate: `validate(model)` is the validation metric, called in eval mode without gradients. Without it a seed
@@ -88,8 +95,8 @@ class GrowthHook:
             them; 0 for never.
         divergence: what watches the loss; None for nobody.
 
-    Raises ValueError for a model that is not wrapped, or replicated, and for options out of range; and what `attach`
-    raises.
+    Raises ValueError for a model that is not wrapped and for options out of range; and what `attach` raises. Of
+    replicas, what fails on another rank raises ReplicaFailed here.
 
     Attributes:
         epoch: that is under way, or begins next. steps: of the optimizer so far. metrics: at the end of each epoch.
@@ -133,11 +140,8 @@ class GrowthHook:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
         self._layers: dict[str, KasminaLayer] = {layer._kasmina.name: layer for layer in model.kasmina_layers.values()}
-        if any(layer._kasmina.replicas is not None for layer in self._layers.values()):
-            raise ValueError(
-                f"{type(model).__name__} is replicated: its ranks would have to go back together, which GrowthHook "
-                "does not do; call model.step_boundary() and model.epoch_boundary(epoch) on every rank instead"
-            )
+        self._distinct = tuple(self._layers.values())
+        self._ranks: Agreement = agreement_of(self._distinct)
         self.model, self.optimizer, self.controller = model, optimizer, controller
         self.epoch, self.steps = 0, 0
         self.metrics: list[float | None] = []
@@ -151,12 +155,13 @@ class GrowthHook:
             max_rollbacks,
         )
         self._watch = None if divergence is None else divergence.fresh()
+        if checkpoints is not None and self._ranks.size > 1:
+            checkpoints = Path(checkpoints) / f"rank-{self._ranks.rank}"  # each has random streams and data of its own
         self._store: Checkpoints = (
             MemoryCheckpoint() if checkpoints is None else DirectoryCheckpoints(checkpoints, keep=keep)
         )
-        self._probe = GradientProbe(
-            self._layers, measure_every if controller is not None and controller.needs_gradients else 0
-        )
+        measures = controller is not None and controller.needs_gradients and self._ranks.rank == 0
+        self._probe = GradientProbe(self._layers, measure_every if measures else 0)
         self._reader = SystemReader(self._layers)
         self._results: list[CommandResult] = []
         self._losses: list[Tensor | float] = []  # since the optimizer's last step
@@ -188,6 +193,7 @@ class GrowthHook:
         while self._endings:
             self._endings.pop()()
         self._probe.close()
+        self._ranks = Alone()  # nothing here refers to the group of replicas any more
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None
@@ -210,10 +216,10 @@ class GrowthHook:
         self._probe.after_step(self.steps)
         self.steps += 1
         if losses and self._watch is not None:
-            reason = self._watch.see(sum(map(float, losses)) / len(losses))
+            reason = self._watch.see(self._ranks.mean(sum(map(float, losses)) / len(losses)))
             if reason is not None:
                 return self._go_back(reason)
-        self.model.step_boundary(auto_advance=self._auto_advance)
+        end_step_of(self._distinct, auto_advance=self._auto_advance)
         if self._asked is not None:
             return self._go_back("it was asked for", asked=self._asked)
         self._evaluate(again=False)
@@ -235,15 +241,20 @@ class GrowthHook:
         if metric is None and self._validate is not None:
             with undisturbed(self.model):
                 metric = float(self._validate(self.model))
+        metric = self._ranks.first(metric)
         self.metrics.append(metric)
         self.epoch = epoch + 1
         if metric is not None and not math.isfinite(metric):
             return self._go_back(f"the validation metric is {metric}")
         self._evaluate(again=True)
+        damage: tuple[str, tuple[str, ...]] | None = None
         try:
             self.model.epoch_boundary(self.epoch)
         except StateCorruption as error:
-            return self._go_back(str(error), among=error.layers)
+            damage = str(error), tuple(error.layers)
+        damages = [one for one in self._ranks.everyones(damage) if one is not None]
+        if damages:
+            return self._go_back(damages[0][0], among={name for _, layers in damages for name in layers})
         if self._asked is not None:
             return self._go_back("it was asked for", asked=self._asked)
         self._control()
@@ -268,7 +279,7 @@ class GrowthHook:
 
         Raises CheckpointError, with nothing changed, for one that does not fit the model or the optimizer.
         """
-        state = self._store.newest()
+        state = self._newest()
         if state is None:
             self.checkpoint()
             return self.epoch
@@ -283,19 +294,21 @@ class GrowthHook:
         Raises CheckpointError for a directory with checkpoints of another run, TypeError for state that cannot be
         saved, OSError.
         """
-        if self._watch is not None and self._watch.is_suspicious:
-            return False
+        self._check_ranks()
         values = (*self.model.parameters(), *seed_parameters(self.model))
-        if not all(bool(value.isfinite().all()) for value in values):
+        good = self._watch is None or not self._watch.is_suspicious
+        good = good and all(bool(value.isfinite().all()) for value in values)
+        if not all(self._ranks.everyones(good)):
             return False
-        if not self._saved and isinstance(self._store, DirectoryCheckpoints):
-            found = checkpoints_in(self._store.directory)
-            if found:
-                raise CheckpointError(
-                    f"{self._store.directory} has {len(found)} checkpoints of another run, up to {found[-1].name}; go "
-                    "on with it by hook.resume(), or give another directory"
-                )
-        self._store.save(self._run.read(self.state_dict()), self.steps)
+        with self._ranks.together("take a checkpoint"):
+            if not self._saved and isinstance(self._store, DirectoryCheckpoints):
+                found = checkpoints_in(self._store.directory)
+                if found:
+                    raise CheckpointError(
+                        f"{self._store.directory} has {len(found)} checkpoints of another run, up to {found[-1].name}; "
+                        "go on with it by hook.resume(), or give another directory"
+                    )
+            self._store.save(self._run.read(self.state_dict()), self.steps)
         self._note_saved()
         return True
 
@@ -352,6 +365,7 @@ class GrowthHook:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:  # else there has been no forward yet
             self.train_seeds()
+            self._ranks.average_gradients()
 
     def _after_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._stepped = True
@@ -393,8 +407,10 @@ class GrowthHook:
                     KasminaLayer.request_transition(layer, seed.index, _S.CULLED)
 
     def _control(self) -> None:
-        if self.controller is None:
+        if self.controller is None or self._ranks.rank != 0:
             return
+        if self._ranks.size > 1 and any(len(layer._kasmina.queue) for layer in self._distinct):
+            return  # what was asked for last waits for a boundary still, and the seeds do not show it
         state, self._results = self.system_state(), []
         for command in self.controller.step(state):
             result = carry_out(self._layers, command)
@@ -411,10 +427,35 @@ class GrowthHook:
 
     # ---- checkpoints, and the way back
 
+    def _check_ranks(self) -> None:
+        if agreement_of(self._distinct).size != self._ranks.size:
+            raise ValueError(
+                f"{type(self.model).__name__} was replicated, or its replicas closed, after this GrowthHook was made: "
+                "esper_triton.replicate(model) comes before it, and hook.close() before replicas.close()"
+            )
+
+    def _newest(self) -> dict[str, Any] | None:
+        """This rank's state of the newest step of which every rank has one that is whole. None where none has any."""
+        with self._ranks.together("read its checkpoints"):
+            state = self._store.newest()
+        while True:
+            steps = self._ranks.everyones(None if state is None else int(state["growth"]["steps"]))
+            if len(set(steps)) == 1:
+                return state
+            known = [step for step in steps if step is not None]
+            if len(known) < len(steps):
+                raise CheckpointError(
+                    f"the ranks have no checkpoint of one step in common; their newest are of steps {steps}"
+                )
+            with self._ranks.together("read its checkpoints"):
+                state = self._store.newest(min(known))
+
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._restoring = True
         try:
-            self._run.restore(state)
+            with self._ranks.together("go back to its checkpoint"):
+                self._run.restore(state)
+            self._ranks.forget_loads()
         finally:
             self._restoring = False
 
@@ -446,7 +487,7 @@ class GrowthHook:
                 f"step {self.steps}: {reason}; the run has gone back to the checkpoint of step {self._saved_step} "
                 f"{self._max_rollbacks} times already (max_rollbacks)"
             )
-        state = self._store.newest()
+        state = self._newest()
         if state is None:
             raise TrainingDiverged(f"step {self.steps}: {reason}, and there is no checkpoint to go back to")
         self._restore(state)

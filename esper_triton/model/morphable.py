@@ -23,6 +23,7 @@ from esper_triton.kasmina.layer import KasminaLayer, release_layer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.schedules import Schedule
 from esper_triton.kasmina.seed import SeedLoss
+from esper_triton.model.agreement import agreement_of
 from esper_triton.model.distributed import Replicas
 from esper_triton.model.evaluation import measure
 from esper_triton.model.germination import Germination, germinate
@@ -146,12 +147,15 @@ class MorphableModel(Adopted):
 
         Calls the metric `repeats` times with the seed's alpha as it is and as often with alpha 0, in pairs that draw
         the same random numbers, in eval mode and without gradients. Alpha, modes and random streams are as they were
-        afterwards. Call it between steps. Raises ValueError for a seed that is not in STABILIZATION, EVALUATING or
-        FINE_TUNING, or fewer than two repeats; what the metric raises passes through.
+        afterwards. Call it between steps. Of replicas it is a collective, and the first rank's figures count on all of
+        them. Raises ValueError for a seed that is not in STABILIZATION, EVALUATING or FINE_TUNING, or fewer than two
+        repeats; what the metric raises passes through.
         """
         layer = self._layer(name)
         model = cast(nn.Module, self)
-        return measure(model, layer, seed, metric, repeats=repeats, lower_is_better=lower_is_better)
+        found = measure(model, layer, seed, metric, repeats=repeats, lower_is_better=lower_is_better)
+        agreed = layer._seed(seed).evaluation = agreement_of([layer]).first(found)
+        return agreed
 
     def seed_loss(self) -> Tensor | None:
         """The sum of the losses of all seeds in TRAINING over the last training call of each layer, 0-d; None where
@@ -188,19 +192,7 @@ class MorphableModel(Adopted):
         With `auto_advance` seeds that are ready make their next move, through the gates of their layer's policy; by
         default as `wrap` was told.
         """
-        layers = list(self._distinct_layers())
-        boundary = next((layer._kasmina.boundary for layer in layers), None)
-        if boundary is not None:
-            boundary.before_boundary()
-        replicas = next((layer._kasmina.replicas for layer in layers), None)
-        if isinstance(replicas, Replicas):
-            replicas.step_boundary(auto_advance=auto_advance)
-        else:
-            for layer in layers:
-                auto = layer._kasmina.auto_advance if auto_advance is None else auto_advance
-                end_step(layer, auto_advance=auto)
-        if boundary is not None:
-            boundary.after_boundary()
+        end_step_of(list(self._distinct_layers()), auto_advance=auto_advance)
 
     def epoch_boundary(self, epoch: int) -> None:
         """Call it when `epoch` begins: embargoes are counted in epochs, and the state arrays are checked.
@@ -279,6 +271,23 @@ class MorphableModel(Adopted):
             _raise_if_module(name, layers, dict(self.named_modules(remove_duplicate=False)))
             raise ValueError(f"no wrapped layer {name!r}{nearest(name, layers)}")
         return layers[name]
+
+
+def end_step_of(layers: Sequence[KasminaLayer], *, auto_advance: bool | None) -> None:
+    """The step boundary of a model with these layers: `MorphableModel.step_boundary` for who knows them already. A walk
+    through the modules takes longer than all the rest of a boundary at which nothing happens."""
+    boundary = next((layer._kasmina.boundary for layer in layers), None)
+    if boundary is not None:
+        boundary.before_boundary()
+    replicas = next((layer._kasmina.replicas for layer in layers), None)
+    if isinstance(replicas, Replicas):
+        replicas.step_boundary(auto_advance=auto_advance)
+    else:
+        for layer in layers:
+            auto = layer._kasmina.auto_advance if auto_advance is None else auto_advance
+            end_step(layer, auto_advance=auto)
+    if boundary is not None:
+        boundary.after_boundary()
 
 
 def _raise_if_module(name: str, layers: Iterable[str], modules: dict[str, nn.Module]) -> None:

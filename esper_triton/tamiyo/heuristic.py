@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,6 +34,20 @@ class _Slot:
     seed: int
     width: int
 
+    @property
+    def reach(self) -> float:
+        """The bottleneck, as far as a kernel can do anything about it: of `rank` numbers a row it is taken to fill as
+        many of the columns."""
+        rank = self.gradients.rank
+        return self.gradients.bottleneck * math.sqrt(1.0 if rank is None else min(rank / self.width, 1.0))
+
+    def __str__(self) -> str:
+        of = self.gradients.bottleneck
+        if self.reach == of:
+            return f"{of:.4g}"
+        sees = f"{self.gradients.rank} number{'s' * (self.gradients.rank != 1)}"
+        return f"{self.reach:.4g} of {of:.4g}, as a kernel sees {sees} for {self.width} features"
+
 
 @dataclass
 class _Trial:
@@ -46,14 +61,15 @@ class _Trial:
 
 
 class Heuristic:
-    """Tries one seed at a time, where `LayerGradients.bottleneck` is largest.
+    """Tries one seed at a time, where `LayerGradients.bottleneck` is largest, as far as a kernel can reach it.
 
-    When no seed is under way, the layers with a free slot are looked at in the order of their bottleneck. Urza is asked
-    for validated kernels of the layer's dtype and target that fit its widths; those without parameters to learn and
-    those that are affine, which a layer's own weights could do as well, are left out. Of these, designs that have
-    become part of the model more often, by tries (of none, one half), come first, and then Urza's order: preferred
-    tags, the fastest, the newest. The seed then makes its way through the gates of its layer's policy; this controller
-    only begins.
+    When no seed is under way, the layers with a free slot are looked at in the order of their bottleneck, times
+    `sqrt(rank / width)` where a layer's input has fewer independent numbers than the seed has features: a kernel behind
+    a layer of one unit sees one number, whatever the loss asks there. Urza is asked for validated kernels of the
+    layer's dtype and target that fit its widths; those without parameters to learn and those that are affine, which a
+    layer's own weights could do as well, are left out. Of these, designs that have become part of the model more often,
+    by tries (of none, one half), come first, and then Urza's order: preferred tags, the fastest, the newest. The seed
+    then makes its way through the gates of its layer's policy; this controller only begins.
 
     A seed that this controller has begun and whose kernel fails is culled; one that somebody else has begun is left to
     him. A layer whose seed was culled or rolled back is left alone for `embargo_epochs`, and the artifact is not tried
@@ -208,7 +224,7 @@ class Heuristic:
         waiting = self._improving(state)
         if waiting:
             return None, waiting
-        slots = sorted(self._free(state), key=lambda slot: (-slot.gradients.bottleneck, slot.position))
+        slots = sorted(self._free(state), key=lambda slot: (-slot.reach, slot.position))
         if not slots:
             return None, "no layer has both a free slot that is not embargoed and measured gradients"
         reasons = []
@@ -298,12 +314,12 @@ class Heuristic:
         gradients, name = slot.gradients, slot.form.name
         rivals = [other for other in slots if other is not slot][:1]
         reason = (
-            f"layer {name!r} has the largest bottleneck, {gradients.bottleneck:.4g}"
+            f"layer {name!r} has the largest bottleneck, {slot}"
             if slot is slots[0]
-            else f"layer {name!r} has the largest bottleneck of those that a kernel fits, {gradients.bottleneck:.4g}"
+            else f"layer {name!r} has the largest bottleneck of those that a kernel fits, {slot}"
         )
         if rivals:
-            reason += f" (then {rivals[0].form.name!r}, {rivals[0].gradients.bottleneck:.4g})"
+            reason += f" (then {rivals[0].form.name!r}, {rivals[0]})"
         stayed, tries = self._record.get(match.blueprint_id, (0, 0))
         reason += (
             f": {gradients.unexpressed:.0%} of what the loss asks of its output its weights cannot give. "

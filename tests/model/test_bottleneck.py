@@ -115,6 +115,14 @@ def test_a_gradient_that_the_weights_can_follow_is_no_bottleneck_and_one_that_th
     assert square.unexpressed > 0.3
 
 
+def test_the_rank_is_that_of_the_input_without_the_column_of_ones() -> None:
+    torch.manual_seed(0)
+    scalar = torch.randn(400, 1)
+    for x, rank in ((torch.randn(400, 3), 3), (torch.cat([scalar, 2 * scalar + 1, -scalar], 1), 1)):
+        found, _ = measured(nn.Linear(3, 2), [x], lambda h: h.sin().mean())
+        assert found.rank == rank
+
+
 def test_rows_of_several_steps_are_put_together_and_too_few_give_nothing() -> None:
     few = [torch.randn(1, 20) for _ in range(16)]
     assert measured(nn.Linear(20, 4), few, lambda h: h.square().mean())[0] is None

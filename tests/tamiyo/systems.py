@@ -14,8 +14,9 @@ def form(name: str, *, x_width: int | None = 6, may_be_image: bool = False, **fi
     return LayerForm(name=name, x_width=x_width, may_be_image=may_be_image, **known)
 
 
-def gradients(bottleneck: float) -> LayerGradients:
-    return LayerGradients(rows=100, step=90, gradient_norm=2 * bottleneck, bottleneck=bottleneck, unexpressed=0.25)
+def gradients(bottleneck: float, rank: int | None = None) -> LayerGradients:
+    norm = 2 * bottleneck
+    return LayerGradients(rows=100, step=90, gradient_norm=norm, bottleneck=bottleneck, unexpressed=0.25, rank=rank)
 
 
 def system(

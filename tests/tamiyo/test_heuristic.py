@@ -51,6 +51,25 @@ def test_the_layer_with_the_largest_bottleneck_is_tried_and_the_reason_is_said_i
     )
 
 
+def test_what_a_kernel_cannot_reach_because_it_sees_too_little_does_not_count(
+    controller: esper.Heuristic, adapter: str
+) -> None:
+    layers = [
+        (form("behind one unit"), gradients(3.0, rank=1), ["DORMANT"]),  # 3 sqrt(1 / 16)
+        (form("wide enough"), gradients(1.0, rank=16), ["DORMANT"]),
+        (form("wider"), gradients(0.5, rank=64), ["DORMANT"]),
+    ]
+    (command,) = controller.step(system(layers))
+    assert command.layer == "wide enough"
+    assert command.reason.startswith(
+        "layer 'wide enough' has the largest bottleneck, 1 (then 'behind one unit', 0.75 of 3, as a kernel sees "
+        "1 number for 16 features): "
+    )
+    layers[0] = (form("behind one unit"), gradients(5.0, rank=1), ["DORMANT"])
+    (command,) = esper.Heuristic(controller._urza, plateau_epochs=0).step(system(layers))
+    assert command.layer == "behind one unit"
+
+
 def test_one_seed_at_a_time_and_none_before_the_warmup(controller: esper.Heuristic, adapter: str) -> None:
     assert controller.step(system(free(a=1.0), epoch=0)) == []
     assert controller.explanation == "waits for epoch 1 (warmup_epochs); it is 0"

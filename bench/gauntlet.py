@@ -1,6 +1,6 @@
 """What the gauntlet says of broken kernels, and of sound ones.
 
-    OMP_WAIT_POLICY=PASSIVE .venv/bin/python bench/mutants.py [--level fast] [--runs 20] [--only lora,linear]
+    OMP_WAIT_POLICY=PASSIVE .venv/bin/python bench/gauntlet.py [--level fast] [--runs 20] [--only lora,linear]
         [--results FILE] [--output docs]
 
 Every mutant of tests/urabrask/mutants.py is put through the gauntlet and has to be rejected; the table has what caught
@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from options import names_of
 from rich.console import Console
 from tables import markdown
 
@@ -131,18 +132,20 @@ def page(rows: list[Row]) -> str:
             a_day = round(A_DAY / statistics.fmean(row["s"] for row in runs))
             title = f"Kernels that ship, at level {level}: {validated} of {len(runs)} runs validated, {a_day} a day"
             parts[title] = of_kernels(runs)
-    return markdown("What the gauntlet catches", "mutants.py", parts, digits=3)
+    return markdown("What the gauntlet catches", "gauntlet.py", parts, digits=3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--level", choices=LEVELS[:2], default="fast")
     parser.add_argument("--runs", type=int, default=20, help="of each sound kernel")
-    parser.add_argument("--only", default=",".join(sorted(shipped())), help="blueprints, with commas; may be empty")
+    known = sorted(shipped())
+    parser.add_argument("--only", default=known, type=lambda text: names_of(known)(text) if text else [],
+                        help="blueprints, with commas; none where it is empty")  # fmt: skip
     parser.add_argument("--results", type=Path, help="a file that has what was done, and gets what is done")
     parser.add_argument("--output", type=Path, help="a folder: urabrask-mutants.md goes there")
     options = parser.parse_args()
-    names = [name for name in options.only.split(",") if name]
+    names: list[str] = options.only
     rows: list[Row] = []
     if options.results is not None and options.results.exists():
         rows += map(json.loads, options.results.read_text(encoding="utf-8").splitlines())

@@ -1,0 +1,149 @@
+"""What growing costs where it should cost nothing: steps outside TRAINING, and decisions."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from growth_tasks import RowsAdapter
+from torch import nn
+
+import esper_triton as esper
+from esper_triton.contracts.commands import CommandKind
+from esper_triton.contracts.system import LayerGradients
+from esper_triton.kasmina import linear
+from esper_triton.model.system import SystemReader
+
+__all__ = ["decisions", "overhead"]
+
+ADAPTER_WIDTH = 16
+SHAPES = ((64, 64), (256, 256), (512, 512))  # width and batch
+_S = esper.SeedLifecycleState
+
+
+def overhead(folder: Path, samples: int) -> dict[str, list[dict[str, Any]]]:
+    """Steps of training loops, sampled in turn in an order that turns too. `low` and `high` are the middle half of the
+    ratios of neighbours."""
+    urza = esper.Urza(folder / "overhead")
+    idle, grown = [], []
+    for width, batch in SHAPES:
+        artifact = esper.compile("parallel_adapter", dims={"d_in": width, "d": width, "r": ADAPTER_WIDTH}, urza=urza).id
+        host = f"MLP, 3 layers, d={width}, batch {batch}"
+        idle.append({"host": host, **_compared(_bare(width, batch), _hooked(width, batch), samples, "bare_us")})
+        plain, seed = _bare(width, batch, adapter=True), _hooked(width, batch, urza, artifact)
+        grown.append({"host": host, **_compared(plain, seed, samples, "plain_us")})
+    return {
+        "a step with the hook and nothing growing": idle,
+        "a step with a seed being fine-tuned, over the same adapter in plain torch": grown,
+    }
+
+
+def _compared(rival: Callable[[], None], ours: Callable[[], None], samples: int, rival_us: str) -> dict[str, float]:
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(samples + 20):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            began = time.perf_counter()
+            (rival, ours)[which]()
+            times[which].append((time.perf_counter() - began) * 1e6)
+    kept = [own[20:] for own in times]
+    low, median, high = statistics.quantiles([b / a for a, b in zip(*kept, strict=True)], n=4)
+    return {
+        rival_us: statistics.median(kept[0]),
+        "hooked_us": statistics.median(kept[1]),
+        "ratio": median,
+        "low": low,
+        "high": high,
+    }
+
+
+def _host(width: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(3)))
+
+
+def _bare(width: int, batch: int, *, adapter: bool = False) -> Callable[[], None]:
+    model = _host(width)
+    if adapter:
+        model[1] = RowsAdapter(model[1], ADAPTER_WIDTH)
+    return _stepper(model, torch.randn(batch, width), torch.optim.Adam(model.parameters()), None)
+
+
+def _hooked(width: int, batch: int, urza: esper.Urza | None = None, artifact: str = "") -> Callable[[], None]:
+    """With an artifact, its seed is in FINE_TUNING and stays there."""
+    model = esper.wrap(_host(width), [nn.Linear], seeds_per_layer=1, urza=urza)
+    optimizer = torch.optim.Adam(model.parameters())
+    hook = esper.GrowthHook(model, optimizer, controller=esper.Manual(), auto_advance=not artifact)
+    step = _stepper(model, x := torch.randn(batch, width), optimizer, hook)
+    if artifact:
+        if not model.load_kernel_sync("1", 0, artifact):
+            raise RuntimeError(f"not loaded: {model.kasmina_layers['1'].last_error(0)}")
+        model.graft("1", 0, linear(1))
+        step()
+        for state in (_S.STABILIZATION, _S.EVALUATING):
+            model.request_transition("1", 0, state)
+        model.evaluate_seed("1", 0, lambda model: float(model(x).square().mean()))
+        model.request_transition("1", 0, _S.FINE_TUNING)
+        step()
+        found = model.kasmina_layers["1"].get_layer_stats()["seeds"][0]["state"]
+        if found != "FINE_TUNING":
+            raise RuntimeError(f"the seed is in {found}")
+    return step
+
+
+def _stepper(
+    model: nn.Module, x: torch.Tensor, optimizer: torch.optim.Optimizer, hook: esper.GrowthHook | None
+) -> Callable[[], None]:
+    def step() -> None:
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if hook is not None:
+            hook.step(loss)
+
+    return step
+
+
+def decisions(folder: Path, layers: int, samples: int) -> list[dict[str, Any]]:
+    """The time of a decision of `Heuristic` on four seeds a layer: reading the model, and deciding."""
+    urza = esper.Urza(folder / "decisions")
+    for r in (4, 8, 16):
+        esper.compile("bottleneck_adapter", dims={"d": 8, "r": r}, urza=urza, pipeline="fast")
+    model = esper.wrap(
+        nn.Sequential(*(nn.Linear(8, 32) for _ in range(layers))), [nn.Linear], seeds_per_layer=4, urza=urza
+    )
+    reader = SystemReader(model.kasmina_layers)
+    gradients = {
+        str(k): LayerGradients(rows=100, step=1, gradient_norm=2.0, bottleneck=1.0 + k % 97, unexpressed=0.5)
+        for k in range(layers)
+    }
+    rows = []
+    for what in ("chooses a layer and a kernel", "waits for a seed"):
+        if what.startswith("waits") and not model.load_kernel_sync(str(layers - 1), 3, urza.ids()[0]):
+            raise RuntimeError(f"not loaded: {model.kasmina_layers[str(layers - 1)].last_error(3)}")
+        read, decided = [], []
+        for _ in range(samples):
+            controller = esper.Heuristic(urza, plateau_epochs=0, warmup_epochs=0)
+            began = time.perf_counter()
+            state = reader.read(epoch=3, step=100, gradients=gradients, metrics=[1.0], lower_is_better=True, results=())
+            between = time.perf_counter()
+            commands = controller.step(state)
+            decided.append((time.perf_counter() - between) * 1e3)
+            read.append((between - began) * 1e3)
+            expected = [CommandKind.REQUEST_GERMINATION] if what.startswith("chooses") else []
+            if [command.command for command in commands] != expected:
+                raise RuntimeError(f"{what}: {controller.explanation}")
+        rows.append(
+            {
+                "it": what,
+                "seeds": layers * 4,
+                "read_ms": statistics.median(read),
+                "decide_ms": statistics.median(decided),
+                "worst_of_both_ms": max(a + b for a, b in zip(read, decided, strict=True)),
+            }
+        )
+    return rows
