@@ -55,7 +55,7 @@ def remote(own_store: Urza, adapter_for: Callable[..., str], bus: Oona) -> Itera
     remote.close()
 
 
-def train(remote: Remote, dtype: torch.dtype, done: Callable[[], bool], *, limit_s: float = 60.0) -> None:
+def train(remote: Remote, dtype: torch.dtype, done: Callable[[], bool], *, limit_s: float = 100.0) -> None:
     """Steps until something is so."""
     until = time.monotonic() + limit_s
     while not done():
