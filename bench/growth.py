@@ -350,7 +350,7 @@ def main() -> None:
         for name in options.only:
             jobs = 1
             if name == "overhead":
-                figures["tables"][name] = overhead(Path(folder), samples=20 if options.quick else 300)
+                figures["tables"][name] = overhead(Path(folder), samples=20 if options.quick else 200)
             elif name == "decisions":
                 layers, samples = (250, 5) if options.quick else (2500, 30)
                 figures["tables"][name] = {"a decision": decisions(Path(folder), layers, samples)}

@@ -21,13 +21,13 @@ from esper_triton.model.system import SystemReader
 __all__ = ["decisions", "overhead"]
 
 ADAPTER_WIDTH = 16
-SHAPES = ((64, 64), (256, 256), (512, 512))  # width and batch
+SHAPES = ((64, 64), (256, 128), (512, 256))  # width and batch
 _S = esper.SeedLifecycleState
 
 
 def overhead(folder: Path, samples: int) -> dict[str, list[dict[str, Any]]]:
-    """Steps of training loops, sampled in turn in an order that turns too. `low` and `high` are the middle half of the
-    ratios of neighbours."""
+    """Steps of training loops, sampled in turn in an order that turns too, by the CPU time of this thread, in which
+    other work of the machine is not. `low` and `high` are the middle half of the ratios of neighbours."""
     urza = esper.Urza(folder / "overhead")
     idle, grown = [], []
     for width, batch in SHAPES:
@@ -46,9 +46,9 @@ def _compared(rival: Callable[[], None], ours: Callable[[], None], samples: int,
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(samples + 20):
         for which in (0, 1) if turn % 2 else (1, 0):
-            began = time.perf_counter()
+            began = time.thread_time()
             (rival, ours)[which]()
-            times[which].append((time.perf_counter() - began) * 1e6)
+            times[which].append((time.thread_time() - began) * 1e6)
     kept = [own[20:] for own in times]
     low, median, high = statistics.quantiles([b / a for a, b in zip(*kept, strict=True)], n=4)
     return {
@@ -109,7 +109,8 @@ def _stepper(
 
 
 def decisions(folder: Path, layers: int, samples: int) -> list[dict[str, Any]]:
-    """The time of a decision of `Heuristic` on four seeds a layer: reading the model, and deciding."""
+    """What a decision of `Heuristic` on four seeds a layer takes of this thread's CPU time: reading the model, and
+    deciding."""
     urza = esper.Urza(folder / "decisions")
     for r in (4, 8, 16):
         esper.compile("bottleneck_adapter", dims={"d": 8, "r": r}, urza=urza, pipeline="fast")
@@ -128,11 +129,11 @@ def decisions(folder: Path, layers: int, samples: int) -> list[dict[str, Any]]:
         read, decided = [], []
         for _ in range(samples):
             controller = esper.Heuristic(urza, plateau_epochs=0, warmup_epochs=0)
-            began = time.perf_counter()
+            began = time.thread_time()
             state = reader.read(epoch=3, step=100, gradients=gradients, metrics=[1.0], lower_is_better=True, results=())
-            between = time.perf_counter()
+            between = time.thread_time()
             commands = controller.step(state)
-            decided.append((time.perf_counter() - between) * 1e3)
+            decided.append((time.thread_time() - between) * 1e3)
             read.append((between - began) * 1e3)
             expected = [CommandKind.REQUEST_GERMINATION] if what.startswith("chooses") else []
             if [command.command for command in commands] != expected:

@@ -86,8 +86,6 @@ def test_the_comparison_of_the_readme_says_what_was_measured():
     assert f"{float(cache['load from Urza on a miss, p50, us']) / 1000:.1f} ms in the median" in text
     costs = re.search(r"softmax_from_disk_ms \| ([\d.]+)", (ROOT / "docs" / "cpu-speed.md").read_text("utf-8"))
     assert f"on disk takes {float(costs[1]):.1f} ms" in text
-    for host in ("mlp", "cnn"):
+    for host, name in {"mlp": "an MLP", "cnn": "a CNN", "transformer": "a transformer"}.items():
         found = {row["contestant"]: first_number(row["accuracy"]) for row in rows_of("growth.md", host)}
-        assert (
-            f"{found['grown']:.3f} against {found['adapter']:.3f} for a{'n MLP' if host == 'mlp' else ' CNN'}" in text
-        )
+        assert f"{found['grown']:.3f} against {found['adapter']:.3f} for {name}" in text
