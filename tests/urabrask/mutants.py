@@ -160,6 +160,12 @@ MUTANTS = (
     _linear("programs race for the bias's gradient",
             ("tl.where(alpha == 0.0, 0.0, grad_bias), mask=d_ok & (tl.program_id(1) == 0))", "tl.where(alpha == 0.0, 0.0, grad_bias + tl.program_id(1) * 1e-2), mask=d_ok)"),
             kernel="backward_columns", d_in=300),
+    # ---- of so many parameters that calls are drawn about fewer numbers
+    _linear("a wide layer's output is taken to be contiguous", ("row * out_row_stride", "row * 260"), d_in=256, d=260),
+    _linear("a wide layer's gradient is right at alpha 1 alone", ("mul = alpha * grad_out", "mul = grad_out"), kernel="backward_columns", d_in=256, d=260),
+    _linear("one gradient of a wide weight is off by a thousandth", ("0.0, grad_weight)", "0.0, grad_weight * tl.where((d_at[:, None] == 200) & (d_in_at[None, :] == 100), 1.001, 1.0))"),
+            kernel="backward_columns", d_in=256, d=260),
+    _linear("a wide layer's sum over rows ends with its first block", ("row_ok = row < rows", "row_ok = row < tl.minimum(rows, DEPTH)"), kernel="backward_columns", d_in=256, d=260),
     # ---- norms
     Mutant("epsilon is a hundred times as large", "layernorm", "forward_rows", (("1e-05", "1e-03"),)),
     Mutant("epsilon is missing", "layernorm", "forward_rows", (("1e-05", "0.0"),)),
