@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import chain, repeat
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +15,12 @@ from esper_triton.kasmina.cache import KernelCache
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.kasmina.record import LayerRecord
+from esper_triton.kasmina.statistics import ActivationStatistics
 
 __all__ = ["HealthReader"]
 
 _NAMES = [state.name for state in SeedLifecycleState]  # an enum's own `name` takes three times as long
+_NOT_SAMPLED = ActivationStatistics(None, None, None)
 _read = operator.attrgetter(
     *("state", "alpha", "error_count", "pending_faults", "is_ready", "latency_ns", "timed_calls", "calls", "health"),
     *("load_latency_us", "activations"),
@@ -61,8 +64,8 @@ class HealthReader:
         cache = KernelCache.process().stats()
         loads = cache.hits + cache.misses
         hit_ratio = cache.hits / loads if loads else None
-        rows = zip(*map(_read, self._seeds), strict=True) if self._seeds else repeat((), 11)
-        states, alphas, errors, pending, ready, latency_ns, timed, calls, failing, load_us, activations = rows
+        columns = _columns(map(_read, self._seeds), 11)
+        states, alphas, errors, pending, ready, latency_ns, timed, calls, failing, load_us, activations = columns
         latencies: list[float | None] | None = None
         scores: list[float | None] | None = None
         if any(timed):
@@ -75,6 +78,9 @@ class HealthReader:
                 score = 0.4 * in_time + 0.4 * without_fault + 0.2 * hit_ratio
                 measured = (count > 0) & (np.array(calls) > 0)
                 scores = [s if m else None for s, m in zip(score.tolist(), measured.tolist(), strict=True)]
+        variances = dead_ratios = correlations = ()
+        if any(activations):
+            variances, dead_ratios, correlations = _columns([a or _NOT_SAMPLED for a in activations], 3)
         # Not validated: that would take longer than the rest, and the values are the layers' own.
         return HealthFrame.model_construct(
             model=self._model,
@@ -94,11 +100,17 @@ class HealthReader:
             execution_latency_us=None if latencies is None else tuple(latencies),
             health_score=None if scores is None else tuple(scores),
             kernel_load_latency_us=_measured(load_us),
-            activation_variance=_measured([None if a is None else a.variance for a in activations]),
-            dead_neuron_ratio=_measured([None if a is None else a.dead_ratio for a in activations]),
-            avg_correlation=_measured([None if a is None else a.correlation for a in activations]),
+            activation_variance=_measured(variances),
+            dead_neuron_ratio=_measured(dead_ratios),
+            avg_correlation=_measured(correlations),
         )
 
 
-def _measured(column: Sequence[float | None]) -> tuple[float | None, ...] | None:
-    return None if column.count(None) == len(column) else tuple(column)
+def _columns(rows: Iterable[tuple[Any, ...]], width: int) -> list[tuple[Any, ...]]:
+    """`zip(*rows)`, which makes an iterator of each of ten thousand rows and takes longer."""
+    flat = tuple(chain.from_iterable(rows))
+    return [flat[place::width] for place in range(width)]
+
+
+def _measured(column: tuple[float | None, ...]) -> tuple[float | None, ...] | None:
+    return None if column.count(None) == len(column) else column
