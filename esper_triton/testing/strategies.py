@@ -104,7 +104,7 @@ def inputs(draw: st.DrawFn, layer: nn.Module, *, most: int = 9, dtype: torch.dty
     batch = draw(st.integers(0 if not isinstance(layer, nn.GroupNorm) else 1, most))
     places = [draw(st.integers(3, most)) for _ in range(positions)]
     value = torch.randn(batch, *places, width, generator=generator).to(found).movedim(-1, 1)
-    # torch 2.13 ends the process in the backward of a GroupNorm whose input has its channels last and needs no gradient.
+    # torch 2.13 ends the process in the backward of a GroupNorm on channels-last input that needs no gradient.
     is_strided = not isinstance(layer, nn.GroupNorm) and draw(st.booleans())
     return value if is_strided else value.contiguous()
 
