@@ -146,7 +146,7 @@ BENCHES = (
     ),
     Bench(
         name="kasmina",
-        quick="--only dormant,active,adapter,cache --samples 5 --cycles 500 --output FOLDER",
+        quick="--only dormant,active,adapter --samples 5 --output FOLDER",
         whole="--output FOLDER",
         writes="kasmina.json",
         ratios=of_kasmina,
