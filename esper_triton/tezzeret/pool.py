@@ -159,7 +159,7 @@ class Forge:
         memory_limit: int | None = None,
         time_limit: float | None = 600.0,
         cpu_limit: float | None = None,
-        nice: int = 10,
+        nice: int = 19,
         idle_s: float = 600.0,
     ) -> None:
         """Starts nothing.
