@@ -17,8 +17,9 @@ DOCS_VENV := $(VENV)-docs
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
-# Processes that run tests side by side; 0 runs them in one.
-PYTEST_JOBS ?= auto
+# Processes that run tests side by side; 0 runs them in one. One more than there are processors, since many tests wait
+# for processes of their own.
+PYTEST_JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 
 # torch's OpenMP threads spin while they wait for the next parallel region. On a machine with few or shared cores they
 # take the cores from the threads that have work, and everything threaded becomes many times slower.
