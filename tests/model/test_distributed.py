@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from torch import nn
+from two_ranks import run_both
 
 from esper_triton.model.distributed import replicate
 from esper_triton.urza import Urza
@@ -22,29 +20,11 @@ def seen(
 ) -> list[dict[str, object]]:
     """What two replicas have seen in 50 steps."""
     folder = tmp_path_factory.mktemp("replicas")
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    root = str(Path(__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     arguments = [str(folder / "rendezvous"), str(adapter_store.root), adapter_for(16, 4)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(REPLICA), str(rank), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    try:
-        results = [process.communicate(timeout=100) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for process, (_, errors) in zip(processes, results, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(out) for out, _ in results]
+    results = run_both(REPLICA, arguments)
+    for status, _, errors in results:
+        assert status == 0, errors
+    return [json.loads(out) for _, out, _ in results]
 
 
 def test_law_7_every_rank_makes_the_same_transitions_at_the_same_step(seen: list[dict[str, object]]) -> None:

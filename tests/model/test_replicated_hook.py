@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from growing_replica import STEPS
+from two_ranks import run_both
 
 from esper_triton.urza import Urza
 
@@ -21,28 +19,9 @@ Seen = list[dict[str, Any]]
 
 def both(folder: Path, store: Urza, artifact: str, epochs: int) -> list[tuple[int, str, str]]:
     """Status, output and errors of each rank."""
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    root = str(Path(__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     rendezvous = folder / f"rendezvous-{epochs}-{len(list(folder.iterdir()))}"
     arguments = [str(rendezvous), str(store.root), str(folder / "run"), artifact, str(epochs)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(REPLICA), str(rank), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    try:
-        results = [process.communicate(timeout=100) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [(process.returncode, *result) for process, result in zip(processes, results, strict=True)]
+    return run_both(REPLICA, arguments)
 
 
 def seen_by(results: list[tuple[int, str, str]]) -> Seen:
