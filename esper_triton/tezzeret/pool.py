@@ -159,7 +159,7 @@ class Forge:
         memory_limit: int | None = None,
         time_limit: float | None = 600.0,
         cpu_limit: float | None = None,
-        nice: int = 19,
+        nice: int = 15,
         idle_s: float = 600.0,
     ) -> None:
         """Starts nothing.
@@ -168,7 +168,9 @@ class Forge:
             urza: the store; without one each `submit` names its own. jobs: workers at a time; all processors by
                 default. memory_limit: bytes that one task may take beyond what an idle worker has (about 0.5 GB).
             time_limit: seconds for one task. cpu_limit: seconds of processor time for one task.
-            nice: added to the workers' niceness. idle_s: seconds after which an idle worker ends.
+            nice: added to the niceness of the workers and of what they prove with. With 15 they get a thirtieth of a
+                processor that training keeps busy, with 19 a seventieth; a long compile may then need more time than
+                `time_limit`. idle_s: seconds after which an idle worker ends.
         """
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs must be at least 1, found {jobs}")

@@ -27,7 +27,7 @@ def main() -> int:
     os.dup2(2, 1)  # what libraries print must not come between the answers
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(jobs,), name="esper-worker-reader", daemon=True).start()
-    os.nice(int(os.environ.get("ESPER_WORKER_NICE", "19")))
+    os.nice(int(os.environ.get("ESPER_WORKER_NICE", "15")))
     weigh_session()
     # What every job needs, before the first one is timed.
     import torch  # noqa: F401
