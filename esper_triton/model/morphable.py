@@ -28,7 +28,7 @@ from esper_triton.model.distributed import Replicas
 from esper_triton.model.evaluation import measure
 from esper_triton.model.germination import Germination, germinate
 from esper_triton.model.targets import Target, check_is_called, resolve_targets
-from esper_triton.tezzeret.pool import DEFAULT_BUDGET_S, Forge
+from esper_triton.tezzeret.pool import DEFAULT_BUDGET_S, Forge, shared_forge
 from esper_triton.urza import Urza
 
 __all__ = ["MorphableModel", "seed_parameters", "unwrap", "wrap"]
@@ -99,7 +99,9 @@ class MorphableModel(Adopted):
         )
 
     def germinate_sync(self, name: str, design: str | Path | Blueprint | nn.Module, **options: Any) -> int:
-        """As `germinate`, waiting on this thread: for code with no event loop. The index of the seed that has it."""
+        """As `germinate`, waiting on this thread: for code with no event loop. The index of the seed that has it. The
+        process's own pool then compiles at this process's priority, as this thread has nothing else to do."""
+        options["forge"] = options.get("forge") or shared_forge(waited_for=True)
         return MorphableModel.germinate(self, name, design, **options).result()
 
     def unload_kernel(self, name: str, seed: int) -> bool:

@@ -382,17 +382,19 @@ class Forge:
 
 
 _forges: weakref.WeakSet[Forge] = weakref.WeakSet()
-_shared: Forge | None = None
+_shared: dict[bool, Forge] = {}
 _sharing = threading.Lock()
 
 
-def shared_forge() -> Forge:
-    """The pool of this process, for whoever has none of their own. Its tasks name their store. Closed at exit."""
-    global _shared
+def shared_forge(*, waited_for: bool = False) -> Forge:
+    """The process's own, for whoever names none: workers beside training, at low priority. Those that a caller stands
+    still for are others, as nice as the caller: they take nothing from a thread that only waits, and at low priority
+    everybody else's work on the machine would come before. Closed at exit."""
     with _sharing:
-        if _shared is None or _shared._closed:
-            _shared = Forge()
-        return _shared
+        forge = _shared.get(waited_for)
+        if forge is None or forge._closed:
+            forge = _shared[waited_for] = Forge(nice=0) if waited_for else Forge()
+        return forge
 
 
 def _close_all() -> None:
