@@ -29,8 +29,11 @@ _SMALLEST_EIGENVALUE = 1e-10  # over the largest
 
 
 class GradientProbe:
-    """Measures `LayerGradients`, round by round. A round begins every `every` steps and lasts for as many steps as it
-    takes to see enough rows, up to 16.
+    """Measures `LayerGradients`, round by round. A round begins when it is wanted, at the earliest `every` steps after
+    the one before, and lasts for as many steps as it takes to see enough rows, up to 16.
+
+    A round takes as long as some steps of training do (a system of the layer's input width is solved for each layer),
+    which is why nothing is measured that nobody waits for.
 
     Linear layers and convolutions in one and two dimensions, in one group and padded with zeros, can be measured.
 
@@ -44,13 +47,14 @@ class GradientProbe:
         self._sums: dict[str, _Sums] = {}
         self._seen: dict[str, _Seen] = {}
         self._handles: list[RemovableHandle] = []
-        self._steps_left = 0
+        self._steps_left, self._opens_at = 0, 0
         self.results: dict[str, LayerGradients] = {}
 
-    def before_step(self, step: int) -> None:
-        """Call it when a step is about to begin, with its number: listens if it belongs to a round."""
-        if not self._steps_left and self._every and step % self._every == 0:
-            self._steps_left = _STEPS_PER_ROUND
+    def before_step(self, step: int, *, wanted: bool) -> None:
+        """Call it when a step is about to begin, with its number: listens if it belongs to a round, which begins now if
+        one is wanted."""
+        if wanted and not self._steps_left and self._every and step >= self._opens_at:
+            self._steps_left, self._opens_at = _STEPS_PER_ROUND, step + self._every
             self._sums = {name: _Sums() for name in self._layers}
         if self._steps_left and not self._handles:
             for name, sums in self._sums.items():
@@ -85,6 +89,7 @@ class GradientProbe:
         return {
             "results": {name: result.model_dump() for name, result in self.results.items()},
             "steps_left": self._steps_left,
+            "opens_at": self._opens_at,
             "sums": {name: dict(vars(sums)) for name, sums in self._sums.items()},
         }
 
@@ -94,7 +99,7 @@ class GradientProbe:
         self.results = {
             name: LayerGradients(**result) for name, result in state["results"].items() if name in self._layers
         }
-        self._steps_left = state["steps_left"]
+        self._steps_left, self._opens_at = state["steps_left"], state["opens_at"]
         self._sums = {name: _Sums(**sums) for name, sums in state["sums"].items() if name in self._layers}
 
     def _listener(self, name: str) -> Any:

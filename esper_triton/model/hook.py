@@ -91,8 +91,8 @@ class GrowthHook:
         checkpoints: a directory for the last `keep` checkpoints; without one the last is kept in memory.
         carry: more state that belongs to the run: by name, what has `state_dict` and `load_state_dict` (a gradient
             scaler, a sampler), or a torch.Generator.
-        measure_every: steps between two rounds of measuring gradients (see `GradientProbe`), if the controller needs
-            them; 0 for never.
+        measure_every: steps between two rounds of measuring gradients (see `GradientProbe`) at the least, while the
+            controller needs them; 0 for never.
         divergence: what watches the loss; None for nobody.
 
     Raises ValueError for a model that is not wrapped and for options out of range; and what `attach` raises. Of
@@ -160,8 +160,7 @@ class GrowthHook:
         self._store: Checkpoints = (
             MemoryCheckpoint() if checkpoints is None else DirectoryCheckpoints(checkpoints, keep=keep)
         )
-        measures = controller is not None and controller.needs_gradients and self._ranks.rank == 0
-        self._probe = GradientProbe(self._layers, measure_every if measures else 0)
+        self._probe = GradientProbe(self._layers, measure_every if self._ranks.rank == 0 else 0)
         self._reader = SystemReader(self._layers)
         self._results: list[CommandResult] = []
         self._losses: list[Tensor | float] = []  # since the optimizer's last step
@@ -225,7 +224,7 @@ class GrowthHook:
         self._evaluate(again=False)
         if self.steps % self._control_every == 0:
             self._control()
-        self._probe.before_step(self.steps)
+        self._measure()
         return None
 
     def epoch_end(self, epoch: int, metric: float | None = None) -> Rollback | None:
@@ -406,6 +405,10 @@ class GrowthHook:
                     _say("seed_undecided", layer=name, seed=seed.index, evaluations=tries)
                     KasminaLayer.request_transition(layer, seed.index, _S.CULLED)
 
+    def _measure(self) -> None:
+        """Before a step: gradients, if the controller needs them now."""
+        self._probe.before_step(self.steps, wanted=self.controller is not None and self.controller.needs_gradients)
+
     def _control(self) -> None:
         if self.controller is None or self._ranks.rank != 0:
             return
@@ -475,7 +478,7 @@ class GrowthHook:
         if self.controller is not None and state["controller"] is not None:
             self.controller.load_state_dict(state["controller"])
         self._probe.load_state_dict(state["gradients"])
-        self._probe.before_step(self.steps)
+        self._measure()
 
     def _go_back(
         self, reason: str, *, among: Collection[str] | None = None, asked: tuple[str, int] | None = None
@@ -513,7 +516,7 @@ class GrowthHook:
         )
         self.rollbacks.append(rollback)
         _say("rollback", **asdict(rollback))
-        self._probe.before_step(self.steps)
+        self._measure()
         return rollback
 
     def _offender(self, among: Collection[str] | None) -> tuple[str, int] | None:

@@ -16,10 +16,12 @@ class Controller(Protocol):
     """What `GrowthHook(controller=...)` takes.
 
     Attributes:
-        needs_gradients: whether `SystemState.gradients` is looked at, so that they have to be measured.
+        needs_gradients: whether `SystemState.gradients` has to be measured now. It is read before every step of
+            training and may change; measuring costs as much as some steps do.
     """
 
-    needs_gradients: ClassVar[bool]
+    @property
+    def needs_gradients(self) -> bool: ...
 
     def step(self, state: SystemState) -> list[KasminaCommand]:
         """The commands that take effect now, between two steps of training; their `reason` says why. The answers are in

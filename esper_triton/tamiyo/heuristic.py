@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.commands import CommandKind, CommandStatus, KasminaCommand
@@ -30,7 +30,7 @@ class _Slot:
 
     position: int
     form: LayerForm
-    gradients: LayerGradients
+    gradients: LayerGradients | None
     seed: int
     width: int
 
@@ -38,10 +38,12 @@ class _Slot:
     def reach(self) -> float:
         """The bottleneck, as far as a kernel can do anything about it: of `rank` numbers a row it is taken to fill as
         many of the columns."""
+        assert self.gradients is not None
         rank = self.gradients.rank
         return self.gradients.bottleneck * math.sqrt(1.0 if rank is None else min(rank / self.width, 1.0))
 
     def __str__(self) -> str:
+        assert self.gradients is not None
         of = self.gradients.bottleneck
         if self.reach == of:
             return f"{of:.4g}"
@@ -94,8 +96,6 @@ class Heuristic:
         explanation: of the last step, in words.
     """
 
-    needs_gradients: ClassVar[bool] = True
-
     def __init__(
         self,
         urza: Urza,
@@ -133,12 +133,22 @@ class Heuristic:
         self._failed: set[tuple[str, str]] = set()  # layer and artifact
         self._record: dict[str, tuple[int, int]] = {}  # by blueprint: how often it stayed, of how many tries
         self._commands = 0
+        self._since = 0  # gradients of before this step are of another model
+        self._needs_gradients = False
         self.explanation = "not asked yet"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether it waits for them to decide; nothing is measured while it has nothing to decide."""
+        return self._needs_gradients
 
     def step(self, state: SystemState) -> list[KasminaCommand]:
         """At most one command: `request_germination`, or `cull` for a seed of its own whose kernel has failed."""
+        self._needs_gradients = False
         broken = self._take_in(state)
         command, self.explanation = self._decide(state) if broken is None else broken
+        if not self._needs_gradients:
+            self._since = state.step
         return [] if command is None else [command]
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,6 +159,8 @@ class Heuristic:
             "failed": sorted(map(list, self._failed)),
             "record": {name: list(record) for name, record in self._record.items()},
             "commands": self._commands,
+            "since": self._since,
+            "needs_gradients": self._needs_gradients,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -158,6 +170,7 @@ class Heuristic:
         self._failed = {(layer, artifact) for layer, artifact in state["failed"]}
         self._record = {name: (stayed, tries) for name, (stayed, tries) in state["record"].items()}
         self._commands = state["commands"]
+        self._since, self._needs_gradients = state["since"], state["needs_gradients"]
 
     # ---- what became of the last trial
 
@@ -224,16 +237,20 @@ class Heuristic:
         waiting = self._improving(state)
         if waiting:
             return None, waiting
-        slots = sorted(self._free(state), key=lambda slot: (-slot.reach, slot.position))
+        slots = list(self._free(state))
         if not slots:
-            return None, "no layer has both a free slot that is not embargoed and measured gradients"
-        reasons = []
-        for slot in slots:
-            match, why_not = self._kernel(slot)
-            if match is not None:
-                return self._germination(state, slot, match, slots)
-            reasons.append(f"{slot.form.name!r}: {why_not}")
-        return None, "no kernel fits: " + "; ".join(reasons)
+            return None, "no layer has a free slot that is not embargoed"
+        choices, why_not = self._choices(slots)
+        if not choices:
+            return None, f"no kernel fits: {why_not}"
+        fresh = [s for s in slots if s.gradients is not None and s.gradients.step >= self._since]
+        ranked = sorted(fresh, key=lambda slot: (-slot.reach, slot.position))
+        for slot in ranked:
+            if slot.position in choices:
+                return self._germination(state, slot, choices[slot.position], ranked)
+        self._needs_gradients = True
+        layers = f"layer {slots[0].form.name!r}" if len(slots) == 1 else f"{len(slots)} layers"
+        return None, f"waits for what the loss asks of {layers} to be measured"
 
     def _improving(self, state: SystemState) -> str:
         """Why the host is left to itself; empty where its metric is on a plateau."""
@@ -258,7 +275,7 @@ class Heuristic:
         of_layer = itertools.groupby(range(len(seeds.seed)), key=seeds.layer.__getitem__)
         for position, members in of_layer:
             form, gradients = state.layers[position], state.gradients[position]
-            if gradients is None or state.epoch < self._opens_at.get(form.name, 0):
+            if state.epoch < self._opens_at.get(form.name, 0):
                 continue
             for k in members:
                 name = seeds.state[k]
@@ -266,20 +283,36 @@ class Heuristic:
                     yield _Slot(position, form, gradients, seeds.seed[k], seeds.chunk_stop[k] - seeds.chunk_start[k])
                     break
 
-    def _kernel(self, slot: _Slot) -> tuple[KernelMatch | None, str]:
-        """What to try in a slot, or why there is nothing."""
+    def _choices(self, slots: Sequence[_Slot]) -> tuple[dict[int, KernelMatch], str]:
+        """What to try in each slot, by position, where there is something, and else why there is nothing."""
+        found: dict[tuple[object, ...], tuple[int, list[KernelMatch]]] = {}  # layers of one form are asked for once
+        choices: dict[int, KernelMatch] = {}
+        reasons: dict[str, str] = {}  # each with the first layer that it is true of
+        for slot in slots:
+            form = slot.form
+            key = (form.dtype, form.target, slot.width, form.x_width, form.may_be_image)
+            if key not in found:
+                found[key] = self._fitting(slot)
+            count, fitting = found[key]
+            untried = [match for match in fitting if (form.name, match.id) not in self._failed]
+            if untried:
+                choices[slot.position] = min(untried, key=lambda match: -self._promise(match.blueprint_id))
+            elif form.dtype is None or form.target is None:
+                reasons.setdefault("no kernel is for its dtype or device", form.name)
+            else:
+                why = f"of {count} validated kernels for {form.dtype} on {form.target} {len(fitting) or 'none'} fit "
+                why += f"{slot.width} features" + (", and all of these have failed here" if fitting else "")
+                reasons.setdefault(why, form.name)
+        return choices, "; ".join(f"{name!r}: {why}" for why, name in reasons.items())
+
+    def _fitting(self, slot: _Slot) -> tuple[int, list[KernelMatch]]:
+        """How many kernels there are for a layer's dtype and target, and those of them that fit."""
         form = slot.form
         if form.dtype is None or form.target is None:
-            return None, "no kernel is for its dtype or device"
+            return 0, []
         query = self._query.model_copy(update={"dtype": form.dtype, "target": form.target, "limit": 10_000})
         found = self._urza.query(query)
-        fitting = [match for match in found if self._fits(match, slot)]
-        untried = [match for match in fitting if (form.name, match.id) not in self._failed]
-        if not untried:
-            why = f"of {len(found)} validated kernels for {form.dtype} on {form.target} {len(fitting) or 'none'} fit "
-            why += f"{slot.width} features"
-            return None, f"{why}, and all of these have failed here" if fitting else why
-        return min(untried, key=lambda match: -self._promise(match.blueprint_id)), ""
+        return len(found), [match for match in found if self._fits(match, slot)]
 
     def _promise(self, blueprint_id: str) -> float:
         stayed, tries = self._record.get(blueprint_id, (0, 0))
@@ -312,6 +345,7 @@ class Heuristic:
         self, state: SystemState, slot: _Slot, match: KernelMatch, slots: Sequence[_Slot]
     ) -> tuple[KasminaCommand, str]:
         gradients, name = slot.gradients, slot.form.name
+        assert gradients is not None
         rivals = [other for other in slots if other is not slot][:1]
         reason = (
             f"layer {name!r} has the largest bottleneck, {slot}"

@@ -20,7 +20,7 @@ def measured(layer: nn.Module, batches: list[Tensor], loss_of: Any) -> tuple[Lay
     probe = GradientProbe(model.kasmina_layers, every=1000)
     gradients = []
     for step, x in enumerate(batches):
-        probe.before_step(step)
+        probe.before_step(step, wanted=True)
         h = model(x)
         h.retain_grad()
         loss_of(h).backward()
@@ -148,7 +148,7 @@ def test_between_rounds_there_is_nothing_in_any_layer_and_random_streams_do_not_
         torch.set_rng_state(before)
         for step in range(8):
             if watched:
-                probe.before_step(step)
+                probe.before_step(step, wanted=True)
                 listening.append([len(layer._forward_hooks) for layer in model.kasmina_layers.values()])
             out = model(x)
             out.sum().backward()
@@ -158,6 +158,18 @@ def test_between_rounds_there_is_nothing_in_any_layer_and_random_streams_do_not_
     assert listening == [[1, 0], *[[0, 0]] * 3] * 2
     assert all(torch.equal(a, b) for a, b in zip(outputs[:8], outputs[8:], strict=True))
     assert probe.results["0"].step == 4
+
+
+def test_a_round_begins_when_one_is_wanted_and_not_too_soon_after_the_last() -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(3, 2)), ["0"], seeds_per_layer=1)
+    probe = GradientProbe(model.kasmina_layers, every=4)
+    begun = []
+    for step, wanted in enumerate([False, True, True, False, False, True, True, False, False, False]):
+        probe.before_step(step, wanted=wanted)
+        begun += [step] if model[0]._forward_hooks else []
+        model(torch.randn(50, 3)).sum().backward()
+        probe.after_step(step)
+    assert begun == [1, 5]  # at once, and four steps later
 
 
 def test_a_round_goes_on_in_another_process_as_it_would_have_here() -> None:
@@ -177,7 +189,7 @@ def test_a_round_goes_on_in_another_process_as_it_would_have_here() -> None:
             assert not model[0]._forward_hooks
             probe = GradientProbe(model.kasmina_layers, every=100)
             probe.load_state_dict(torch.load(file, weights_only=True))
-        probe.before_step(step)
+        probe.before_step(step, wanted=True)
         model(x).sin().mean().backward()
         probe.after_step(step)
     assert probe.results["0"] == whole
@@ -186,7 +198,7 @@ def test_a_round_goes_on_in_another_process_as_it_would_have_here() -> None:
 def test_evaluation_and_calls_without_gradients_are_not_measured() -> None:
     model = esper.wrap(nn.Sequential(nn.Linear(3, 2)), ["0"], seeds_per_layer=1)
     probe = GradientProbe(model.kasmina_layers, every=1)
-    probe.before_step(0)
+    probe.before_step(0, wanted=True)
     with torch.no_grad():
         model(torch.randn(100, 3))
     model.eval()
@@ -205,5 +217,5 @@ def test_evaluation_and_calls_without_gradients_are_not_measured() -> None:
 def test_layers_of_other_kinds_are_left_alone(layer: nn.Module) -> None:
     model = esper.wrap(nn.Sequential(layer), ["0"], seeds_per_layer=1)
     probe = GradientProbe(model.kasmina_layers, every=1)
-    probe.before_step(0)
+    probe.before_step(0, wanted=True)
     assert not layer._forward_hooks

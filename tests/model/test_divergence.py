@@ -21,13 +21,13 @@ def test_what_is_not_finite_diverges_at_once(losses: list[float], last: float) -
     assert watch.see(last) == f"the loss is {last}"
 
 
-@given(st.lists(st.floats(0.9, 1.1), min_size=10, max_size=60), st.integers(1, 6))
-def test_a_loss_above_so_many_times_its_median_diverges_after_patience_steps(
-    losses: list[float], patience: int
+@given(st.lists(st.floats(0.9, 1.1), min_size=10, max_size=60), st.integers(1, 6), st.integers(10, 70))
+def test_a_loss_above_so_many_times_the_windows_median_diverges_after_patience_steps(
+    losses: list[float], patience: int, window: int
 ) -> None:
-    watch = LossWatch(factor=3.0, patience=patience)
+    watch = LossWatch(factor=3.0, patience=patience, window=window)
     verdicts(watch, losses)
-    high = 3.0 * statistics.median(losses) * 1.001
+    high = 3.0 * statistics.median(losses[-window:]) * 1.001
     assert verdicts(watch, [high] * patience) == [False] * (patience - 1) + [True]
 
 

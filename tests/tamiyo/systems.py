@@ -14,9 +14,9 @@ def form(name: str, *, x_width: int | None = 6, may_be_image: bool = False, **fi
     return LayerForm(name=name, x_width=x_width, may_be_image=may_be_image, **known)
 
 
-def gradients(bottleneck: float, rank: int | None = None) -> LayerGradients:
+def gradients(bottleneck: float, rank: int | None = None, step: int = 100) -> LayerGradients:
     norm = 2 * bottleneck
-    return LayerGradients(rows=100, step=90, gradient_norm=norm, bottleneck=bottleneck, unexpressed=0.25, rank=rank)
+    return LayerGradients(rows=100, step=step, gradient_norm=norm, bottleneck=bottleneck, unexpressed=0.25, rank=rank)
 
 
 def system(
@@ -24,6 +24,7 @@ def system(
     *,
     width: int = 16,
     epoch: int = 10,
+    step: int = 100,
     artifacts: dict[tuple[str, int], str] | None = None,
     opens_at: int = 0,
     **fields: Any,
@@ -35,7 +36,7 @@ def system(
         timestamp=0.0,
         layers=tuple(form.name for form, _, _ in layers),
         epochs=(epoch,) * len(layers),
-        steps=(100,) * len(layers),
+        steps=(step,) * len(layers),
         layer=tuple(k for k, _, _ in seeds),
         seed=tuple(seed for _, seed, _ in seeds),
         chunk_start=tuple(width * seed for _, seed, _ in seeds),
@@ -48,7 +49,7 @@ def system(
     known = artifacts or {}
     return SystemState(
         epoch=epoch,
-        step=100,
+        step=step,
         layers=tuple(form for form, _, _ in layers),
         gradients=tuple(measured for _, measured, _ in layers),
         seeds=frame,

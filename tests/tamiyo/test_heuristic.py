@@ -33,9 +33,9 @@ def controller(kernels: Urza, adapter: str) -> esper.Heuristic:
     return esper.Heuristic(kernels, plateau_epochs=0)
 
 
-def free(**bottlenecks: float | None) -> list[Any]:
+def free(*, at: int = 100, **bottlenecks: float | None) -> list[Any]:
     """Layers with a free seed and these bottlenecks."""
-    return [(form(n), None if b is None else gradients(b), ["DORMANT"]) for n, b in bottlenecks.items()]
+    return [(form(n), None if b is None else gradients(b, step=at), ["DORMANT"]) for n, b in bottlenecks.items()]
 
 
 def test_the_layer_with_the_largest_bottleneck_is_tried_and_the_reason_is_said_in_words(
@@ -49,6 +49,25 @@ def test_the_layer_with_the_largest_bottleneck_is_tried_and_the_reason_is_said_i
         "layer 'b' has the largest bottleneck, 2 (then 'c', 1): 25% of what the loss asks of its output its weights "
         "cannot give. bottleneck_adapter (d=16, r=4) fits its 16 features"
     )
+
+
+def test_gradients_are_asked_for_when_they_decide_something_and_not_before(kernels: Urza, adapter: str) -> None:
+    controller = esper.Heuristic(kernels, plateau_epochs=1)
+    improving, flat = {"metrics": (2.0, 1.0)}, {"metrics": (1.0, 1.0)}
+    assert controller.step(system(free(a=None, b=None), step=10, **improving)) == []
+    assert not controller.needs_gradients
+    assert controller.step(system(free(a=None, b=None), step=20, **flat)) == []
+    assert controller.needs_gradients
+    assert controller.explanation == "waits for what the loss asks of 2 layers to be measured"
+    (command,) = controller.step(system(free(a=1.0, b=2.0, at=25), step=30, **flat))
+    assert command.layer == "b"
+    assert not controller.needs_gradients
+    layers = free(a=1.0, b=2.0, at=25)
+    layers[1] = (form("b"), gradients(2.0, step=25), ["FOSSILIZED"])
+    assert controller.step(system(layers, step=500, artifacts={("b", 0): adapter}, **flat)) == []
+    assert controller.needs_gradients  # those are of the model as it was before
+    assert controller.step(system([(form("a", x_width=3), None, ["DORMANT"])], step=510, width=15, **flat)) == []
+    assert not controller.needs_gradients  # no kernel fits, whatever they say
 
 
 def test_what_a_kernel_cannot_reach_because_it_sees_too_little_does_not_count(
@@ -114,7 +133,7 @@ def test_after_a_failure_the_layer_is_left_alone_and_the_kernel_not_tried_there_
     layers[1] = (form("b"), gradients(1.0), ["FOSSILIZED"])
     layers[0] = (form("a"), gradients(2.0), ["DORMANT"])
     assert controller.step(system(layers, epoch=15, artifacts={("b", 0): adapter})) == []
-    assert controller.explanation == "no layer has both a free slot that is not embargoed and measured gradients"
+    assert controller.explanation == "no layer has a free slot that is not embargoed"
     assert controller.step(system(layers, epoch=16, artifacts={("b", 0): adapter})) == []
     assert "and all of these have failed here" in controller.explanation
 
