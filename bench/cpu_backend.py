@@ -42,7 +42,7 @@ import cpu_report
 import torch
 import triton
 from cpu_cases import Case, Tensors
-from options import names_of, numbers
+from options import made_folder, names_of, numbers
 from rich.console import Console
 from rich.progress import Progress
 from tables import processor
@@ -208,7 +208,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=made_folder,
         help="a folder: everything, with cpu-speed.md, cpu-backend.json and cpu-backend.png there",
     )
     options = parser.parse_args()

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from options import names_of
+from options import made_folder, names_of
 from rich.console import Console
 from tables import markdown
 
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--only", default=known, type=lambda text: names_of(known)(text) if text else [],
                         help="blueprints, with commas; none where it is empty")  # fmt: skip
     parser.add_argument("--results", type=Path, help="a file that has what was done, and gets what is done")
-    parser.add_argument("--output", type=Path, help="a folder: urabrask-mutants.md goes there")
+    parser.add_argument("--output", type=made_folder, help="a folder: urabrask-mutants.md goes there")
     options = parser.parse_args()
     names: list[str] = options.only
     rows: list[Row] = []

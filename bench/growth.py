@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from growth_costs import decisions, overhead
 from growth_tasks import LEAST_WIDTH, TASKS, Data, Task
-from options import names_of
+from options import made_folder, names_of
 from tables import markdown
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -347,7 +347,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process and a thread of its own")
     parser.add_argument("--quick", action="store_true", help="one seed and few epochs: whether it works at all")
     parser.add_argument(
-        "--output", type=Path, help="folder for growth.json, growth.md and growth.png; other parts there are kept"
+        "--output",
+        type=made_folder,
+        help="folder for growth.json, growth.md and growth.png; other parts there are kept",
     )
     options = parser.parse_args()
     figures: dict[str, Any] = {"runs": {}, "tables": {}, "circumstances": {}}
@@ -356,7 +358,7 @@ def main() -> None:
         for name in options.only:
             jobs = 1
             if name == "overhead":
-                figures["tables"][name] = overhead(Path(folder), samples=20 if options.quick else 200)
+                figures["tables"][name] = overhead(Path(folder), samples=2 if options.quick else 12)
             elif name == "decisions":
                 layers, samples = (250, 5) if options.quick else (2500, 30)
                 figures["tables"][name] = {"a decision": decisions(Path(folder), layers, samples)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +13,82 @@ from growth_tasks import RowsAdapter
 from torch import nn
 
 import esper_triton as esper
-from esper_triton.contracts.commands import CommandKind
-from esper_triton.contracts.system import LayerGradients
+from esper_triton.contracts.commands import CommandKind, KasminaCommand
+from esper_triton.contracts.system import LayerGradients, SystemState
 from esper_triton.kasmina import linear
 from esper_triton.model.system import SystemReader
+from esper_triton.tamiyo.controller import Controller
 
 __all__ = ["decisions", "overhead"]
 
 ADAPTER_WIDTH = 16
+BLOCK = 100  # steps; `GrowthHook` measures gradients at most so often
 SHAPES = ((64, 64), (256, 128), (512, 256))  # width and batch
 _S = esper.SeedLifecycleState
 
 
 def overhead(folder: Path, samples: int) -> dict[str, list[dict[str, Any]]]:
-    """Steps of training loops, sampled in turn in an order that turns too, by the CPU time of this thread, in which
-    other work of the machine is not. `low` and `high` are the middle half of the ratios of neighbours."""
+    """Steps of training loops, in blocks of as many as lie between two rounds of measuring gradients, sampled in turn
+    in an order that turns too, by the CPU time of this thread, in which other work of the machine is not. `low` and
+    `high` are the middle half of the ratios of neighbours; the bare loop is there twice, and what that ratio is away
+    from 1 is noise."""
     urza = esper.Urza(folder / "overhead")
     idle, grown = [], []
     for width, batch in SHAPES:
-        artifact = esper.compile("parallel_adapter", dims={"d_in": width, "d": width, "r": ADAPTER_WIDTH}, urza=urza).id
         host = f"MLP, 3 layers, d={width}, batch {batch}"
-        idle.append({"host": host, **_compared(_bare(width, batch), _hooked(width, batch), samples, "bare_us")})
-        plain, seed = _bare(width, batch, adapter=True), _hooked(width, batch, urza, artifact)
-        grown.append({"host": host, **_compared(plain, seed, samples, "plain_us")})
+        loops = {
+            "bare": _bare(width, batch),
+            "bare, again": _bare(width, batch),
+            "hook, Manual": _hooked(width, batch, esper.Manual()),
+            "hook, Heuristic that waits": _hooked(width, batch, esper.Heuristic(urza, warmup_epochs=10**9)),
+            "hook, gradients measured": _hooked(width, batch, AlwaysMeasures()),
+        }
+        idle += [{"host": host, **row} for row in _compared(loops, samples)]
+        artifact = esper.compile("parallel_adapter", dims={"d_in": width, "d": width, "r": ADAPTER_WIDTH}, urza=urza).id
+        loops = {
+            "adapter in plain torch": _bare(width, batch, adapter=True),
+            "the same, again": _bare(width, batch, adapter=True),
+            "seed in FINE_TUNING": _hooked(width, batch, esper.Manual(), urza, artifact),
+        }
+        grown += [{"host": host, **row} for row in _compared(loops, samples)]
     return {
         "a step with the hook and nothing growing": idle,
         "a step with a seed being fine-tuned, over the same adapter in plain torch": grown,
     }
 
 
-def _compared(rival: Callable[[], None], ours: Callable[[], None], samples: int, rival_us: str) -> dict[str, float]:
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(samples + 20):
-        for which in (0, 1) if turn % 2 else (1, 0):
+class AlwaysMeasures:
+    """Decides nothing, and wants the gradients for it: a round begins every hundred steps."""
+
+    needs_gradients = True
+
+    def step(self, state: SystemState) -> list[KasminaCommand]:
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+def _compared(loops: dict[str, Callable[[], None]], samples: int) -> list[dict[str, Any]]:
+    """A row for each loop but the first, over that one."""
+    names = list(loops)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(samples + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             began = time.thread_time()
-            (rival, ours)[which]()
-            times[which].append((time.thread_time() - began) * 1e6)
-    kept = [own[20:] for own in times]
-    low, median, high = statistics.quantiles([b / a for a, b in zip(*kept, strict=True)], n=4)
-    return {
-        rival_us: statistics.median(kept[0]),
-        "hooked_us": statistics.median(kept[1]),
-        "ratio": median,
-        "low": low,
-        "high": high,
-    }
+            for _ in range(BLOCK):
+                loops[name]()
+            times[name].append((time.thread_time() - began) / BLOCK * 1e6)
+    first, *others = (times[name][1:] for name in names)  # the first block of each warms up
+    rows: list[dict[str, Any]] = []
+    for name, own in zip(names[1:], others, strict=True):
+        low, median, high = statistics.quantiles([b / a for a, b in zip(first, own, strict=True)], n=4)
+        micros = {"rival_us": statistics.median(first), "us": statistics.median(own)}
+        rows.append({"loop": name, **micros, "ratio": median, "low": low, "high": high})
+    return rows
 
 
 def _host(width: int) -> nn.Sequential:
@@ -72,11 +103,13 @@ def _bare(width: int, batch: int, *, adapter: bool = False) -> Callable[[], None
     return _stepper(model, torch.randn(batch, width), torch.optim.Adam(model.parameters()), None)
 
 
-def _hooked(width: int, batch: int, urza: esper.Urza | None = None, artifact: str = "") -> Callable[[], None]:
+def _hooked(
+    width: int, batch: int, controller: Controller, urza: esper.Urza | None = None, artifact: str = ""
+) -> Callable[[], None]:
     """With an artifact, its seed is in FINE_TUNING and stays there."""
     model = esper.wrap(_host(width), [nn.Linear], seeds_per_layer=1, urza=urza)
     optimizer = torch.optim.Adam(model.parameters())
-    hook = esper.GrowthHook(model, optimizer, controller=esper.Manual(), auto_advance=not artifact)
+    hook = esper.GrowthHook(model, optimizer, controller=controller, auto_advance=not artifact)
     step = _stepper(model, x := torch.randn(batch, width), optimizer, hook)
     if artifact:
         if not model.load_kernel_sync("1", 0, artifact):

@@ -33,7 +33,7 @@ import kasmina_instructions
 import kasmina_replicas
 import torch
 from kasmina_hosts import HOSTS, Transformer
-from options import names_of
+from options import made_folder, names_of
 from rich.console import Console
 from rich.table import Table
 from tables import markdown
@@ -476,7 +476,7 @@ def main() -> None:
         help="of each contender; dormant takes five times as many, active three times",
     )
     parser.add_argument("--cycles", type=int, default=100_000, help="loads and unloads for the cache's growth")
-    parser.add_argument("--output", type=Path, help="a folder: kasmina-speed.md and kasmina.json go there")
+    parser.add_argument("--output", type=made_folder, help="a folder: kasmina-speed.md and kasmina.json go there")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="kernels")
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from options import names_of
+from options import made_folder, names_of
 from rich.console import Console
 from rich.table import Table
 
@@ -268,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), type=names_of(PARTS), help="parts, with commas")
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--output", type=Path, default=Path("docs"))
+    parser.add_argument("--output", type=made_folder, default="docs")
     options = parser.parse_args()
     wanted = options.only
     rows: list[dict[str, Any]] = []
@@ -300,7 +300,6 @@ def main() -> None:
     console.print(table)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     console.print(f"{os.cpu_count()} cores, load {load}; OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}")
-    options.output.mkdir(parents=True, exist_ok=True)
     machine = {"cores": os.cpu_count(), "load": os.getloadavg(), "python": platform.python_version()}
     text = json.dumps({"machine": machine, "rows": rows}, indent=2)
     (options.output / "oona.json").write_text(text + "\n", encoding="utf-8")

@@ -2,8 +2,20 @@
 
 import argparse
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
-__all__ = ["names_of", "numbers"]
+__all__ = ["made_folder", "names_of", "numbers"]
+
+
+def made_folder(text: str) -> Path:
+    """The type of an option that takes a folder for results. Made at once: not to be had, it ends the program before
+    hours of work and not after them."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"no such folder can be made: {error}") from None
+    return path
 
 
 def names_of(known: Iterable[str]) -> Callable[[str], list[str]]:

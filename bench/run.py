@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from options import names_of
+from options import made_folder, names_of
 from rich.console import Console
 from rich.table import Table
 from tables import machine, table
@@ -102,10 +102,10 @@ def of_growth(figures: Any) -> list[Ratio]:
                 found.append(Ratio(what=f"{name}, a training run", rival=f"growth: {rival}", ratio=ratio))
     steps = figures["tables"].get("overhead", {})
     for row in steps.get("a step with the hook and nothing growing", ()):
-        low, high = 1 / row["high"], 1 / row["low"]
-        found.append(
-            Ratio(what=f"a step of {row['host']}", rival="bare loop", ratio=1 / row["ratio"], low=low, high=high)
-        )
+        if row["loop"].startswith("hook"):
+            low, high = 1 / row["high"], 1 / row["low"]
+            what = f"{row['loop']}: {row['host']}"
+            found.append(Ratio(what=what, rival="bare loop", ratio=1 / row["ratio"], low=low, high=high))
     return found
 
 
@@ -299,7 +299,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     every = ",".join(names)
     parser.add_argument("--only", default=every, type=names_of(names), help=f"benchmarks, with commas, of {every}")
     default = HERE.parent / "build" / "bench"
-    parser.add_argument("--output", type=Path, default=default, help="folder for everything, default build/bench")
+    parser.add_argument(
+        "--output", type=made_folder, default=str(default), help="folder for everything, default build/bench"
+    )
     return parser.parse_args(arguments)
 
 
@@ -307,7 +309,6 @@ def main() -> int:
     options = parse()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder: Path = options.output.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     where = machine()
     console.print(where)
     outcomes = []

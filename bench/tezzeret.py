@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import names_of, numbers
+from options import made_folder, names_of, numbers
 from rich.console import Console
 from rich.table import Table
 from tables import markdown
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--samples", type=int, default=21)
-    parser.add_argument("--output", type=Path, help="a folder: tezzeret-speed.md and tezzeret.json go there")
+    parser.add_argument("--output", type=made_folder, help="a folder: tezzeret-speed.md and tezzeret.json go there")
     options = parser.parse_args()
     options.sizes = options.sizes.split(",")
     if options.device == "cuda" and not torch.cuda.is_available():

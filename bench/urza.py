@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from options import made_folder
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--artifacts", type=int, default=100_000, metavar="N")
     parser.add_argument("--samples", type=int, default=31, metavar="N", help="of each figure (31)")
     parser.add_argument("--store", type=Path, metavar="DIR", help="where the store is, or is made and kept")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write urza.json there")
+    parser.add_argument("--output", type=made_folder, metavar="DIR", help="write urza.json there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = (options.store or Path(folder)) / "urza"

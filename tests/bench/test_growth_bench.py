@@ -71,11 +71,11 @@ def test_the_adapter_of_images_in_plain_torch_is_the_blueprint_beside_the_benchm
     torch.manual_seed(0)
     adapter = randomised(growth_tasks.ImageAdapter(nn.Conv2d(2, 4, 3, padding=1), 3))
     x = torch.randn(2, 2, 5, 6, dtype=torch.float64)
-    parameters = named(
-        adapter, down_weight="down.weight", down_bias="down.bias", up_weight="up.weight", up_bias="up.bias"
-    )
-    parameters["up_weight"] = parameters["up_weight"].flatten(1)  # a blueprint has no dimensions of 1
-    blueprint = Blueprint.load(growth_tasks.HERE / "conv_adapter.toml")
+    names = [f"{layer}_{kind}" for layer in ("expand", "depth", "project") for kind in ("weight", "bias")]
+    parameters = named(adapter, **{name: name.replace("_", ".") for name in names})
+    for name in names:  # a blueprint has no dimensions of 1
+        parameters[name] = parameters[name].squeeze()
+    blueprint = Blueprint.load(growth_tasks.HERE / "inverted_residual.toml")
     host = adapter.host(x).movedim(1, -1)
     expected = reference(blueprint, {"h": host}, parameters, dims={"d": 4, "r": 3})
     assert torch.allclose(adapter(x).movedim(1, -1), expected, rtol=1e-12)
