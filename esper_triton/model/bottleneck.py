@@ -81,8 +81,10 @@ class GradientProbe:
         self._steps_left, self._sums, self._seen = 0, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Results, and what a round that has begun has come to; plain values and tensors."""
+        """Results, and what a round that has begun, and a step whose gradients are accumulated, have come to; plain
+        values and tensors."""
         return {
+            "seen": {name: {"x": seen.x, "g": seen.g} for name, seen in self._seen.items()},
             "results": {name: result.model_dump() for name, result in self.results.items()},
             "steps_left": self._steps_left,
             "sums": {name: dict(vars(sums)) for name, sums in self._sums.items()},
@@ -96,6 +98,11 @@ class GradientProbe:
         }
         self._steps_left = state["steps_left"]
         self._sums = {name: _Sums(**sums) for name, sums in state["sums"].items() if name in self._layers}
+        self._seen = {
+            name: _Seen(self._layers[name], None, None, 1.0, **rows)
+            for name, rows in state.get("seen", {}).items()
+            if name in self._sums
+        }
 
     def _listener(self, name: str) -> Any:
         def listen(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
