@@ -97,12 +97,19 @@ class GradientProbe:
             name: LayerGradients(**result) for name, result in state["results"].items() if name in self._layers
         }
         self._steps_left = state["steps_left"]
-        self._sums = {name: _Sums(**sums) for name, sums in state["sums"].items() if name in self._layers}
+        self._sums = {
+            name: _Sums(**self._placed(name, sums)) for name, sums in state["sums"].items() if name in self._layers
+        }
         self._seen = {
-            name: _Seen(self._layers[name], None, None, 1.0, **rows)
-            for name, rows in state.get("seen", {}).items()
+            name: _Seen(self._layers[name], None, None, 1.0, **self._placed(name, rows))
+            for name, rows in state.get("seen", {}).items()  # the release before had none
             if name in self._sums
         }
+
+    def _placed(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """On the layer's device, where checkpoints are not read to."""
+        device = next(self._layers[name].parameters()).device
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
 
     def _listener(self, name: str) -> Any:
         def listen(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
