@@ -111,7 +111,11 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'esper_triton' has no attribute {name!r}")
+        import difflib  # not `contracts.errors.nearest`: this is asked before importing any submodule, of its name
+
+        close = [] if name.startswith("_") else difflib.get_close_matches(name, __all__, n=2)
+        hint = "; did you mean " + " or ".join(map(repr, close)) + "?" if close else ""
+        raise AttributeError(f"module 'esper_triton' has no attribute {name!r}{hint}")
     value = getattr(importlib.import_module(_HOME[name]), name)
     # Kept: `esper_triton.compile` is also a submodule, and importing it would otherwise shadow the function.
     globals()[name] = value

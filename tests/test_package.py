@@ -45,6 +45,15 @@ def test_every_public_name_can_be_had():
     assert callable(esper.compile)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"), [("GrothHook", "; did you mean 'GrowthHook'?"), ("xyzzy", ""), ("_HOMES", "")]
+)
+def test_a_name_that_is_misspelt_is_answered_with_the_nearest(name: str, hint: str) -> None:
+    with pytest.raises(AttributeError) as caught:
+        getattr(esper, name)
+    assert str(caught.value) == f"module 'esper_triton' has no attribute {name!r}{hint}"
+
+
 def test_the_version_is_the_distributions():
     assert importlib.metadata.version("esper-triton") == esper.__version__
 

@@ -85,8 +85,10 @@ class GradientProbe:
         self._steps_left, self._sums, self._seen = 0, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Results, and what a round that has begun has come to; plain values and tensors."""
+        """Results, and what a round that has begun, and a step whose gradients are accumulated, have come to; plain
+        values and tensors."""
         return {
+            "seen": {name: {"x": seen.x, "g": seen.g} for name, seen in self._seen.items()},
             "results": {name: result.model_dump() for name, result in self.results.items()},
             "steps_left": self._steps_left,
             "opens_at": self._opens_at,
@@ -99,8 +101,20 @@ class GradientProbe:
         self.results = {
             name: LayerGradients(**result) for name, result in state["results"].items() if name in self._layers
         }
-        self._steps_left, self._opens_at = state["steps_left"], state["opens_at"]
-        self._sums = {name: _Sums(**sums) for name, sums in state["sums"].items() if name in self._layers}
+        self._steps_left, self._opens_at = state["steps_left"], state.get("opens_at", 0)  # the release before had none
+        self._sums = {
+            name: _Sums(**self._placed(name, sums)) for name, sums in state["sums"].items() if name in self._layers
+        }
+        self._seen = {
+            name: _Seen(self._layers[name], None, None, 1.0, **self._placed(name, rows))
+            for name, rows in state.get("seen", {}).items()  # nor this
+            if name in self._sums
+        }
+
+    def _placed(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """On the layer's device, where checkpoints are not read to."""
+        device = next(self._layers[name].parameters()).device
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
 
     def _listener(self, name: str) -> Any:
         def listen(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from esper_triton.contracts.arguments import number
 from esper_triton.contracts.commands import CommandResult
 from esper_triton.contracts.errors import CheckpointError, StateCorruption, TrainingDiverged
 from esper_triton.contracts.system import SystemState
@@ -23,6 +24,7 @@ from esper_triton.kasmina.events import Transition
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.model.agreement import Agreement, Alone, agreement_of
+from esper_triton.model.arguments import check_arguments, check_belongs, measuring
 from esper_triton.model.bottleneck import GradientProbe
 from esper_triton.model.checkpoint import esper_state_dict, prepare
 from esper_triton.model.checkpoints import Checkpoints, DirectoryCheckpoints, MemoryCheckpoint, checkpoints_in
@@ -33,7 +35,7 @@ from esper_triton.model.morphable import MorphableModel, end_step_of, seed_param
 from esper_triton.model.optim import attach, attachment_of
 from esper_triton.model.run_state import SCHEMA_VERSION, RunState, check_version
 from esper_triton.model.system import SystemReader
-from esper_triton.tamiyo.controller import Controller
+from esper_triton.tamiyo.controller import Controller, commands_of, load_state_into, measures_gradients, state_of
 
 __all__ = ["GrowthHook"]
 
@@ -45,7 +47,9 @@ _log = logging.getLogger("esper_triton.model")
 class GrowthHook:
     """What a training loop of one's own calls to grow its model:
 
-        hook = esper.GrowthHook(model, optimizer, controller=controller, validate=validate, checkpoints="run")
+        hook = esper.GrowthHook(
+            model, optimizer, schedulers=[scheduler], controller=controller, validate=validate, checkpoints="run"
+        )
         for epoch in range(hook.resume(), epochs):
             for x, y in batches:
                 loss = criterion(model(x), y)
@@ -78,12 +82,14 @@ class GrowthHook:
     averaged within `optimizer.step()`, before it. Each rank keeps checkpoints of its own, in `rank-0` and so on.
 
     A good checkpoint is one with finite weights, after a step whose loss was not suspicious. One is taken before the
-    first step, and at the end of every `checkpoint_every`-th epoch.
+    first step, and at the end of every `checkpoint_every`-th epoch. Gradients that are accumulated across the end of an
+    epoch are part of it, for a run that is resumed; after going back the window of accumulation begins anew, as those
+    gradients would be added to a whole window of other data.
 
     Args:
         model: a wrapped one; if it is to be replicated, it is already. optimizer: of the host's parameters; it is
             attached (`esper.attach`) if it is not yet, for options of the seeds' groups attach it before.
-        schedulers: every learning rate scheduler of the optimizer.
+        schedulers: every learning rate scheduler of the optimizer, `[]` for none any more.
         controller: decides which seeds there are; it is asked every `control_every` steps and at the end of each epoch.
         validate: `validate(model)` is the validation metric, called in eval mode without gradients. Without it a seed
             waits in EVALUATING for `model.evaluate_seed`.
@@ -95,8 +101,10 @@ class GrowthHook:
             controller needs them; 0 for never.
         divergence: what watches the loss; None for nobody.
 
-    Raises ValueError for a model that is not wrapped and for options out of range; and what `attach` raises. Of
-    replicas, what fails on another rank raises ReplicaFailed here.
+    Raises TypeError for an argument of the wrong kind; ValueError for a model that is not wrapped, for options out of
+    range, for a model or an optimizer that has a hook already (`close` it first), for an optimizer of another model,
+    and for schedulers that were not named; and what `attach` raises. Of replicas, what fails on another rank raises
+    ReplicaFailed here.
 
     Attributes:
         epoch: that is under way, or begins next. steps: of the optimizer so far. metrics: at the end of each epoch.
@@ -108,7 +116,7 @@ class GrowthHook:
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        schedulers: Sequence[LRScheduler] = (),
+        schedulers: Sequence[LRScheduler] | None = None,
         controller: Controller | None = None,
         validate: Callable[[nn.Module], float] | None = None,
         lower_is_better: bool = True,
@@ -124,30 +132,36 @@ class GrowthHook:
         divergence: LossWatch | None = LossWatch(),  # noqa: B008  # a description: this hook makes its own of it
         max_rollbacks: int = 3,
     ) -> None:
-        if not isinstance(model, MorphableModel):
-            raise ValueError(
-                f"{type(model).__name__} is not wrapped; esper_triton.wrap(model, ...) first, and give the wrapped "
-                "model itself, not what DDP or torch.compile made of it"
-            )
-        for name, value, least in (
-            ("repeats", repeats, 2),
-            ("checkpoint_every", checkpoint_every, 1),
-            ("undecided_evaluations", undecided_evaluations, 1),
-            ("control_every", control_every, 1),
-            ("measure_every", measure_every, 0),
-            ("max_rollbacks", max_rollbacks, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, found {value}")
+        check_arguments(
+            model=model,
+            optimizer=optimizer,
+            schedulers=schedulers,
+            controller=controller,
+            validate=validate,
+            checkpoints=checkpoints,
+            carry=carry,
+            divergence=divergence,
+            repeats=repeats,
+            keep=keep,
+            checkpoint_every=checkpoint_every,
+            undecided_evaluations=undecided_evaluations,
+            control_every=control_every,
+            measure_every=measure_every,
+            max_rollbacks=max_rollbacks,
+        )
+        self._run = RunState(model, optimizer, schedulers or (), carry or {})
+        assert isinstance(model, MorphableModel)  # check_arguments has seen to it
         self._layers: dict[str, KasminaLayer] = {layer._kasmina.name: layer for layer in model.kasmina_layers.values()}
         self._distinct = tuple(self._layers.values())
+        _check_free(self._distinct, optimizer)
+        check_belongs(model, optimizer, schedulers)
         self._ranks: Agreement = agreement_of(self._distinct)
         self.model, self.optimizer, self.controller = model, optimizer, controller
         self.epoch, self.steps = 0, 0
         self.metrics: list[float | None] = []
         self.rollbacks: list[Rollback] = []
-        self._run = RunState(model, optimizer, schedulers, carry or {})
-        self._validate, self._lower_is_better, self._repeats = validate, lower_is_better, repeats
+        self._validate = None if validate is None else measuring(validate)
+        self._lower_is_better, self._repeats = lower_is_better, repeats
         self._auto_advance, self._undecided_limit = auto_advance, undecided_evaluations
         self._checkpoint_every, self._control_every, self._max_rollbacks = (
             checkpoint_every,
@@ -172,7 +186,7 @@ class GrowthHook:
         self._saved_step, self._saved_moves = 0, 0
         self._locked: list[tuple[str, int]] = []  # since the last checkpoint
         attached = attachment_of(optimizer)
-        self._attachment = attach(optimizer, model, schedulers=list(schedulers)) if attached is None else None
+        self._attachment = attach(optimizer, model, schedulers=schedulers) if attached is None else None
         self._endings: list[Callable[[], object]] = [
             optimizer.register_step_pre_hook(self._before_optimizer).remove,
             optimizer.register_step_post_hook(self._after_optimizer).remove,
@@ -237,9 +251,11 @@ class GrowthHook:
         """
         if epoch < 0:
             raise ValueError(f"epoch must be at least 0, found {epoch}")
-        if metric is None and self._validate is not None:
+        if metric is not None:
+            metric = number("metric", metric)
+        elif self._validate is not None:
             with undisturbed(self.model):
-                metric = float(self._validate(self.model))
+                metric = self._validate(self.model)
         metric = self._ranks.first(metric)
         self.metrics.append(metric)
         self.epoch = epoch + 1
@@ -282,17 +298,22 @@ class GrowthHook:
         if state is None:
             self.checkpoint()
             return self.epoch
-        self._restore(state)
+        self._restore(state, gradients=True)
         self._take_own(state["growth"])
         self._note_saved()
         return self.epoch
 
     def checkpoint(self) -> bool:
-        """Takes a checkpoint now, between two steps. False, with nothing done, where it would not be a good one.
+        """Takes a checkpoint now, between two steps. False, with nothing done, where it would not be a good one. It has
+        the gradients that there are: take it where the loop has cleared those that the optimizer has stepped on.
 
         Raises CheckpointError for a directory with checkpoints of another run, TypeError for state that cannot be
         saved, OSError.
         """
+        return self._checkpoint()
+
+    def _checkpoint(self, *, within_step: bool = False) -> bool:
+        """Within a step it is that of the time before: without the gradients and losses of the step."""
         self._check_ranks()
         values = (*self.model.parameters(), *seed_parameters(self.model))
         good = self._watch is None or not self._watch.is_suspicious
@@ -307,13 +328,16 @@ class GrowthHook:
                         f"{self._store.directory} has {len(found)} checkpoints of another run, up to {found[-1].name}; "
                         "go on with it by hook.resume(), or give another directory"
                     )
-            self._store.save(self._run.read(self.state_dict()), self.steps)
+            growth = self.state_dict()
+            if within_step:
+                growth |= {"losses": [], "gradients": growth["gradients"] | {"seen": {}}}
+            self._store.save(self._run.read(growth, gradients=not within_step), self.steps)
         self._note_saved()
         return True
 
     def state_dict(self) -> dict[str, Any]:
         """What the loop's own checkpoint lacks, for one that does not use `checkpoints`: the seeds, with their moments
-        in the optimizer, this hook's and the controller's state. Tensors are the model's own memory.
+        in the optimizer, this hook's and the controller's state; no gradients. Tensors are the model's own memory.
 
         To go on, in this order: the model's own `load_state_dict`, this hook's, the optimizer's, the schedulers'.
         """
@@ -327,10 +351,11 @@ class GrowthHook:
             "moves": self._moves,
             "youngest": [[layer, seed, move] for (layer, seed), move in self._youngest.items()],
             "undecided": [[layer, seed, count] for (layer, seed), count in self._undecided.items()],
+            "losses": [float(loss) for loss in self._losses],
             "watch": None if self._watch is None else self._watch.state_dict(),
             "gradients": self._probe.state_dict(),
             "results": [result.model_dump(mode="json") for result in self._results],
-            "controller": None if self.controller is None else self.controller.state_dict(),
+            "controller": state_of(self.controller),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -360,7 +385,7 @@ class GrowthHook:
 
     def _before_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._saved:
-            self.checkpoint()
+            self._checkpoint(within_step=True)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:  # else there has been no forward yet
             self.train_seeds()
@@ -407,7 +432,7 @@ class GrowthHook:
 
     def _measure(self) -> None:
         """Before a step: gradients, if the controller needs them now."""
-        self._probe.before_step(self.steps, wanted=self.controller is not None and self.controller.needs_gradients)
+        self._probe.before_step(self.steps, wanted=measures_gradients(self.controller))
 
     def _control(self) -> None:
         if self.controller is None or self._ranks.rank != 0:
@@ -415,7 +440,7 @@ class GrowthHook:
         if self._ranks.size > 1 and any(len(layer._kasmina.queue) for layer in self._distinct):
             return  # what was asked for last waits for a boundary still, and the seeds do not show it
         state, self._results = self.system_state(), []
-        for command in self.controller.step(state):
+        for command in commands_of(self.controller, state):
             result = carry_out(self._layers, command)
             self._results.append(result)
             _say(
@@ -453,11 +478,11 @@ class GrowthHook:
             with self._ranks.together("read its checkpoints"):
                 state = self._store.newest(min(known))
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def _restore(self, state: Mapping[str, Any], *, gradients: bool) -> None:
         self._restoring = True
         try:
             with self._ranks.together("go back to its checkpoint"):
-                self._run.restore(state)
+                self._run.restore(state, gradients=gradients)
             self._ranks.forget_loads()
         finally:
             self._restoring = False
@@ -473,10 +498,10 @@ class GrowthHook:
         self._youngest = {(layer, seed): move for layer, seed, move in state["youngest"]}
         self._undecided = {(layer, seed): count for layer, seed, count in state["undecided"]}
         self._results = [CommandResult.model_validate(result) for result in state["results"]]
+        self._losses = list(state.get("losses", []))
         if self._watch is not None and state["watch"] is not None:
             self._watch.load_state_dict(state["watch"])
-        if self.controller is not None and state["controller"] is not None:
-            self.controller.load_state_dict(state["controller"])
+        load_state_into(self.controller, state["controller"])
         self._probe.load_state_dict(state["gradients"])
         self._measure()
 
@@ -493,7 +518,8 @@ class GrowthHook:
         state = self._newest()
         if state is None:
             raise TrainingDiverged(f"step {self.steps}: {reason}, and there is no checkpoint to go back to")
-        self._restore(state)
+        self._restore(state, gradients=False)  # the loop's window of accumulation is not the one of then
+        self._losses.clear()
         self._probe.close()
         self._undecided.clear()
         if self._watch is not None:
@@ -531,6 +557,14 @@ class GrowthHook:
             if contributes and asked:
                 found.append((move, name, index))
         return max(found)[1:] if found else None
+
+
+def _check_free(layers: Collection[KasminaLayer], optimizer: Optimizer) -> None:
+    """Raises ValueError where one has a hook: with two, one step of the optimizer would be two of the layers."""
+    of_model = [observer for layer in layers for observer in layer._kasmina.observers]
+    for whose, callbacks in (("model", of_model), ("optimizer", optimizer._optimizer_step_pre_hooks.values())):
+        if any(isinstance(getattr(callback, "__self__", None), GrowthHook) for callback in callbacks):
+            raise ValueError(f"this {whose} has a GrowthHook already; close() that one first")
 
 
 def _say(event: str, **fields: object) -> None:

@@ -15,7 +15,7 @@ from esper_triton.kasmina.events import Transition
 from esper_triton.kasmina.layer import KasminaLayer
 from esper_triton.kasmina.lifecycle import SeedLifecycleState
 
-__all__ = ["SEED_KEY", "Attachment", "attach", "attachment_of", "seed_label"]
+__all__ = ["SEED_KEY", "Attachment", "attach", "attachment_of", "has_scheduler", "seed_label"]
 
 SEED_KEY = "esper_seed"
 """Key of a parameter group that belongs to a seed; its value is `seed_label(...)`."""
@@ -77,7 +77,7 @@ def attach(
             raise TypeError(f"{type(optimizer).__name__} has no option {option!r}{known}")
     for scheduler in schedulers or ():
         _check_schedules(scheduler, optimizer)
-    if schedulers is None and _has_scheduler(optimizer):
+    if schedulers is None and has_scheduler(optimizer):
         raise ValueError(
             f"this {type(optimizer).__name__} has a learning rate scheduler, which must learn of new groups: "
             "attach(optimizer, model, schedulers=[scheduler])"
@@ -247,10 +247,10 @@ class Attachment:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # torch would say so too, in the scheduler's next step: "zip() argument 2 is shorter than argument 1".
-        if not self._told_of_schedulers and _has_scheduler(optimizer):
+        if not self._told_of_schedulers and has_scheduler(optimizer):
             raise RuntimeError(
                 "a learning rate scheduler was built on this optimizer after attach(...), which must learn of new "
-                "groups: attachment.follow(scheduler)"
+                "groups: attachment.follow(scheduler); with a GrowthHook build it before, and name it in schedulers="
             )
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -281,8 +281,9 @@ def _check_schedules(scheduler: LRScheduler, optimizer: Optimizer) -> None:
         raise ValueError(f"{type(scheduler).__name__} does not schedule the optimizer that is attached")
 
 
-def _has_scheduler(optimizer: Optimizer) -> bool:
-    return hasattr(optimizer.step, "_wrapped_by_lr_sched")  # torch's own mark, set when a scheduler is built
+def has_scheduler(optimizer: Optimizer) -> bool:
+    """Whether a learning rate scheduler was built on it, ever."""
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched")  # torch's own mark
 
 
 def _with_parts(scheduler: LRScheduler) -> Iterator[LRScheduler]:

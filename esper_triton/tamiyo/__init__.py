@@ -1,6 +1,6 @@
 """Controllers: what looks at a model between its steps and decides which seeds it gets."""
 
-from esper_triton.tamiyo.controller import Controller, Manual
+from esper_triton.tamiyo.controller import Controller, Manual, StatefulController
 from esper_triton.tamiyo.heuristic import Heuristic
 
-__all__ = ["Controller", "Heuristic", "Manual"]
+__all__ = ["Controller", "Heuristic", "Manual", "StatefulController"]

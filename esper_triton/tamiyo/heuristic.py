@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from esper_triton.contracts.arguments import check_at_least, check_names, refuse
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.commands import CommandKind, CommandStatus, KasminaCommand
-from esper_triton.contracts.errors import EsperError
+from esper_triton.contracts.errors import EsperError, nearest
 from esper_triton.contracts.graph import X_DIM
 from esper_triton.contracts.query import KernelMatch, KernelQuery
 from esper_triton.contracts.record import Tag
@@ -21,6 +22,7 @@ __all__ = ["Heuristic"]
 
 _FREE = ("DORMANT", "CANCELLED", "CULLED")
 _UNDER_WAY = ("GERMINATED", "LOADING", "TRAINING", "GRAFTING", "STABILIZATION", "EVALUATING", "FINE_TUNING")
+_MOST = 10_000  # kernels that are looked at for one layer
 _REFUSED = (CommandStatus.REFUSED, CommandStatus.FAILED, CommandStatus.EXPIRED)
 
 
@@ -90,7 +92,9 @@ class Heuristic:
         required, preferred, excluded: tags of kernels, as in `KernelQuery`.
         max_latency_us: of a kernel, as it was proven.
 
-    Raises ValueError for a negative number.
+    A name or a tag that no kernel has is no error, as one that has it may yet be compiled; `explanation` names it.
+
+    Raises TypeError for an argument of the wrong kind, ValueError for a negative number and for what cannot be a tag.
 
     Attributes:
         explanation: of the last step, in words.
@@ -110,14 +114,15 @@ class Heuristic:
         excluded: Sequence[Tag] = (),
         max_latency_us: float | None = None,
     ) -> None:
-        for name, value in (
-            ("warmup_epochs", warmup_epochs),
-            ("plateau_epochs", plateau_epochs),
-            ("embargo_epochs", embargo_epochs),
-            ("max_seeds", max_seeds or 0),
-        ):
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, found {value}")
+        if not isinstance(urza, Urza):
+            raise refuse("urza", urza, "the store that the model was wrapped with, an esper.Urza")
+        counts = {"warmup_epochs": warmup_epochs, "plateau_epochs": plateau_epochs, "embargo_epochs": embargo_epochs}
+        if max_seeds is not None:
+            counts["max_seeds"] = max_seeds
+        check_at_least(dict.fromkeys(counts, 0), counts)
+        names = {"blueprints": blueprints, "required": required, "preferred": preferred, "excluded": excluded}
+        for argument, given in names.items():
+            check_names(argument, given)
         self._urza = urza
         self._warmup_epochs, self._plateau_epochs, self._embargo_epochs = warmup_epochs, plateau_epochs, embargo_epochs
         self._max_seeds, self._blueprints = max_seeds, frozenset(blueprints)
@@ -170,7 +175,7 @@ class Heuristic:
         self._failed = {(layer, artifact) for layer, artifact in state["failed"]}
         self._record = {name: (stayed, tries) for name, (stayed, tries) in state["record"].items()}
         self._commands = state["commands"]
-        self._since, self._needs_gradients = state["since"], state["needs_gradients"]
+        self._since, self._needs_gradients = state.get("since", 0), state.get("needs_gradients", False)
 
     # ---- what became of the last trial
 
@@ -242,7 +247,8 @@ class Heuristic:
             return None, "no layer has a free slot that is not embargoed"
         choices, why_not = self._choices(slots)
         if not choices:
-            return None, f"no kernel fits: {why_not}"
+            unknown, hopeless = self._unknown({(slot.form.dtype, slot.form.target) for slot in slots})
+            return None, "; ".join(unknown if hopeless else [f"no kernel fits: {why_not}", *unknown])
         fresh = [s for s in slots if s.gradients is not None and s.gradients.step >= self._since]
         ranked = sorted(fresh, key=lambda slot: (-slot.reach, slot.position))
         for slot in ranked:
@@ -251,6 +257,30 @@ class Heuristic:
         self._needs_gradients = True
         layers = f"layer {slots[0].form.name!r}" if len(slots) == 1 else f"{len(slots)} layers"
         return None, f"waits for what the loss asks of {layers} to be measured"
+
+    def _unknown(self, kinds: Collection[tuple[str | None, str | None]]) -> tuple[list[str], bool]:
+        """In words, the names and tags asked for that no validated kernel for these dtypes and targets has; and whether
+        for the lack of them there cannot be any that fits."""
+        query = self._query
+        asked = {
+            "blueprints": self._blueprints,
+            "required": query.required,
+            "preferred": query.preferred,
+            "excluded": query.excluded,
+        }
+        there = sorted((dtype, target) for dtype, target in kinds if dtype is not None and target is not None)
+        if not there or not any(asked.values()):
+            return [], False
+        kernels = [k for dtype, target in there for k in self._urza.query(dtype=dtype, target=target, limit=_MOST)]
+        names, tags = {k.blueprint_name for k in kernels}, {tag for k in kernels for tag in k.tags}
+        whose = "no validated kernel for " + " or ".join(f"{dtype} on {target}" for dtype, target in there)
+        said = []
+        for argument, wanted in asked.items():
+            known, has = (names, "is named") if argument == "blueprints" else (tags, "has the tag")
+            for name in sorted(set(wanted) - known):
+                said.append(f"{whose} {has} {name!r} ({argument}){nearest(name, known)}")
+        hopeless = names.isdisjoint(self._blueprints) if self._blueprints else False
+        return said, hopeless or not tags.issuperset(query.required)
 
     def _improving(self, state: SystemState) -> str:
         """Why the host is left to itself; empty where its metric is on a plateau."""
@@ -310,7 +340,7 @@ class Heuristic:
         form = slot.form
         if form.dtype is None or form.target is None:
             return 0, []
-        query = self._query.model_copy(update={"dtype": form.dtype, "target": form.target, "limit": 10_000})
+        query = self._query.model_copy(update={"dtype": form.dtype, "target": form.target, "limit": _MOST})
         found = self._urza.query(query)
         return len(found), [match for match in found if self._fits(match, slot)]
 
@@ -360,6 +390,8 @@ class Heuristic:
             f"{match.blueprint_name} ({', '.join(f'{n}={size}' for n, size in match.dims.items())}) fits its "
             f"{slot.width} features; it has stayed in {stayed} of {tries} tries so far"
         )
+        for unknown in self._unknown({(slot.form.dtype, slot.form.target)})[0]:
+            reason += f"; {unknown}"
         command = self._command(
             state,
             CommandKind.REQUEST_GERMINATION,

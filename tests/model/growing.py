@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,21 @@ class Run:
         return {name: torch.as_tensor(value).clone() for name, value in every.items()}
 
 
-def build(store: esper.Urza, *, checkpoints: Path | None = None, policy: Policy = QUICK, **options: Any) -> Run:
+def build(
+    store: esper.Urza,
+    *,
+    checkpoints: Path | None = None,
+    policy: Policy = QUICK,
+    schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+    **options: Any,
+) -> Run:
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
     host = nn.Sequential(nn.Linear(6, D), nn.Dropout(0.1), nn.Tanh(), nn.Linear(D, D))
     model = esper.wrap(host, ["0", "3"], seeds_per_layer=1, urza=store, policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40) if schedule is None else schedule(optimizer)
     batches = torch.Generator().manual_seed(1)
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(2))
     y = torch.sin(3 * x[:, :1] * x[:, 1:2]).expand(-1, D)

@@ -195,6 +195,27 @@ def test_a_round_goes_on_in_another_process_as_it_would_have_here() -> None:
     assert probe.results["0"] == whole
 
 
+def test_what_a_checkpoint_has_of_a_round_goes_to_the_layers_device() -> None:
+    def probe_on(device: str) -> tuple[esper.MorphableModel, GradientProbe]:
+        model = esper.wrap(nn.Sequential(nn.Linear(4, 3, device=device)), ["0"], seeds_per_layer=1)
+        return model, GradientProbe(model.kasmina_layers, every=100)
+
+    model, probe = probe_on("cpu")
+    for step in (0, 1):  # too few rows for a result, and a step that has not ended
+        probe.before_step(step, wanted=True)
+        model(torch.randn(3, 4)).square().mean().backward()
+        if step == 0:
+            probe.after_step(step)
+    saved = probe.state_dict()
+    _, other = probe_on("meta")  # stands for any that is not the CPU, which checkpoints are read to
+    other.load_state_dict(saved)
+    loaded = other.state_dict()
+    tensors = [loaded["sums"]["0"][name] for name in ("xx", "xg", "gg")]
+    tensors += [loaded["seen"]["0"][name] for name in ("x", "g")]
+    assert [tensor.device.type for tensor in tensors] == ["meta"] * 5
+    assert (loaded["sums"]["0"]["count"], loaded["seen"]["0"]["x"].shape) == (3, (3, 4))
+
+
 def test_evaluation_and_calls_without_gradients_are_not_measured() -> None:
     model = esper.wrap(nn.Sequential(nn.Linear(3, 2)), ["0"], seeds_per_layer=1)
     probe = GradientProbe(model.kasmina_layers, every=1)

@@ -224,6 +224,61 @@ def test_kernels_that_are_not_validated_any_more_are_not_tried(kernels: Urza, ad
     assert esper.Heuristic(kernels, plateau_epochs=0).step(system(free(a=1.0))) == []
 
 
+def test_names_that_no_kernel_has_are_said_instead_of_that_none_fits(kernels: Urza, adapter: str) -> None:
+    def explained(**options: Any) -> str:
+        controller = esper.Heuristic(kernels, plateau_epochs=0, **options)
+        assert controller.step(system(free(a=1.0))) == []
+        return controller.explanation
+
+    kernels.set_status(adapter, KernelStatus.VALIDATED, tags=["high_speed"])
+    assert explained(blueprints=["bottleneck_adaptor"]) == (
+        "no validated kernel for float32 on cpu is named 'bottleneck_adaptor' (blueprints); "
+        "did you mean 'bottleneck_adapter'?"
+    )
+    assert explained(required=["hi_speed"]) == (
+        "no validated kernel for float32 on cpu has the tag 'hi_speed' (required); did you mean 'high_speed'?"
+    )
+    assert explained(blueprints=["lora"]) == (
+        "no validated kernel for float32 on cpu is named 'lora' (blueprints); known: 'bottleneck_adapter'"
+    )
+    both = esper.Heuristic(kernels, plateau_epochs=0, blueprints=["lora", "bottleneck_adapter"])
+    assert both.step(system(free(a=1.0), width=15)) == []
+    assert both.explanation == (
+        "no kernel fits: 'a': of 1 validated kernels for float32 on cpu none fit 15 features; "
+        "no validated kernel for float32 on cpu is named 'lora' (blueprints); known: 'bottleneck_adapter'"
+    )
+
+
+def test_a_tag_that_no_kernel_has_is_told_with_the_decision(kernels: Urza, adapter: str) -> None:
+    kernels.set_status(adapter, KernelStatus.VALIDATED, tags=["high_speed"])
+    controller = esper.Heuristic(kernels, plateau_epochs=0, preferred=["high_sped"])
+    (command,) = controller.step(system(free(a=1.0)))
+    assert command.reason.endswith(
+        "; no validated kernel for float32 on cpu has the tag 'high_sped' (preferred); did you mean 'high_speed'?"
+    )
+    controller = esper.Heuristic(kernels, plateau_epochs=0, required=["high_speed"], blueprints=["bottleneck_adapter"])
+    (command,) = controller.step(system(free(a=1.0)))
+    assert "no validated kernel" not in command.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"urza": "urza"}, r"urza is 'urza'; expected the store .* an esper\.Urza"),
+        ({"urza": esper.Urza}, "urza is the class Urza; expected"),
+        ({"blueprints": "lora"}, r"blueprints is 'lora'; expected a list of names, as \['lora'\]"),
+        ({"required": "high_speed"}, r"required is 'high_speed'; expected a list of names, as \['high_speed'\]"),
+        ({"excluded": 3}, "excluded is 3; expected a list of names"),
+        ({"preferred": [3]}, "preferred has 3 in it; expected names"),
+        ({"warmup_epochs": None}, "warmup_epochs is None; expected a whole number, at least 0"),
+        ({"max_seeds": 1.5}, r"max_seeds is 1\.5; expected a whole number, at least 0"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_refused(kernels: Urza, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        esper.Heuristic(**({"urza": kernels} | options))
+
+
 def test_negative_numbers_are_refused(kernels: Urza) -> None:
     with pytest.raises(ValueError, match="embargo_epochs must be at least 0, found -1"):
         esper.Heuristic(kernels, embargo_epochs=-1)
