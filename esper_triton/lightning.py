@@ -42,7 +42,7 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # Lightning is not looked
         self.hook: GrowthHook | None = None
         self._monitor, self._options = monitor, options
         self._saved: Mapping[str, Any] | None = None
-        self._monitored: float | None = None  # of an epoch that is over for Lightning, and not yet for the hook
+        self._monitored: float | None = None  # of this epoch, as far as it is known before Lightning has ended it
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The optimizer exists, and its saved state has not been loaded yet."""
@@ -96,10 +96,16 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # Lightning is not looked
         if self.hook is not None:
             self.hook.close()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A checkpoint may be taken now, and a fit that goes on from it does not validate again."""
+        if not trainer.sanity_checking:
+            self._monitored = self._metric(trainer)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning does not keep: the metric of an epoch whose end is still to come."""
-        if self.hook is not None and self.hook.epoch < trainer.fit_loop.epoch_progress.current.processed:
-            checkpoint["callbacks"][self.state_key]["monitored"] = self._metric(trainer)
+        """Adds what Lightning does not keep: the metric of an epoch whose end is still to come for the hook."""
+        if self.hook is not None:
+            over = self.hook.epoch < trainer.fit_loop.epoch_progress.current.processed
+            checkpoint["callbacks"][self.state_key]["monitored"] = self._metric(trainer) if over else self._monitored
 
     def state_dict(self) -> dict[str, Any]:
         """For Lightning's checkpoint."""

@@ -67,6 +67,10 @@ class Module(pl.LightningModule):
         self.log("train_loss", loss, on_epoch=True)
         return loss
 
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        x, y = batch
+        self.log("val_loss", (self.head(self.net(x)) - y).square().mean())
+
     def on_train_epoch_start(self) -> None:
         self.epochs_with_rate.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -132,7 +136,7 @@ def fit(
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, batches() if loader is None else loader, ckpt_path=resume)
+    trainer.fit(module, batches() if loader is None else loader, batches(), ckpt_path=resume)
 
 
 def assert_same(module: Module, other: Module) -> None:
@@ -214,14 +218,24 @@ def test_a_seed_that_makes_the_loss_diverge_is_locked_and_all_goes_back(kernels:
     assert not torch.equal(after[5 * BATCHES][0], after[BATCHES][0])
 
 
-def test_a_logged_metric_is_what_the_controller_sees(kernels: Urza, tmp_path: Path) -> None:
-    callback, first, second = (GrowthCallback(monitor="train_loss") for _ in range(3))
-    fit(Module(kernels), [callback], tmp_path / "whole", 3)
+@pytest.mark.parametrize(  # the mean of an epoch's losses is there at its end only
+    ("monitor", "at_epoch_end"), [("train_loss", True), ("val_loss", True), ("val_loss", False)]
+)
+def test_a_logged_metric_is_what_the_controller_sees(
+    kernels: Urza, tmp_path: Path, monitor: str, at_epoch_end: bool
+) -> None:
+    callback, first, second = (GrowthCallback(monitor=monitor) for _ in range(3))
+
+    def run(name: str, callback: GrowthCallback, epochs: int, resume: Path | None = None) -> None:
+        checkpoints = ModelCheckpoint(tmp_path / name, save_on_train_epoch_end=at_epoch_end)
+        fit(Module(kernels), [callback, checkpoints], tmp_path, epochs, resume=resume, num_sanity_val_steps=1)
+
+    run("whole", callback, 3)
     assert callback.hook is not None
     assert all(metric is not None and metric > 0 for metric in callback.hook.metrics)
-    fit(Module(kernels), [first], tmp_path / "half", 2)
+    run("half", first, 2)
     (saved,) = (tmp_path / "half").rglob("*.ckpt")
-    fit(Module(kernels), [second], tmp_path / "rest", 3, resume=saved)
+    run("rest", second, 3, saved)
     assert second.hook is not None
     assert second.hook.metrics == callback.hook.metrics
 
