@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from esper_triton.contracts.errors import ConfigError, nearest
 from esper_triton.contracts.files import read_body, write_toml
-from esper_triton.contracts.record import Tag
+from esper_triton.contracts.record import ProverTag
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,8 +25,28 @@ if TYPE_CHECKING:
 
 __all__ = ["GrowthConfig", "load_config"]
 
-_Steps = Annotated[int, Field(ge=0)]
-_Positive = Annotated[int, Field(ge=1)]
+
+def _class_of_torch(name: str) -> str:
+    from torch import nn
+
+    known = [key for key, value in vars(nn).items() if isinstance(value, type) and issubclass(value, nn.Module)]
+    if name not in known:
+        raise ValueError(f"torch.nn has no module {name!r}{nearest(name, known)}")
+    return name
+
+
+def _described(schedule: dict[str, Any]) -> dict[str, Any]:
+    from esper_triton.kasmina.schedules import schedule_from
+
+    schedule_from(schedule)
+    return schedule
+
+
+# Strict, since true is no number, and '3' is a text.
+_Number = Annotated[float, Field(strict=True)]
+_Flag = Annotated[bool, Field(strict=True)]
+_Steps = Annotated[int, Field(strict=True, ge=0)]
+_Positive = Annotated[int, Field(strict=True, ge=1)]
 
 
 class _Section(BaseModel):
@@ -38,17 +59,17 @@ class WrapSection(_Section):
     target_layers: tuple[str, ...] = Field(
         default=(), description="qualified names of layers, and globs as encoder.*.fc1"
     )
-    target_types: tuple[str, ...] = Field(
+    target_types: tuple[Annotated[str, AfterValidator(_class_of_torch)], ...] = Field(
         default=(), description="classes of torch.nn, all of whose layers are meant, as Linear"
     )
     seeds_per_layer: _Positive = Field(default=4, description="seeds of each layer")
     chunking: Literal["features", "whole"] = Field(
         default="features", description="whether seeds divide a layer's columns, or each has all of them"
     )
-    guard: bool = Field(
+    guard: _Flag = Field(
         default=False, description="select away non-finite outputs of a seed in every call, on the device"
     )
-    telemetry_enabled: bool = Field(
+    telemetry_enabled: _Flag = Field(
         default=True, description="measure the time of active calls, and sample what seeds put out"
     )
 
@@ -56,18 +77,18 @@ class WrapSection(_Section):
 class PolicySection(_Section):
     """What a seed must have shown before it goes on, and how long its stages take: `kasmina.Policy`."""
 
-    max_reconstruction_error: float = Field(
+    max_reconstruction_error: _Number = Field(
         default=0.01, ge=0, description="a seed in TRAINING with no more is grafted"
     )
     max_training_steps: _Steps = Field(
         default=1000, description="and so is one after as many steps, whatever its error"
     )
-    metric_noises: float = Field(
+    metric_noises: _Number = Field(
         default=1.0, ge=0, description="the metric must differ by so many times its measured noise"
     )
-    max_error_rate: float = Field(default=0.10, ge=0, le=1, description="of a seed's calls; with more it is culled")
+    max_error_rate: _Number = Field(default=0.10, ge=0, le=1, description="of a seed's calls; with more it is culled")
     min_calls: _Positive = Field(default=20, description="fewer calls count as so many, for that rate")
-    schedule: dict[str, Any] = Field(
+    schedule: Annotated[dict[str, Any], AfterValidator(_described)] = Field(
         default={"schedule": "linear", "steps": 100},
         description="how alpha rises: linear, cosine, drift_controlled (max_drift) or grad_norm_gated (low, high)",
     )
@@ -76,9 +97,9 @@ class PolicySection(_Section):
         default=1000, description="steps for which an accepted seed trains on the main loss"
     )
     embargo_epochs: _Steps = Field(default=5, description="epochs for which the slot of a culled seed takes no other")
-    load_deadline_s: float = Field(default=10.0, gt=0, description="seconds that a load in the background may take")
+    load_deadline_s: _Number = Field(default=10.0, gt=0, description="seconds that a load in the background may take")
     sample_every: _Steps = Field(default=100, description="steps between checks for non-finite outputs; 0 for never")
-    statistics_share: float = Field(
+    statistics_share: _Number = Field(
         default=0.005, ge=0, le=1, description="of the time of steps, for statistics of activations; 0 for none"
     )
     statistics_every: _Steps | None = Field(
@@ -98,10 +119,10 @@ class HeuristicSection(_Section):
         default=None, description="seeds that may become part of the model; no limit by default"
     )
     blueprints: tuple[str, ...] = Field(default=(), description="names of the only designs to try; empty for all")
-    required: tuple[Tag, ...] = Field(default=(), description="tags that a kernel must have")
-    preferred: tuple[Tag, ...] = Field(default=(), description="tags that put a kernel first")
-    excluded: tuple[Tag, ...] = Field(default=(), description="tags that a kernel must not have")
-    max_latency_us: float | None = Field(
+    required: tuple[ProverTag, ...] = Field(default=(), description="tags that a kernel must have")
+    preferred: tuple[ProverTag, ...] = Field(default=(), description="tags that put a kernel first")
+    excluded: tuple[ProverTag, ...] = Field(default=(), description="tags that a kernel must not have")
+    max_latency_us: _Number | None = Field(
         default=None, gt=0, description="microseconds of a kernel's launch; no limit by default"
     )
 
@@ -114,12 +135,12 @@ class HookSection(_Section):
     )
     keep: _Positive = Field(default=3, description="checkpoints in the directory")
     checkpoint_every: _Positive = Field(default=1, description="epochs between two checkpoints")
-    lower_is_better: bool = Field(default=True, description="whether the validation metric is a loss")
-    repeats: Annotated[int, Field(ge=2)] = Field(
+    lower_is_better: _Flag = Field(default=True, description="whether the validation metric is a loss")
+    repeats: Annotated[int, Field(strict=True, ge=2)] = Field(
         default=2, description="measurements of the metric with a seed on and off"
     )
     undecided_evaluations: _Positive = Field(default=3, description="after so many without a verdict a seed is culled")
-    auto_advance: bool = Field(default=True, description="whether seeds make their next move by themselves")
+    auto_advance: _Flag = Field(default=True, description="whether seeds make their next move by themselves")
     control_every: _Positive = Field(default=10, description="steps between two questions to the controller")
     measure_every: _Steps = Field(
         default=100, description="steps between two rounds of measuring gradients; 0 for never"
@@ -130,15 +151,19 @@ class HookSection(_Section):
 class DivergenceSection(_Section):
     """When the loss counts as diverged: `esper.LossWatch`."""
 
-    factor: float = Field(default=10.0, gt=1, description="times the running median that are too high")
+    factor: _Number = Field(default=10.0, gt=1, description="times the running median that are too high")
     patience: _Positive = Field(default=5, description="steps in a row that have to be too high")
-    window: Annotated[int, Field(ge=10)] = Field(default=100, description="losses that the median is of")
+    window: Annotated[int, Field(strict=True, ge=10)] = Field(default=100, description="losses that the median is of")
 
 
 class GrowthConfig(_Section):
     """A growing run, but for what is code: the model, the optimizer and the validation function.
 
     Made by `load_config`, or in code, section by section: `GrowthConfig(wrap={"target_types": ["Linear"]})`.
+
+    Tags are those of the prover: `Heuristic` takes others too, and `make_hook(..., controller=...)` takes one.
+
+    Raises ConfigError, which lists every fault with its place and the nearest name.
     """
 
     urza: str = Field(default="", description="where kernels are stored: a directory, or the address of a server")
@@ -148,6 +173,12 @@ class GrowthConfig(_Section):
     hook: HookSection = HookSection()
     divergence: DivergenceSection = DivergenceSection()
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_faults(error))) from error
+
     def make_urza(self) -> Urza:
         """The store; the default one where none is named."""
         import esper_triton.urza as urza
@@ -155,22 +186,18 @@ class GrowthConfig(_Section):
         return urza.Urza(self.urza or urza.default_root())
 
     def make_policy(self) -> Policy:
-        """The gates. Raises ConfigError for a schedule that there is not."""
+        """The gates."""
         from esper_triton import kasmina
         from esper_triton.kasmina.schedules import schedule_from
 
         section = self.policy
-        try:
-            schedule = schedule_from(section.schedule)
-        except ValueError as error:
-            raise ConfigError(f"policy.schedule: {error}") from error
         return kasmina.Policy(
             to_grafting=kasmina.ReconstructionGate(
                 max_error=section.max_reconstruction_error, max_steps=section.max_training_steps
             ),
             metric=kasmina.MetricGate(noises=section.metric_noises),
             error_rate=kasmina.ErrorRateGate(max_rate=section.max_error_rate, min_calls=section.min_calls),
-            schedule=schedule,
+            schedule=schedule_from(section.schedule),
             stabilization_steps=section.stabilization_steps,
             fine_tuning_steps=section.fine_tuning_steps,
             embargo_epochs=section.embargo_epochs,
@@ -181,15 +208,11 @@ class GrowthConfig(_Section):
         )
 
     def wrap_model(self, model: nn.Module, urza: Urza | None = None) -> MorphableModel:
-        """`esper.wrap` as the file says. Raises what it raises, and ConfigError for an unknown class of torch.nn."""
+        """`esper.wrap` as the file says. Raises what it raises."""
         from torch import nn
 
         from esper_triton.model import wrap
 
-        known = [name for name, value in vars(nn).items() if isinstance(value, type) and issubclass(value, nn.Module)]
-        for name in self.wrap.target_types:
-            if name not in known:
-                raise ConfigError(f"wrap.target_types: torch.nn has no module {name!r}{nearest(name, known)}")
         return wrap(
             model,
             [*self.wrap.target_layers, *(getattr(nn, name) for name in self.wrap.target_types)],
@@ -233,21 +256,23 @@ def load_config(path: str | Path) -> GrowthConfig:
     Raises ConfigError, which lists every fault with its place and the nearest name, and FileNotFoundError.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
     try:
-        match path.suffix.lower():
-            case ".toml":
-                body = read_body(text, is_json=False)
-            case ".yaml" | ".yml":
-                body = _read_yaml(text)
-            case suffix:
-                raise ValueError(f"it ends in {suffix or 'nothing'}, expected .toml, .yaml or .yml")
-        return GrowthConfig.model_validate(body)
-    except ValidationError as error:
-        faults = "; ".join(_faults(error))
-        raise ConfigError(f"{path}: {faults}") from error
+        return GrowthConfig(**_read(path))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    suffix = path.suffix.lower()
+    if suffix not in (".toml", ".yaml", ".yml"):
+        raise ValueError(f"it ends in {suffix or 'nothing'}, expected .toml, .yaml or .yml")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark before the text
+    except UnicodeDecodeError as error:
+        marked = error.object.startswith((b"\xff\xfe", b"\xfe\xff"))
+        hint = "; it begins as UTF-16 does, and UTF-8 is expected" if marked else ""
+        raise ValueError(f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}{hint}") from error
+    return read_body(text, is_json=False) if suffix == ".toml" else _read_yaml(text)
 
 
 def _read_yaml(text: str) -> dict[str, Any]:
@@ -261,17 +286,36 @@ def _read_yaml(text: str) -> dict[str, Any]:
         raise ValueError(f"not valid YAML: {error}") from error
     if not isinstance(body, dict):
         raise ValueError(f"a mapping is expected, found {type(body).__name__}")
-    return body
+    return {str(name): value for name, value in body.items()}
+
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a table",
+    "float_type": "a number, as 0.5 or 1.0e-3",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_type": "a whole number",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "model_type": "a table",
+    "string_type": "a text",
+    "tuple_type": "a list",
+}
 
 
 def _faults(error: ValidationError) -> Iterator[str]:
-    for item in error.errors(include_url=False, include_input=True):
-        place = [str(part) for part in item["loc"]]
-        where = ".".join(place)
-        if item["type"] == "extra_forbidden":
+    for item in error.errors(include_url=False):
+        kind, found, place = item["type"], item["input"], [str(part) for part in item["loc"]]
+        where, context = ".".join(place), item.get("ctx", {})
+        if kind in ("extra_forbidden", "invalid_key"):
             yield f"{where}: there is no such name{nearest(place[-1], _names(place[:-1]))}"
+        elif kind == "value_error":
+            yield f"{where}: {context['error']}"
         else:
-            yield f"{where}: {item['msg'][:1].lower()}{item['msg'][1:]}, found {item['input']!r}"
+            expected = _EXPECTED[kind].format(**context)
+            close = nearest(found, re.findall(r"'(\w+)'", expected)) if isinstance(found, str) else ""
+            yield f"{where}: must be {expected}, found {found!r}" + (close if close.endswith("?") else "")
 
 
 def _names(place: Sequence[str]) -> list[str]:

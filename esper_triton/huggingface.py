@@ -48,6 +48,7 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         self._metric, self._options = metric, options
         self._saved: Mapping[str, Any] | None = None
         self._evaluated: float | None = None
+        self._over = 0
         self._losses: list[Tensor] = []
         self._listening: Any = None
 
@@ -90,9 +91,14 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
             for one in schedulers:
                 attachment.follow(one)
         self.hook = GrowthHook(model, optimizer, schedulers=schedulers, **self._options)
+        self._evaluated, self._losses = None, []
         if self._saved is not None:
             self.hook.load_state_dict(self._saved)
+            self._evaluated = self._saved.get("evaluated")
             self._saved = None
+        # Whole epochs and no others: in the last step of one the Trainer adds n / n, which is 1 exactly, and a step
+        # before it less, so there is nothing to round.
+        self._over = int(state.epoch or 0)
         self._listening = model.register_forward_hook(self._listen)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -109,23 +115,26 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The epoch before is over, its evaluation included."""
-        self._end_epochs(round(state.epoch or 0))
+        """The epoch before is over, its evaluation included. Counted, since one that was told to stop ends at a
+        fraction of `state.epoch`."""
+        self._end_epochs(self._over)
+        self._over += 1
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts the hook's state into the Trainer's checkpoint."""
         assert self.hook is not None
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         unfinished = folder / f".{_FILE}"
-        torch.save(self.hook.state_dict(), unfinished)
+        torch.save({**self.hook.state_dict(), "evaluated": self._evaluated}, unfinished)
         unfinished.replace(folder / _FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leaves nothing in the model or the optimizer. `hook` can still be read."""
+        """The last epoch is over, unless training was stopped within it. Leaves nothing in the model or the optimizer;
+        `hook` can still be read."""
         assert self.hook is not None
-        self._end_epochs(int(state.epoch or 0))
+        self._end_epochs(self._over if control.should_epoch_stop else int(state.epoch or 0))
         self._listening.remove()
         self.hook.close()
 

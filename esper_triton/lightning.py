@@ -23,8 +23,9 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # Lightning is not looked
     """A `GrowthHook` for the wrapped model that a LightningModule is, or has as one of its modules.
 
     Lightning's own checkpoints have what the hook needs: `trainer.fit(module, ckpt_path=...)` goes on with the seeds,
-    and `checkpoints=` is for what there is to go back to. An epoch ends for the hook when the next one begins, so that
-    its schedulers have stepped.
+    and `checkpoints=` is for what there is to go back to. Lightning saves no random streams, and the place within an
+    epoch only of a loader with `state_dict` and `load_state_dict`; with any other it takes an interrupted epoch's first
+    batches once more. An epoch ends for the hook when the next one begins, so that its schedulers have stepped.
 
     Args:
         monitor: the name of a logged metric, as `val_loss`, for the controller; by default what `validate` gives.
@@ -41,6 +42,7 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # Lightning is not looked
         self.hook: GrowthHook | None = None
         self._monitor, self._options = monitor, options
         self._saved: Mapping[str, Any] | None = None
+        self._monitored: float | None = None  # of this epoch, as far as it is known before Lightning has ended it
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The optimizer exists, and its saved state has not been loaded yet."""
@@ -57,9 +59,16 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # Lightning is not looked
             options["carry"] = {"lightning_module": pl_module} | dict(options.get("carry") or {})
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self.hook = GrowthHook(model, trainer.optimizers[0], schedulers=schedulers, **options)
+        self._monitored = None
         if self._saved is not None:
             self.hook.load_state_dict(self._saved)
+            self._monitored = self._saved.get("monitored")
             self._saved = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A checkpoint of an epoch's end is taken before the next one begins, and Lightning does not begin that one
+        again."""
+        self._end_epochs(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """At the end of the closure that Lightning gives to the optimizer."""
@@ -76,16 +85,27 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # Lightning is not looked
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The epoch before is over, its schedulers' steps included."""
-        self._end_epochs(trainer, trainer.current_epoch)
+        self._end_epochs(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """So is the last one, unless training was stopped within it."""
-        self._end_epochs(trainer, trainer.fit_loop.epoch_progress.current.processed)
+        self._end_epochs(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves nothing in the model or the optimizer. `hook` can still be read."""
         if self.hook is not None:
             self.hook.close()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A checkpoint may be taken now, and a fit that goes on from it does not validate again."""
+        if not trainer.sanity_checking:
+            self._monitored = self._metric(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds what Lightning does not keep: the metric of an epoch whose end is still to come for the hook."""
+        if self.hook is not None:
+            over = self.hook.epoch < trainer.fit_loop.epoch_progress.current.processed
+            checkpoint["callbacks"][self.state_key]["monitored"] = self._metric(trainer) if over else self._monitored
 
     def state_dict(self) -> dict[str, Any]:
         """For Lightning's checkpoint."""
@@ -95,14 +115,18 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # Lightning is not looked
         """Of Lightning's checkpoint, before the fit begins."""
         self._saved = state_dict or None
 
-    def _end_epochs(self, trainer: Trainer, until: int) -> None:
+    def _end_epochs(self, trainer: Trainer) -> None:
+        """All that Lightning has trained to their end. (Its `current_epoch` counts an epoch a little later.)"""
         assert self.hook is not None
-        while self.hook.epoch < until:
-            metric = None
-            if self._monitor is not None:
-                value = trainer.callback_metrics.get(self._monitor)
-                metric = None if value is None else float(value)
+        while self.hook.epoch < trainer.fit_loop.epoch_progress.current.processed:
+            metric, self._monitored = self._metric(trainer), None
             self.hook.epoch_end(self.hook.epoch, metric)
+
+    def _metric(self, trainer: Trainer) -> float | None:
+        if self._monitor is None:
+            return None
+        value = trainer.callback_metrics.get(self._monitor)
+        return self._monitored if value is None else float(value)
 
 
 def _wrapped_model(module: nn.Module) -> MorphableModel:

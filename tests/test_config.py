@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import esper_triton as esper
@@ -114,33 +116,103 @@ def test_a_file_makes_a_run(tmp_path: Path, adapter_store: Urza) -> None:
     assert load_config(written(tmp_path, "", "empty.toml")).make_controller(adapter_store) is None
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[hook]\nkep = 2", "hook.kep: there is no such name; did you mean 'keep'?"),
-        ("[huk]\nkeep = 2", "huk: there is no such name; did you mean 'hook'?"),
-        ("[heuristic]\nwarmup = 2", "heuristic.warmup: there is no such name; did you mean 'warmup_epochs'?"),
-        ("[hook]\nkeep = 0", "hook.keep: input should be greater than or equal to 1, found 0"),
-        ("[wrap]\nchunking = 'rows'", "wrap.chunking: input should be 'features' or 'whole', found 'rows'"),
-        ("[wrap", "not valid TOML"),
-    ],
-)
+WRONG = [
+    ("[hook]\nkep = 2", "hook.kep: there is no such name; did you mean 'keep'?"),
+    ("[huk]\nkeep = 2", "huk: there is no such name; did you mean 'hook'?"),
+    ("[heuristic]\nwarmup = 2", "heuristic.warmup: there is no such name; did you mean 'warmup_epochs'?"),
+    ("hook = 3", "hook: must be a table, found 3"),
+    ("urza = 3", "urza: must be a text, found 3"),
+    ("[hook]\nkeep = 0", "hook.keep: must be at least 1, found 0"),
+    ("[hook]\nkeep = true", "hook.keep: must be a whole number, found True"),
+    ("[hook]\nkeep = 2.0", "hook.keep: must be a whole number, found 2.0"),
+    ("[hook]\nlower_is_better = 1", "hook.lower_is_better: must be true or false, found 1"),
+    ("[divergence]\nfactor = '3'", "divergence.factor: must be a number, as 0.5 or 1.0e-3, found '3'"),
+    ("[divergence]\nfactor = true", "divergence.factor: must be a number, as 0.5 or 1.0e-3, found True"),
+    ("[divergence]\nfactor = 1", "divergence.factor: must be above 1.0, found 1"),
+    ("[divergence]\nfactor = nan", "divergence.factor: must be above 1.0, found nan"),
+    ("[policy]\nmax_error_rate = 1.5", "policy.max_error_rate: must be at most 1.0, found 1.5"),
+    ("[wrap]\nchunking = 'rows'", "wrap.chunking: must be 'features' or 'whole', found 'rows'"),
+    (
+        "[wrap]\nchunking = 'featurs'",
+        "wrap.chunking: must be 'features' or 'whole', found 'featurs'; did you mean 'feat",
+    ),
+    ("[wrap]\ntarget_layers = 'fc1'", "wrap.target_layers: must be a list, found 'fc1'"),
+    ("[wrap]\ntarget_layers = [1]", "wrap.target_layers.0: must be a text, found 1"),
+    (
+        "[wrap]\ntarget_types = ['Linear', 'Linaer']",
+        "wrap.target_types.1: torch.nn has no module 'Linaer'; did you mean 'Linear'",
+    ),
+    (
+        "[heuristic]\npreferred = ['fast', 'hi_speed']",
+        "heuristic.preferred.0: must be 'high_speed', 'medium_speed', 'low_speed', 'high_memory' or "
+        "'numerically_stable', found 'fast'; heuristic.preferred.1: must be 'high_speed', 'medium_speed', 'low_speed', "
+        "'high_memory' or 'numerically_stable', found 'hi_speed'; did you mean 'high_speed'",
+    ),
+    ("[policy]\nschedule = 'linear'", "policy.schedule: must be a table, found 'linear'"),
+    (
+        "[policy.schedule]\nschedule = 'linaer'\nsteps = 3",
+        "policy.schedule: unknown schedule 'linaer'; did you mean 'linear' or",
+    ),
+    (
+        "[policy.schedule]\nschedule = 'drift_controlled'\nstep = 3\nmax_drift = '1'",
+        "policy.schedule: schedule 'drift_controlled': 'steps' is missing; there is no option 'step'; did you mean "
+        "'steps'?; max_drift must be a number, found '1'",
+    ),
+    (
+        "[policy.schedule]\nschedule = 'cosine'\nsteps = 0",
+        "policy.schedule: cosine: steps must be a whole number of at least 1, found 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), [*WRONG, ("[wrap", "not valid TOML")])
 def test_what_is_wrong_is_named_with_its_place_and_the_nearest(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as found:
         load_config(written(tmp_path, text))
     assert str(found.value).startswith(f"{tmp_path / 'growth.toml'}: {message}")
 
 
+@pytest.mark.parametrize(("text", "message"), WRONG)
+def test_code_is_told_the_same_as_a_file(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        GrowthConfig(**tomllib.loads(text))
+    assert str(found.value).startswith(message)
+
+
 def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"hook\.keep: .*; divergence\.factor: .*; size: there is no such name"):
-        load_config(written(tmp_path, "size = 1\n[hook]\nkeep = 'two'\n[divergence]\nfactor = 1.0"))
+    text = "size = 1\n[hook]\nkeep = 'two'\n[divergence]\nfactor = 1.0\n[policy.schedule]\nschedule = 'liner'"
+    keys = (
+        r"policy\.schedule: unknown",
+        r"hook\.keep: must",
+        r"divergence\.factor: must",
+        "size: there is no such name",
+    )
+    with pytest.raises(ConfigError, match="; ".join(f"{key}.*" for key in keys)):
+        load_config(written(tmp_path, text))
 
 
-def test_names_that_only_torch_knows_are_checked_when_they_are_used(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"torch\.nn has no module 'Linaer'; did you mean 'Linear'"):
-        GrowthConfig(wrap={"target_types": ["Linaer"]}).wrap_model(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ConfigError, match=r"policy\.schedule: unknown schedule 'liner'; did you mean 'linear'"):
-        GrowthConfig(policy={"schedule": {"schedule": "liner", "steps": 3}}).make_policy()
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.dates()
+values = st.recursive(leaves, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=9), v, max_size=3))
+sections = {
+    name: list(type(getattr(GrowthConfig(heuristic={}), name)).model_fields)
+    for name in ("wrap", "policy", "heuristic", "hook", "divergence")
+}
+places = st.one_of(st.tuples(st.just(name), st.sampled_from(keys)) for name, keys in sections.items())
+
+
+@given(places, values)
+def test_whatever_stands_for_a_value_is_taken_or_named(place: tuple[str, str], value: Any) -> None:
+    config, said = None, ""
+    try:
+        config = GrowthConfig(**{place[0]: {place[1]: value}})
+    except ConfigError as error:
+        said = str(error)
+    if config is None:
+        assert said.startswith(".".join(place))
+    else:
+        taken = getattr(getattr(config, place[0]), place[1])
+        assert taken == (tuple(value) if isinstance(value, list) else value)
+        assert isinstance(taken, bool) == isinstance(value, bool)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -148,3 +220,17 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         load_config(written(tmp_path, "{}", "growth.json"))
     with pytest.raises(FileNotFoundError):
         load_config(tmp_path / "nowhere.toml")
+
+
+def test_a_file_of_another_encoding_is_refused_and_a_mark_before_utf_8_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "growth.toml"
+    for encoding, message in (
+        ("utf-16", "not UTF-8: byte 0xff at 0; it begins as UTF-16 does, and UTF-8 is expected"),
+        ("latin-1", "not UTF-8: byte 0xe9 at 2"),
+    ):
+        path.write_bytes("# é\n[hook]\nkeep = 2".encode(encoding))
+        with pytest.raises(ConfigError) as found:
+            load_config(path)
+        assert str(found.value) == f"{path}: {message}"
+    path.write_bytes("# é\n[hook]\nkeep = 2".encode("utf-8-sig"))
+    assert load_config(path) == GrowthConfig(hook={"keep": 2})

@@ -10,11 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from esper_triton.contracts.manifest import ArtifactId, Digest, KernelStatus
 
-__all__ = ["AuditEntry", "Figures", "Record", "Role", "Signature", "Tag", "roles_for"]
+__all__ = ["AuditEntry", "Figures", "ProverTag", "Record", "Role", "Signature", "Tag", "roles_for"]
 
 SCHEMA_VERSION = "2.0"
 
 Tag = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+ProverTag = Literal["high_speed", "medium_speed", "low_speed", "high_memory", "numerically_stable"]
+"""What the prover says of an artifact. Whoever characterizes one by hand may say other things."""
 
 
 class _Value(BaseModel):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 from esper_triton.contracts.errors import nearest
@@ -133,12 +133,21 @@ def describe_schedule(schedule: Schedule) -> dict[str, Any]:
 
 
 def schedule_from(description: Mapping[str, Any]) -> Schedule:
-    """The schedule that `describe_schedule` described. Raises ValueError for an unknown name or wrong fields."""
-    fields = dict(description)
-    name = fields.pop("schedule", None)
-    if name not in _SCHEDULES:
+    """The schedule that `describe_schedule` described. Raises ValueError, with everything that is wrong: an unknown
+    name, or options that are missing, unknown or out of range."""
+    options = dict(description)
+    name = options.pop("schedule", None)
+    kind = _SCHEDULES.get(name) if isinstance(name, str) else None
+    if kind is None:
         raise ValueError(f"unknown schedule {name!r}{nearest(str(name), _SCHEDULES)}")
-    try:
-        return _SCHEDULES[name](**fields)
-    except TypeError as error:
-        raise ValueError(f"schedule {name!r}: {error}") from error
+    known = {field.name: field for field in fields(kind)}
+    faults = [f"{key!r} is missing" for key, field in known.items() if field.default is MISSING and key not in options]
+    faults += [f"there is no option {key!r}{nearest(str(key), known)}" for key in options if key not in known]
+    faults += [
+        f"{key} must be a number, found {value!r}"
+        for key, value in options.items()
+        if key in known and (isinstance(value, bool) or not isinstance(value, int | float))
+    ]
+    if faults:
+        raise ValueError(f"schedule {name!r}: {'; '.join(faults)}")
+    return kind(**options)

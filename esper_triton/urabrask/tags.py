@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import get_args
 
 from esper_triton.contracts.manifest import KernelStatus, Manifest
 from esper_triton.contracts.query import MOST_ANSWERED, KernelMatch
-from esper_triton.contracts.record import Figures, Tag
+from esper_triton.contracts.record import Figures, ProverTag, Tag
 from esper_triton.contracts.report import RowsBenchmark
 from esper_triton.urza import Urza
 
@@ -110,7 +111,7 @@ def retag(store: Urza, manifest: Manifest) -> list[str]:
         rest = list(everyone)
         rest.remove(one.figures)
         mine = tags_of(one.figures, rest)
-        kept = tuple(tag for tag in one.tags if tag not in (*SPEEDS, "high_memory", "numerically_stable"))
+        kept = tuple(tag for tag in one.tags if tag not in get_args(ProverTag))
         if set(mine) | set(kept) != set(one.tags):
             store.characterize(one.id, tags=(*mine, *kept), figures=one.figures)
             changed.append(one.id)

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from seeding import copy_artifact
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,6 +19,7 @@ import esper_triton as esper
 from esper_triton.kasmina.gates import Policy, ReconstructionGate
 from esper_triton.kasmina.schedules import linear
 from esper_triton.lightning import GrowthCallback
+from esper_triton.model import Rollback
 from esper_triton.urza import Urza
 
 D, BATCHES = 16, 6
@@ -65,6 +67,10 @@ class Module(pl.LightningModule):
         self.log("train_loss", loss, on_epoch=True)
         return loss
 
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        x, y = batch
+        self.log("val_loss", (self.head(self.net(x)) - y).square().mean())
+
     def on_train_epoch_start(self) -> None:
         self.epochs_with_rate.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -78,6 +84,28 @@ def batches() -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, torch.sin(3 * x[:, :1] * x[:, 1:2])), batch_size=32)
 
 
+class Resumable:
+    """The same batches, from a loader that can say where it is."""
+
+    def __init__(self) -> None:
+        self.start, self.given = 0, 0
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self.start = self.start, 0
+        for self.given, batch in enumerate(batches(), 1):
+            if self.given > start:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["given"] % BATCHES
+
+
 def growing(module: Module, store: Urza) -> GrowthCallback:
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(2))
 
@@ -88,18 +116,34 @@ def growing(module: Module, store: Urza) -> GrowthCallback:
     return GrowthCallback(controller=controller, validate=validate, measure_every=3)
 
 
-def fit(module: Module, callback: GrowthCallback, folder: Path, epochs: int, resume: Path | None = None) -> pl.Trainer:
+def fit(
+    module: Module,
+    callbacks: list[pl.Callback],
+    folder: Path,
+    epochs: int,
+    *,
+    loader: Any = None,
+    resume: Path | None = None,
+    **options: Any,
+) -> None:
     trainer = pl.Trainer(
         max_epochs=epochs,
-        callbacks=[callback],
+        callbacks=callbacks,
         default_root_dir=folder,
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
-    trainer.fit(module, batches(), ckpt_path=resume)
-    return trainer
+    trainer.fit(module, batches() if loader is None else loader, batches(), ckpt_path=resume)
+
+
+def assert_same(module: Module, other: Module) -> None:
+    mine = [*module.state_dict().values(), *esper.seed_parameters(module)]
+    others = [*other.state_dict().values(), *esper.seed_parameters(other)]
+    assert len(list(esper.seed_parameters(module))) == 4
+    assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
 
 
 def test_a_seed_goes_its_way_under_the_trainer(kernels: Urza, tmp_path: Path) -> None:
@@ -107,7 +151,7 @@ def test_a_seed_goes_its_way_under_the_trainer(kernels: Urza, tmp_path: Path) ->
     entered: list[S] = []
     module.net.kasmina_layers["0"].on_transition(lambda event: entered.append(event.target))
     callback = growing(module, kernels)
-    fit(module, callback, tmp_path, 7)
+    fit(module, [callback], tmp_path, 7)
     assert entered[2:6] == [S.TRAINING, S.GRAFTING, S.STABILIZATION, S.EVALUATING]
     assert entered[6] in (S.FINE_TUNING, S.CULLED)
     assert callback.hook is not None
@@ -120,55 +164,84 @@ def test_a_seed_goes_its_way_under_the_trainer(kernels: Urza, tmp_path: Path) ->
 
 def test_a_fit_that_is_resumed_goes_on_with_its_seeds(kernels: Urza, tmp_path: Path) -> None:
     whole, half, rest = Module(kernels), Module(kernels), Module(kernels)
-    fit(whole, growing(whole, kernels), tmp_path / "whole", 5)
-    fit(half, growing(half, kernels), tmp_path / "half", 3)
+    fit(whole, [growing(whole, kernels)], tmp_path / "whole", 5)
+    fit(half, [growing(half, kernels)], tmp_path / "half", 3)
     (saved,) = (tmp_path / "half").rglob("*.ckpt")
-    fit(rest, growing(rest, kernels), tmp_path / "rest", 5, resume=saved)
-    assert len(list(esper.seed_parameters(whole))) == 4
-    mine = [*whole.state_dict().values(), *esper.seed_parameters(whole)]
-    others = [*rest.state_dict().values(), *esper.seed_parameters(rest)]
-    assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
+    fit(rest, [growing(rest, kernels)], tmp_path / "rest", 5, resume=saved)
+    assert_same(whole, rest)
 
 
-def test_what_the_module_has_beside_the_wrapped_model_goes_back_with_it(kernels: Urza, tmp_path: Path) -> None:
+def test_a_fit_that_is_resumed_within_an_epoch_ends_it_where_the_whole_one_does(kernels: Urza, tmp_path: Path) -> None:
+    whole = Module(kernels)
+    every_step = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    callback = growing(whole, kernels)
+    fit(whole, [callback, every_step], tmp_path, 5, loader=Resumable())
+    assert callback.hook is not None
+    for step in (2 * BATCHES, 2 * BATCHES + 1, 3 * BATCHES - 1, 3 * BATCHES):  # of a last batch, it ends at once
+        rest = Module(kernels)
+        resumed = growing(rest, kernels)
+        fit(rest, [resumed], tmp_path, 5, loader=Resumable(), resume=tmp_path / f"step={step}.ckpt")
+        assert_same(whole, rest)
+        assert resumed.hook is not None
+        assert resumed.hook.metrics == callback.hook.metrics
+
+
+def test_a_seed_that_makes_the_loss_diverge_is_locked_and_all_goes_back(kernels: Urza, tmp_path: Path) -> None:
     module = Module(kernels)
-    seen: list[Any] = []
+    callback = growing(module, kernels)
+    after: dict[int, list[Tensor]] = {}  # by the hook's steps, what the module has beside the wrapped model too
+    spoiled: list[int] = []
 
     class Spoiler(pl.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            pl_module.factor = float("nan") if (trainer.current_epoch, batch_idx) == (1, 3) else 1.0
-            if (trainer.current_epoch, batch_idx) == (1, 0):
-                seen.append(pl_module.head.weight.detach().clone())
-            elif (trainer.current_epoch, batch_idx) == (1, 4):
-                seen.append(pl_module.head.weight.detach().clone())
-                trainer.should_stop = True
+            grafting = module.net.kasmina_layers["0"].seed_state(0) is S.GRAFTING
+            module.factor = float("nan") if grafting and not spoiled else 1.0
 
-    callback = GrowthCallback()
-    trainer = pl.Trainer(
-        max_epochs=2,
-        callbacks=[callback, Spoiler()],
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    trainer.fit(module, batches())
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            assert callback.hook is not None
+            now = [value.clone() for value in module.state_dict().values()]
+            if module.factor != 1.0:
+                spoiled.append(callback.hook.steps)
+                (rollback,) = callback.hook.rollbacks
+                assert all(torch.equal(a, b) for a, b in zip(now, after[rollback.checkpoint_step], strict=True))
+            after[callback.hook.steps] = now
+
+    fit(module, [callback, Spoiler()], tmp_path, 5, enable_checkpointing=False)
     assert callback.hook is not None
-    assert [rollback.reason for rollback in callback.hook.rollbacks] == ["the loss is nan"]
-    assert torch.equal(*seen)
+    (step,) = spoiled
+    assert callback.hook.rollbacks == [
+        Rollback(reason="the loss is nan", step=step, checkpoint_step=BATCHES, layer="0", seed=0)
+    ]
+    assert module.net.kasmina_layers["0"].seed_state(0) is S.ROLLED_BACK
+    assert callback.hook.steps == 5 * BATCHES
+    assert all(value.isfinite().all() for value in after[5 * BATCHES])
+    assert not torch.equal(after[5 * BATCHES][0], after[BATCHES][0])
 
 
-def test_a_logged_metric_is_what_the_controller_sees(kernels: Urza, tmp_path: Path) -> None:
-    callback = GrowthCallback(monitor="train_loss")
-    fit(Module(kernels), callback, tmp_path, 2)
+@pytest.mark.parametrize(  # the mean of an epoch's losses is there at its end only
+    ("monitor", "at_epoch_end"), [("train_loss", True), ("val_loss", True), ("val_loss", False)]
+)
+def test_a_logged_metric_is_what_the_controller_sees(
+    kernels: Urza, tmp_path: Path, monitor: str, at_epoch_end: bool
+) -> None:
+    callback, first, second = (GrowthCallback(monitor=monitor) for _ in range(3))
+
+    def run(name: str, callback: GrowthCallback, epochs: int, resume: Path | None = None) -> None:
+        checkpoints = ModelCheckpoint(tmp_path / name, save_on_train_epoch_end=at_epoch_end)
+        fit(Module(kernels), [callback, checkpoints], tmp_path, epochs, resume=resume, num_sanity_val_steps=1)
+
+    run("whole", callback, 3)
     assert callback.hook is not None
     assert all(metric is not None and metric > 0 for metric in callback.hook.metrics)
+    run("half", first, 2)
+    (saved,) = (tmp_path / "half").rglob("*.ckpt")
+    run("rest", second, 3, saved)
+    assert second.hook is not None
+    assert second.hook.metrics == callback.hook.metrics
 
 
 def test_modules_without_one_wrapped_model_are_refused(kernels: Urza, tmp_path: Path) -> None:
     module = Module(kernels)
     esper.unwrap(module)
     with pytest.raises(ValueError, match="Module has 0 wrapped models, one is expected"):
-        fit(module, GrowthCallback(), tmp_path, 1)
+        fit(module, [GrowthCallback()], tmp_path, 1)

@@ -23,7 +23,10 @@ def test_yaml_says_what_toml_says(tmp_path: Path, suffix: str) -> None:
     [
         ("hook: [", "not valid YAML"),
         ("- 1", "a mapping is expected, found list"),
-        ("hook:\n  kep: 1", "did you mean 'keep'"),
+        ("hook:\n  kep: 1", r"hook\.kep: there is no such name; did you mean 'keep'"),
+        ("1: 2\nhook:\n  2: 3", r"hook\.2: there is no such name; .*; 1: there is no such name"),
+        ("hook:", "hook: must be a table, found None"),
+        ("policy:\n  max_reconstruction_error: 1e-3", "must be a number, as 0.5 or 1.0e-3, found '1e-3'"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
