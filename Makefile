@@ -9,11 +9,11 @@ BIN := $(VENV)/bin
 MATRIX := 3.6.0 3.8.0 3.9.0
 MATRIX_VENVS := $(MATRIX:%=$(VENV)-matrix/%)
 STAMP := $(VENV)/.installed
-# Packages that tests/third_party, tests/company, tests/s3 and tests/nissa run besides. Each list stands there in copy once they are
-# all there.
+# Packages that tests/third_party, tests/company, tests/s3 and tests/nissa run besides, and what the site is built with. Each list
+# stands there in copy once they are all there.
+SITE := $(VENV)/docs/requirements.txt
 PACKAGES := $(VENV)/third_party/requirements.txt $(VENV)/company/requirements.txt $(VENV)/s3/requirements.txt \
-  $(VENV)/nissa/requirements.txt
-DOCS_VENV := $(VENV)-docs
+  $(VENV)/nissa/requirements.txt $(SITE)
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
@@ -69,8 +69,8 @@ test-matrix: $(STAMP) $(MATRIX_VENVS:%=%/.installed)
 	@$(BIN)/python tests/matrix.py $(VENV) $(MATRIX_VENVS) $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
 
 # Warnings, as of a link that leads nowhere, are errors.
-docs: $(DOCS_VENV)/.installed
-	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict -f .mkdocs.yml
+docs: $(SITE)
+	@NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(VENV)/docs $(BIN)/python -m mkdocs build --quiet --strict -f .mkdocs.yml
 	@echo build/site/index.html
 
 lint: $(STAMP)
@@ -105,17 +105,14 @@ $(VENV)-matrix/%/.installed: $(STAMP)
 	@$(BIN)/python tests/matrix_venv.py $(@D) $*
 	@touch $@
 
-# It reads the package's docstrings and imports none of it, so it needs nothing of what that needs.
-$(DOCS_VENV)/.installed: docs/requirements.txt $(STAMP)
-	@echo 'Setting up $(@D) (once) ...' >&2
-	@$(BIN)/python -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip install --quiet -r $<
+$(filter-out $(SITE),$(PACKAGES)): $(VENV)/%/requirements.txt: tests/%/requirements.txt $(STAMP)
+	@$(BIN)/python tests/package_folder.py $<
 	@touch $@
 
-$(PACKAGES): $(VENV)/%/requirements.txt: tests/%/requirements.txt $(STAMP)
+$(SITE): docs/requirements.txt $(STAMP)
 	@$(BIN)/python tests/package_folder.py $<
 	@touch $@
 
 clean:
-	@rm -rf $(VENV) $(VENV)-matrix $(DOCS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

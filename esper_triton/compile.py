@@ -126,4 +126,6 @@ class _CallableModule(ModuleType):
 sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from esper_triton.command_output import run_command
+
+    run_command(main)

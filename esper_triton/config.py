@@ -354,5 +354,13 @@ def _entry(name: str, default: Any, description: str) -> list[str]:
     return [f"{name} = {value.removeprefix('v = ').strip()}  # {description}"]
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Prints every option with its default. Returns 0."""
     sys.stdout.write(documented())
+    return 0
+
+
+if __name__ == "__main__":
+    from esper_triton.command_output import run_command
+
+    run_command(main)

@@ -179,6 +179,7 @@ def test_a_module_is_compiled_by_its_name(tmp_path: Path, capsys: pytest.Capture
     [
         ([], "nothing to compile"),
         (["linnear"], "no blueprint 'linnear' in the library, nor such a file; did you mean 'linear'?"),
+        (["blueprints/lora.toml"], "no such file; the one that ships is called 'lora', without a path"),
         (["linear", "lora", "--dim", "q=3"], "no blueprint has a dim 'q'"),
         (["linear", "--jobs", "0"], "--jobs is 0, expected at least 1"),
         (["linear", "--budget", "0"], "--budget is 0, expected"),

@@ -1,4 +1,4 @@
-"""The pages of docs/: links lead somewhere, code runs, and what they list is all that there is."""
+"""The pages of docs/: links lead somewhere, and what they list is all that there is. test_pages.py runs their code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -102,12 +102,24 @@ def test_the_site_has_every_page_in_its_contents() -> None:
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
-def test_the_diagrams_are_what_their_script_draws_of_the_code() -> None:
-    spec = importlib.util.spec_from_file_location("diagrams", DOCS / "diagrams.py")
+def script(name: str) -> Any:
+    """A script of docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    diagrams = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(diagrams)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_every_message_is_what_its_script_reads_in_the_code() -> None:
+    messages = script("messages")
+    assert (DOCS / "messages.md").read_text("utf-8") == messages.page(), "write it anew: python docs/messages.py"
+    assert len({text for _, _, text in messages.messages()}) > 600
+
+
+def test_the_diagrams_are_what_their_script_draws_of_the_code() -> None:
+    diagrams = script("diagrams")
     assert (DOCS / "architecture.svg").read_text("utf-8") == diagrams.architecture()
     drawn = (DOCS / "lifecycle.svg").read_text("utf-8")
     assert drawn == diagrams.lifecycle()
@@ -118,49 +130,3 @@ def test_the_page_on_the_architecture_has_every_state() -> None:
     text = (DOCS / "architecture.md").read_text("utf-8")
     rows = re.findall(r"^\| ([A-Z_, ]+) \|", text, re.MULTILINE)
     assert {name for row in rows for name in row.split(", ")} == set(SeedLifecycleState.__members__)
-
-
-def code_of(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), re.DOTALL)
-
-
-def run(page: str, code: str, **names: Any) -> dict[str, Any]:
-    found = {"__name__": "page", **names}
-    exec(compile(code, str(DOCS / page), "exec"), found)
-    return found
-
-
-def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    page = run("tutorial.md", "\n".join(code_of("tutorial.md")))
-    assert page["verdict"].improvement > 0
-    assert capsys.readouterr().out.startswith("no artifact '0123456789ab-cpu-fast-ba9876543210' in ")
-    assert (tmp_path / "grown" / "lineage.json").exists()
-
-
-def test_the_code_of_the_page_on_proofs(adapter_store: esper.Urza, adapter_for: Callable[..., str]) -> None:
-    artifact_id = adapter_for(16, 4)
-    artifact, blobs = adapter_store.load(artifact_id)
-    design = adapter_store.blueprint(artifact_id)
-    given = {"manifest": artifact.manifest, "blobs": blobs, "blueprint": design}
-    (code,) = code_of("urabrask.md")
-    page = run(
-        "urabrask.md", code.replace('"standard"', '"fast"'), artifact_id=artifact_id, store=adapter_store, **given
-    )
-    assert page["artifact"].status == "VALIDATED"
-    assert page["report"].verdict == "VALIDATED"
-
-
-def test_the_code_of_the_page_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "kernels").symlink_to(ROOT / "kernels")
-    monkeypatch.chdir(tmp_path)
-    (code,) = code_of("gpu.md")
-    (artifact,) = run("gpu.md", code, esper=esper)["artifacts"]
-    assert (artifact.manifest.target.backend, artifact.manifest.target.arch) == ("cuda", "90")
-
-
-def test_every_page_with_code_is_run_by_a_test() -> None:
-    tests = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    pages = [page.name for page in PAGES if "```python" in page.read_text("utf-8")]
-    assert len(pages) > 10
-    assert [name for name in pages if f'"{name}"' not in tests] == []

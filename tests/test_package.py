@@ -149,9 +149,8 @@ def run_installed(python: Path, folder: Path, *arguments: str) -> str:
 
 def test_the_readmes_first_example_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     (block, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    step = "optimizer.zero_grad(); model(torch.ones(4, 64)).square().sum().backward(); optimizer.step()"
     where = "print(esper.__file__)\n"
-    (tmp_path / "example.py").write_text(block.replace("...  ", step, 1) + where, encoding="utf-8")
+    (tmp_path / "example.py").write_text(block + where, encoding="utf-8")
     stats, path = run_installed(installed, tmp_path, "-W", "error", "example.py").splitlines()
     assert "'forward_calls_active': 100" in stats
     assert Path(path).is_relative_to(installed.parents[1])

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from esper_triton.command_output import run_command
 from esper_triton.cpu.errors import CPUBackendError, UsageError
 
 if TYPE_CHECKING:
@@ -160,4 +161,4 @@ def _print_explanation(explanation: Explanation, chosen: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from esper_triton.command_output import run_command
 from esper_triton.contracts.errors import BusUnavailable, EsperError
 from esper_triton.nissa.pages import DEFAULT_PORT, Dashboard
 from esper_triton.nissa.terminal import ask, draw
@@ -135,4 +136,4 @@ def _asked(options: argparse.Namespace) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from esper_triton.command_output import run_command
 from esper_triton.contracts.errors import BusUnavailable
 from esper_triton.oona.exchange import Limits
 from esper_triton.oona.hub import Hub
@@ -150,4 +151,4 @@ def _is_loopback(host: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

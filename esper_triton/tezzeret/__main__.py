@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import threading
 from collections.abc import Sequence
 
+from esper_triton.command_output import run_command
 from esper_triton.contracts import envelope as topics
 from esper_triton.contracts.errors import EsperError
 from esper_triton.oona.workers import add_bus_arguments, bus_of, ends_with_a_signal, serve
@@ -65,4 +65,4 @@ def _serve(options: argparse.Namespace, stop: threading.Event) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from esper_triton.command_output import run_command
 from esper_triton.contracts.errors import EsperError, ProofUnavailable, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.contracts.query import MOST_ANSWERED, KernelQuery
@@ -205,4 +206,4 @@ def _progress(doing: str) -> Iterator[Tell]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

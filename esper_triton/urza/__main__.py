@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from esper_triton.command_output import run_command
 from esper_triton.contracts.errors import ArtifactNotFound, EsperError, InvalidCommit, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus
 from esper_triton.contracts.query import Change, KernelMatch, KernelQuery
@@ -513,4 +514,4 @@ def _size(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -1,4 +1,4 @@
-"""The laws of tests/test_laws.py that a device could break in ways of its own: 1, 2, 3, 4, 8 and 9."""
+"""The laws of tests/test_laws*.py that a device could break in ways of its own: 1, 2, 3, 4, 8 and 9."""
 
 from __future__ import annotations
 

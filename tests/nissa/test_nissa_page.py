@@ -1,11 +1,9 @@
-"""docs/nissa.md: its code runs, and its table is what is exported."""
+"""The table of docs/nissa.md is what is exported."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-import pytest
 from messages import one_of_everything
 
 from esper_triton.nissa.metrics import Metrics
@@ -33,12 +31,3 @@ def table() -> str:
 def test_the_table_is_of_what_is_exported() -> None:
     found = "\n".join(line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| `esper_")) + "\n"
     assert found == table(), f"the table of docs/nissa.md should be:\n{table()}"
-
-
-def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
-    exec(compile(block, "docs/nissa.md", "exec"), {})
-    url, token = capsys.readouterr().out.split()
-    assert url.startswith("http://127.0.0.1:")
-    assert len(token) >= 32

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -116,12 +114,3 @@ def test_locks_that_dead_builders_left_are_cleared_away(urza, make_artifact):
     with urza.building("0123456789ab-cpu-standard-ba9876543212"):
         urza.gc()
         assert os.listdir(urza.root / "building") == ["0123456789ab-cpu-standard-ba9876543212"]
-
-
-def test_the_code_of_the_page_runs_as_it_stands(urza, make_artifact):
-    page = Path(__file__).resolve().parents[2] / "docs" / "urza.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    manifest, blobs = make_artifact()
-    for _ in range(2):
-        exec(block, {"urza": urza, "artifact_id": manifest.id, "manifest": manifest, "blobs": blobs})
-        assert urza.load(manifest.id)[1] == blobs
