@@ -27,6 +27,7 @@ ROOMS = {  # in the order of the page: the title, and where its code lies
 
 # What an exception becomes that is made by a call of this name.
 MADE_BY = {
+    "refuse": "TypeError",
     "self._refused": "ArchiveRefused",
     "self._error": "MLIRSyntaxError",
     "unsupported": "UnsupportedOperation",
@@ -63,7 +64,10 @@ WHAT_TO_DO = {
         "An optimizer has got a scheduler behind `attach`'s back: hand it over as the message says."
     ),
     ("model", "FileNotFoundError"): "The folder is none that `save_model` has written. Look at the path.",
-    ("tamiyo", "ValueError"): "An option of the controller is out of range; the message has the range.",
+    ("tamiyo", "TypeError"): (
+        "What was given as a controller, or what a controller of your own gave back, is not what `GrowthHook` works "
+        "with; the message says what it expects."
+    ),
     ("config.py", "ValueError"): (
         "The file of a run cannot be read. It is raised as a `ConfigError` that begins with the file's name; "
         "correct the file."
@@ -110,6 +114,11 @@ WHAT_TO_DO = {
         "The text of a graph cannot be read; every fault has its line. You meet it inside of a `BlueprintError`. "
         "[blueprints.md](blueprints.md#operations) has the operations."
     ),
+    ("contracts/arguments.py", "TypeError"): (
+        "An argument of a hook, a controller or a command is of another kind. Nothing was changed: give what the "
+        "message says is expected."
+    ),
+    ("contracts/arguments.py", "ValueError"): "A number is out of range; the message has the range.",
     ("contracts", "AttributeError"): (
         "Blueprints have no such operation; [blueprints.md](blueprints.md#operations) lists them."
     ),
