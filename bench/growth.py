@@ -1,6 +1,6 @@
 """Whether growing pays, and what it costs: real data, and hosts that are too narrow in one place (growth_tasks.py).
 
-python bench/growth.py [--quick] [--only mlp,cnn,transformer,overhead,decisions] [--seeds 5] [--first 5]
+python bench/growth.py [--quick] [--only mlp,cnn,transformer,overhead,decisions] [--seeds 5] [--first 10]
     [--jobs 1] [--output docs]
 
 Four contestants train for the same epochs on the same batches, with AdamW at the same rate:
@@ -18,10 +18,10 @@ of the batches, and, of digits, which ones train. `dip` is the largest rise of t
 next while a seed was under way, against that of the host alone in the same epochs. Kernels are compiled before the
 clock starts.
 
-Hosts, sizes of kernels, epochs and rates were chosen by what came of seeds 0 to 4, after hosts were dropped in which
-growing does little: such as are narrow in the stream that everything goes through, where no kernel can bring back what
-is lost. Seeds that the choice has not seen are therefore what is reported: from `--first` on. No contestant has options
-of its own for a seed.
+Hosts, designs and sizes of kernels, epochs, ramps and rates were chosen by what came of seeds 0 to 9, after hosts were
+dropped in which growing does little: such as are narrow in the stream that everything goes through, where no kernel can
+bring back what is lost. Seeds that the choice has not seen are therefore what is reported: from `--first` on. No
+contestant has options of its own for a seed.
 """
 
 from __future__ import annotations
@@ -149,10 +149,9 @@ def compile_for(task: Task, model: nn.Module, urza: esper.Urza) -> None:
 def adapted(task: Task, model: nn.Module, at: str, parameters: int) -> nn.Module:
     """The host with an adapter of about so many parameters beside the layer `at`."""
     layer = model.get_submodule(at)
-    sizes = [_parameters(task.adapter(layer, heads)) for heads in (task.unit, 2 * task.unit)]
-    first, more = sizes[0] - _parameters(layer), sizes[1] - sizes[0]
-    units = max(1, 1 + round((parameters - first) / more))
-    model.set_submodule(at, task.adapter(layer, units * task.unit))
+    one, two = (_parameters(task.adapter(layer, r)) for r in (1, 2))
+    r = max(1, 1 + round((parameters - (one - _parameters(layer))) / (two - one)))
+    model.set_submodule(at, task.adapter(layer, r))
     return model
 
 
@@ -343,7 +342,7 @@ def main() -> None:
     every = ",".join(PARTS)
     parser.add_argument("--only", default=every, type=names_of(PARTS), help=f"parts, with commas, of {every}")
     parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--first", type=int, default=5, help="the first of them")
+    parser.add_argument("--first", type=int, default=10, help="the first of them")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process and a thread of its own")
     parser.add_argument("--quick", action="store_true", help="one seed and few epochs: whether it works at all")
     parser.add_argument(

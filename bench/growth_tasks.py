@@ -25,11 +25,11 @@ from esper_triton.kasmina import Policy, ReconstructionGate, linear
 __all__ = [
     "LEAST_WIDTH",
     "TASKS",
-    "AttentionAdapter",
     "Data",
     "ImageAdapter",
     "NormalisedAdapter",
     "RowsAdapter",
+    "SequenceAdapter",
     "Task",
 ]
 
@@ -81,6 +81,7 @@ def parity(seed: int) -> Data:
 
 LEAST_WIDTH = 8  # of a layer that gets kernels: of one or two features there is nothing to compute
 WINDOW = 16  # characters
+WIDTH_IN_POSITIONS = 7  # of the kernels that grow on them
 
 
 def corpus() -> str:
@@ -222,19 +223,23 @@ class ImageAdapter(Adapter):
         return h + self.project(F.gelu(self.depth(F.gelu(self.expand(h)))))
 
 
-class AttentionAdapter(Adapter):
-    """`low_rank_attention`: h + up attention(down h)."""
+class SequenceAdapter(Adapter):
+    """`sequence_residual.toml`: h + project gelu(depth gelu(expand h)), where depth is a depthwise convolution of `w`
+    positions."""
 
-    def __init__(self, host: nn.Linear, r: int, heads: int = 3) -> None:
+    def __init__(self, host: nn.Linear, r: int, w: int = WIDTH_IN_POSITIONS) -> None:
         super().__init__(host)
         d = host.out_features
-        self.heads, self.down, self.up = heads, nn.Linear(d, 3 * r, bias=False), nn.Linear(r, d)
-        nn.init.xavier_uniform_(self.down.weight)
-        self._starts_at_zero(self.up)
+        self.expand, self.project = nn.Linear(d, r), nn.Linear(r, d)
+        self.depth = nn.Conv1d(r, r, w, padding=w // 2, groups=r)
+        nn.init.zeros_(self.expand.bias)
+        nn.init.zeros_(self.depth.bias)
+        self._starts_at_zero(self.project)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.host(x)
-        return h + self.up(_attention(self.down(h), self.heads))
+        z = self.depth(F.gelu(self.expand(h)).mT).mT
+        return h + self.project(F.gelu(z))
 
 
 # ---- what belongs together
@@ -249,9 +254,9 @@ class Task:
         block: the modules, by prefix, that differ between the two.
         data: by seed. rate, decay: of AdamW.
         kernels: what is compiled for a Linear or convolution: designs, by name or path, with their dims.
-        adapter: the design that a rival has from the start, in plain torch: made from a layer and a width. unit: that
-            its width is a multiple of. at: the layer beside which it sits. parameters: of the largest kernel there,
-            which the rival has where nothing has grown.
+        adapter: the design that a rival has from the start, in plain torch: made from a layer and a width. at: the
+            layer beside which it sits. parameters: of the largest kernel there, which the rival has where nothing has
+            grown.
         policy, heuristic: the options of the grown one.
     """
 
@@ -267,7 +272,6 @@ class Task:
     adapter: Callable[[Any, int], Adapter]
     at: str
     parameters: int
-    unit: int = 1
     policy: Policy
     heuristic: dict[str, Any]
 
@@ -295,9 +299,9 @@ def _image_kernels(layer: nn.Module) -> Kernels:
     return [(HERE / "inverted_residual.toml", {"d": layer.out_channels, "r": r}) for r in (41, 40)]
 
 
-def _attention_kernels(layer: nn.Module) -> Kernels:
-    """One size: the store offers the fastest first, and there is no smaller one that is as good."""
-    return [("low_rank_attention", {"d": layer.out_features, "r": 9, "heads": 3})]
+def _sequence_kernels(layer: nn.Module) -> Kernels:
+    d = layer.out_features
+    return [(HERE / "sequence_residual.toml", {"d": d, "r": r, "w": WIDTH_IN_POSITIONS}) for r in (16, 15)]
 
 
 TASKS = {
@@ -342,11 +346,10 @@ TASKS = {
         epochs=30,
         rate=5e-3,
         decay=0.01,
-        kernels=_attention_kernels,
-        adapter=AttentionAdapter,
+        kernels=_sequence_kernels,
+        adapter=SequenceAdapter,
         at="stem",
-        parameters=1776,
-        unit=3,
+        parameters=1728,
         policy=_policy(4000),
         heuristic={"warmup_epochs": 2, "plateau_epochs": 1, "max_seeds": 1},
     ),

@@ -58,12 +58,21 @@ def test_the_normalised_adapter_in_plain_torch_is_the_shipped_residual_mlp() -> 
     assert torch.allclose(adapter(x), expected, rtol=1e-12)
 
 
-def test_the_attention_adapter_in_plain_torch_is_the_shipped_low_rank_attention() -> None:
+def residual_of(name: str, adapter: nn.Module, h: Tensor, dims: dict[str, int]) -> Tensor:
+    """`name`.toml beside the benchmark, with the adapter's parameters."""
+    names = [f"{layer}_{kind}" for layer in ("expand", "depth", "project") for kind in ("weight", "bias")]
+    parameters = named(adapter, **{one: one.replace("_", ".") for one in names})
+    for one in names:  # a blueprint has no dimensions of 1
+        parameters[one] = parameters[one].squeeze()
+    blueprint = Blueprint.load(growth_tasks.HERE / f"{name}.toml")
+    return reference(blueprint, {"h": h}, parameters, dims=dims)
+
+
+def test_the_adapter_of_sequences_in_plain_torch_is_the_blueprint_beside_the_benchmark() -> None:
     torch.manual_seed(0)
-    adapter = randomised(growth_tasks.AttentionAdapter(nn.Linear(6, 8), 6, heads=3))
-    x = torch.randn(2, 5, 6, dtype=torch.float64)
-    parameters = named(adapter, down_weight="down.weight", up_weight="up.weight", up_bias="up.bias")
-    expected = k_of("low_rank_attention", {"d": 8, "r": 6, "heads": 3}, {"h": adapter.host(x)}, parameters)
+    adapter = randomised(growth_tasks.SequenceAdapter(nn.Linear(6, 8), 3, w=5))
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    expected = residual_of("sequence_residual", adapter, adapter.host(x), {"d": 8, "r": 3, "w": 5})
     assert torch.allclose(adapter(x), expected, rtol=1e-12)
 
 
@@ -71,13 +80,7 @@ def test_the_adapter_of_images_in_plain_torch_is_the_blueprint_beside_the_benchm
     torch.manual_seed(0)
     adapter = randomised(growth_tasks.ImageAdapter(nn.Conv2d(2, 4, 3, padding=1), 3))
     x = torch.randn(2, 2, 5, 6, dtype=torch.float64)
-    names = [f"{layer}_{kind}" for layer in ("expand", "depth", "project") for kind in ("weight", "bias")]
-    parameters = named(adapter, **{name: name.replace("_", ".") for name in names})
-    for name in names:  # a blueprint has no dimensions of 1
-        parameters[name] = parameters[name].squeeze()
-    blueprint = Blueprint.load(growth_tasks.HERE / "inverted_residual.toml")
-    host = adapter.host(x).movedim(1, -1)
-    expected = reference(blueprint, {"h": host}, parameters, dims={"d": 4, "r": 3})
+    expected = residual_of("inverted_residual", adapter, adapter.host(x).movedim(1, -1), {"d": 4, "r": 3})
     assert torch.allclose(adapter(x).movedim(1, -1), expected, rtol=1e-12)
 
 
@@ -86,7 +89,7 @@ def test_the_adapter_of_images_in_plain_torch_is_the_blueprint_beside_the_benchm
     [
         (lambda: growth_tasks.RowsAdapter(nn.Linear(6, 4), 3), (2, 6)),
         (lambda: growth_tasks.NormalisedAdapter(nn.Linear(6, 4), 3), (2, 6)),
-        (lambda: growth_tasks.AttentionAdapter(nn.Linear(6, 4), 3), (2, 5, 6)),
+        (lambda: growth_tasks.SequenceAdapter(nn.Linear(6, 4), 3), (2, 5, 6)),
         (lambda: growth_tasks.ImageAdapter(nn.Conv2d(6, 4, 3, padding=1), 3), (2, 6, 5, 5)),
     ],
 )
