@@ -6,11 +6,13 @@ torch nor llvmlite, and whatever is missing is reported when a kernel is first c
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -197,11 +199,24 @@ def _make_llir(module: Any, metadata: dict[str, Any], options: CPUOptions) -> st
     from esper_triton.cpu.host import compiling_for, cpu_name
 
     text = mlir.generic_text(module, module.context)
-    with compiling_for(options.arch):
+    with compiling_for(options.arch), _no_collections():
         lowered = _lower(text, str(options.sanitize), cpu_name())
     metadata["name"], metadata["slots"], metadata["work"], source = lowered
     metadata["shared"] = 0
     return source
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Garbage collection waits. A kernel in the making is some hundred thousand objects that live until it is text, and
+    looking through these and all others again and again took a quarter of a compile."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 # Remembered, like `_object`: autotuning compiles a kernel again for each number of warps and stages, and here these are
