@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,12 @@ settings.register_profile("unhurried", deadline=None, suppress_health_check=[Hea
 settings.load_profile("unhurried")
 
 ADAPTER = Path(__file__).resolve().parent / "data" / "bottleneck_adapter.toml"
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no collection of garbage is to look through all of it for every few tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
