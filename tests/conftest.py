@@ -43,6 +43,16 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> I
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _fsync_costs_nothing() -> Iterator[None]:
+    """No test cuts the power, and thousands of waits for the disk would be much of the time. One test checks that data
+    is synced, and in which order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr("esper_triton.urza.index.SYNCHRONOUS", "OFF")
+        yield
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> esper.Urza:
     """A fresh, empty store."""
