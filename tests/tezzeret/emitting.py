@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import JITFunction
 
 from esper_triton.contracts.blueprint import Blueprint
 from esper_triton.contracts.graph import layout_of
@@ -33,9 +32,8 @@ def source_of(blueprint: Blueprint, dims: Mapping[str, int], dtype: str = "float
     return emit(design_of(blueprint, dims, dtype), tiles or Tiles()).source
 
 
-def load(source: str, folder: Path, *, specialized: bool = True) -> ModuleType:
-    """The source as a module of its own. Its kernels are compiled anew for sizes and strides that are 1 or multiples of
-    16, as Triton does by itself; without `specialized` once for all, as the forge does."""
+def load(source: str, folder: Path) -> ModuleType:
+    """The source as a module of its own."""
     name = "emitted_" + hashlib.sha256(source.encode()).hexdigest()[:16]
     path = folder / f"{name}.py"
     path.write_text(source, encoding="utf-8")
@@ -44,10 +42,6 @@ def load(source: str, folder: Path, *, specialized: bool = True) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not specialized:
-        for kernel in vars(module).values():
-            for parameter in kernel.params if isinstance(kernel, JITFunction) else ():
-                parameter.do_not_specialize = not parameter.is_constexpr
     return module
 
 

@@ -25,14 +25,13 @@ ids = {"ids": lambda case: case.text.replace("\n", "; ")}
 
 @pytest.fixture(scope="module")
 def emitted(tmp_path_factory: pytest.TempPathFactory) -> Emitted:
-    """`emitted(case, dtype)`: its source as a module, whose kernels are compiled once, when they are first called."""
+    """`emitted(case, dtype)`: its source as a module, whose kernels are compiled when they are first called."""
     folder = tmp_path_factory.mktemp("emitted")
 
     @cache
     def module(text: str, dtype: str) -> ModuleType:
         (case,) = (case for case in CASES if repr(case) == text)
-        # What is known of sizes and strides does much the same to all: drawn graphs (test_emission) are specialised.
-        return load(source_of(case.blueprint, case.dims(dtype), dtype), folder, specialized=False)
+        return load(source_of(case.blueprint, case.dims(dtype), dtype), folder)
 
     return lambda case, dtype: module(repr(case), dtype)
 
