@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,12 @@ settings.register_profile("unhurried", deadline=None, suppress_health_check=[Hea
 settings.load_profile("unhurried")
 
 ADAPTER = Path(__file__).resolve().parent / "data" / "bottleneck_adapter.toml"
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no collection of garbage is to look through all of it for every few tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +40,16 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(run_folder / "triton-cache"))
         patch.setenv("ESPER_URZA", str(tmp_path_factory.mktemp("default-store") / "urza"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fsync_costs_nothing() -> Iterator[None]:
+    """No test cuts the power, and thousands of waits for the disk would be much of the time. One test checks that data
+    is synced, and in which order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr("esper_triton.urza.index.SYNCHRONOUS", "OFF")
         yield
 
 

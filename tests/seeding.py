@@ -3,6 +3,7 @@ works."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -65,6 +66,11 @@ def linear_with_seeds(store: Urza, features_in: int, width: int, num_seeds: int,
         for parameter in linear.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return KasminaLayer.adopt(linear, num_seeds=num_seeds, urza=store, name="fc", **options)  # type: ignore[arg-type]
+
+
+def memory_folder() -> str | None:
+    """A folder in memory, where there can be one: hundreds of stores on a disk take minutes."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def copy_artifact(source: Urza, destination: Urza, artifact_id: str, **changes: object) -> str:

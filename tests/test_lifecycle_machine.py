@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from seeding import break_every_launch, copy_artifact, flip_one_byte, law_2, own_parameters
+from seeding import break_every_launch, copy_artifact, flip_one_byte, law_2, memory_folder, own_parameters
 from torch import nn
 
 import esper_triton as esper
@@ -73,7 +73,7 @@ class Lifecycle(RuleBasedStateMachine):
     @initialize(starts=st.tuples(*[st.sampled_from([S.DORMANT, S.TRAINING, *GROWING])] * 4))
     def wrap(self, starts: tuple[S, ...]) -> None:
         KernelCache.process().reset()
-        self.folder = Path(tempfile.mkdtemp(prefix="esper-machine-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="esper-machine-", dir=memory_folder()))
         self.patch = pytest.MonkeyPatch()
         self.store = Urza(self.folder / "urza")
         copy_artifact(self.source, self.store, self.artifact_id)

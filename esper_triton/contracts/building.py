@@ -132,6 +132,17 @@ class GraphBuilder:
         self._inference = Inference(self._inputs, shapes, assignments, exact=False)
         for op in self._ops:
             self._inference.step(op)
+        self._refuse_faults()
+
+    def _infer_last(self) -> None:
+        """The type of the op that was added last; those before it keep theirs where it brings no expression."""
+        if expressions_of({}, self._ops[-1:]):
+            self._infer()
+            return
+        self._inference.step(self._ops[-1])
+        self._refuse_faults()
+
+    def _refuse_faults(self) -> None:
         if self._inference.faults:
             self._fault("; ".join(self._inference.faults))
 
@@ -209,7 +220,7 @@ class GraphBuilder:
             self._fault(f"{op}: " + "; ".join(item["msg"] for item in error.errors()))
         self._ops.append(added)
         try:
-            self._infer()
+            self._infer_last()
         except BlueprintError:
             self._ops.pop()
             self._infer()

@@ -6,11 +6,14 @@ torch nor llvmlite, and whatever is missing is reported when a kernel is first c
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from esper_triton.cpu.mlir import Module
 
 __all__ = ["CPUBackend", "CPUOptions"]
+
+# Triton compiles a kernel anew for arguments that 16 divides, of which the lowering makes nothing.
+_KNOWN_OF_ARGUMENTS = re.compile(r"arg_attrs = \[(?:\{(?:tt\.divisibility = \d+ : i32)?\}(?:, )?)+\], ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,16 +202,29 @@ def _make_llir(module: Any, metadata: dict[str, Any], options: CPUOptions) -> st
     from esper_triton.cpu import mlir
     from esper_triton.cpu.host import compiling_for, cpu_name
 
-    text = mlir.generic_text(module, module.context)
-    with compiling_for(options.arch):
+    text = _KNOWN_OF_ARGUMENTS.sub("", mlir.generic_text(module, module.context))
+    with compiling_for(options.arch), _no_collections():
         lowered = _lower(text, str(options.sanitize), cpu_name())
     metadata["name"], metadata["slots"], metadata["work"], source = lowered
     metadata["shared"] = 0
     return source
 
 
-# Remembered, like `_object`: autotuning compiles a kernel again for each number of warps and stages, and here these are
-# one and the same kernel.
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Garbage collection waits. A kernel in the making is some hundred thousand objects that live until it is text, and
+    looking through these and all others again and again took a quarter of a compile."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+# Remembered, like `_object`: autotuning compiles a kernel again for each number of warps and stages, and Triton for
+# strides and addresses that 16 divides, and here these are one and the same kernel.
 @lru_cache(maxsize=8)
 def _lower(text: str, sanitize: str, processor: str) -> tuple[str, int, int | None, str]:
     """(symbol, number of run-time arguments, work of a program, LLVM IR) of a module in MLIR's generic form, for the

@@ -1,8 +1,11 @@
 """The plugin as its user meets it: native code runs, programs are spread over threads, what is missing is named."""
 
+import contextlib
 import ctypes
+import gc
 import inspect
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +67,44 @@ def test_kernels_that_differ_only_in_warps_and_stages_are_compiled_once(rng):
         assert torch.equal(out, (x.double() * 2.5).float())
     after = compiler._lower.cache_info().misses, compiler._object.cache_info().misses
     assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
+
+
+def test_kernels_that_differ_only_in_what_16_divides_are_lowered_once(rng):
+    before = compiler._lower.cache_info().misses, compiler._object.cache_info().misses
+    x = torch.randn(129, generator=rng)
+    for start, count in ((0, 64), (0, 65), (1, 64), (1, 65)):
+        out = torch.full((count + start,), float("nan"))[start:]
+        given = x[start : start + count]
+        kernel = scale[(1,)](given, out, 0.75, count, BLOCK=512)
+        assert ("tt.divisibility" in kernel.asm["ttir"]) is ((start, count) != (1, 65))
+        assert torch.equal(out, (given.double() * 0.75).float())
+    after = compiler._lower.cache_info().misses, compiler._object.cache_info().misses
+    assert (after[0] - before[0], after[1] - before[1]) == (1, 1)
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_garbage_is_collected_after_a_kernel_is_lowered_if_it_was_before(monkeypatch, is_enabled, fails):
+    seen = []
+
+    def lower(*given):
+        seen.append(gc.isenabled())
+        if fails:
+            raise MemoryError
+        return "name", 1, None, "text"
+
+    monkeypatch.setattr(compiler, "_lower", lower)
+    monkeypatch.setattr("esper_triton.cpu.mlir.generic_text", lambda *_: "")
+    options = compiler.CPUBackend(GPUTarget("cpu", "native", 1)).parse_options({})
+    if not is_enabled:
+        gc.disable()
+    try:
+        with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+            compiler._make_llir(SimpleNamespace(context=None), {}, options)
+        assert gc.isenabled() is is_enabled
+    finally:
+        gc.enable()
+    assert seen == [False]
 
 
 @triton.jit

@@ -30,6 +30,13 @@ def _inductor_on_triton():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def untuned():
+    """One configuration of each kernel instead of the two or three that are tried, of which one is then compared."""
+    with inductor.patch({"triton.autotune_pointwise": False}):
+        yield
+
+
 class Block(nn.Module):
     """A transformer block: causal attention and a feed-forward layer, each normalised before and added."""
 
@@ -122,6 +129,7 @@ def test_a_transformer_block_forward_and_backward():
     agree(Block(), torch.randn(2, 19, 32))
 
 
+@pytest.mark.usefixtures("untuned")
 def test_a_residual_network_forward_and_backward():
     agree(ResNet(), torch.randn(4, 3, 12, 12), tolerance=1e-3)
 
@@ -134,10 +142,12 @@ def test_a_network_in_evaluation():
         torch.testing.assert_close(compiled_output(torch.compile(model), image), expected, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.usefixtures("untuned")
 def test_a_model_in_bfloat16():
     agree(Block().bfloat16(), torch.randn(2, 7, 32, dtype=torch.bfloat16), tolerance=6e-2)
 
 
+@pytest.mark.usefixtures("untuned")
 def test_one_compilation_serves_many_shapes():
     model = Block()
     function = torch.compile(model, dynamic=True)
@@ -149,6 +159,7 @@ def test_one_compilation_serves_many_shapes():
                 torch.testing.assert_close(function(x), model(x), atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.usefixtures("untuned")
 def test_training_follows_eager_step_by_step():
     model = LanguageModel()
     eager = copy.deepcopy(model)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from shipped import BLUEPRINTS, EQUIVALENTS, SIZES, dims_of
+from shipped import BLUEPRINTS, EQUIVALENTS, SIZES
 from torch import Tensor, nn
 
 import esper_triton as esper
@@ -12,28 +14,32 @@ from esper_triton.kasmina import KasminaLayer
 from esper_triton.testing import assert_equivalent
 from esper_triton.urza import Urza
 
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Urza:
-    """Of all tests here, so that each blueprint is compiled and proven once."""
-    return Urza(tmp_path_factory.mktemp("equivalent") / "urza")
+Compiled = Callable[[str], esper.Artifact]
 
 
-def compiled(name: str, store: Urza) -> esper.Artifact:
-    return esper.compile(BLUEPRINTS[name], dims=dims_of(name), pipeline="fast", urza=store)[0]
+@pytest.fixture
+def store(library_store: Urza) -> Urza:
+    """Of the whole run, so that each blueprint is compiled and proven once."""
+    return library_store
+
+
+@pytest.fixture
+def compiled(library_store: Urza, library_artifact: Callable[..., str]) -> Compiled:
+    """`compiled(name)`: the artifact, in `store`."""
+    return lambda name: library_store.get(library_artifact(name))
 
 
 @pytest.mark.parametrize("name", EQUIVALENTS)
-def test_what_ships_as_equal_to_a_layer_is(name: str, store: Urza) -> None:
+def test_what_ships_as_equal_to_a_layer_is(name: str, compiled: Compiled, store: Urza) -> None:
     layer = EQUIVALENTS[name].make(SIZES)
     before = {n: p.detach().clone() for n, p in layer.named_parameters()}
-    assert_equivalent(layer, compiled(name, store), urza=store, names=EQUIVALENTS[name].names, seed=5, groups=12)
+    assert_equivalent(layer, compiled(name), urza=store, names=EQUIVALENTS[name].names, seed=5, groups=12)
     assert all(torch.equal(before[n], p) for n, p in layer.named_parameters())
 
 
 @pytest.mark.parametrize("name", EQUIVALENTS)
-def test_a_layer_with_its_kernel_at_alpha_1_is_its_host(name: str, store: Urza) -> None:
-    artifact = compiled(name, store)
+def test_a_layer_with_its_kernel_at_alpha_1_is_its_host(name: str, compiled: Compiled, store: Urza) -> None:
+    artifact = compiled(name)
     host = EQUIVALENTS[name].make(SIZES)
     layer = KasminaLayer.adopt(host, num_seeds=1, chunking="whole", urza=store, name="host")
     assert layer.load_kernel_sync(0, artifact.id), layer.last_error(0)
@@ -63,27 +69,27 @@ class Wrong(nn.Module):
         return nn.functional.linear(x, self.weight, 1.001 * self.bias)
 
 
-def test_what_is_not_equal_is_told_with_the_simplest_call(store: Urza) -> None:
-    artifact = compiled("linear", store)
+def test_what_is_not_equal_is_told_with_the_simplest_call(compiled: Compiled, store: Urza) -> None:
+    artifact = compiled("linear")
     with pytest.raises(AssertionError, match=r"is not equivalent to Wrong \(seed 3\)") as caught:
         assert_equivalent(Wrong(SIZES["d_in"], SIZES["d"]), artifact, urza=store, seed=3)
     assert "simplest call: rows=1 " in str(caught.value)
     assert "out is off by" in str(caught.value)
 
 
-def test_a_kernel_is_proven_against_the_host_of_a_layer_with_seeds(store: Urza) -> None:
-    artifact = compiled("linear", store)
+def test_a_kernel_is_proven_against_the_host_of_a_layer_with_seeds(compiled: Compiled, store: Urza) -> None:
+    artifact = compiled("linear")
     layer = KasminaLayer.adopt(nn.Linear(SIZES["d_in"], SIZES["d"]), num_seeds=1, urza=store, name="fc")
     assert_equivalent(layer, artifact.id, urza=store, groups=8)
 
 
-def test_parameters_without_a_counterpart_are_named(store: Urza) -> None:
-    artifact = compiled("linear", store)
+def test_parameters_without_a_counterpart_are_named(compiled: Compiled, store: Urza) -> None:
+    artifact = compiled("linear")
     with pytest.raises(ValueError, match=r"parameter 'bias' of artifact .* is none of Linear"):
         assert_equivalent(nn.Linear(SIZES["d_in"], SIZES["d"], bias=False), artifact, urza=store)
     with pytest.raises(ValueError, match=r"parameter 'weight' of Linear is \(24, 3\), artifact .* has \(24, 20\)"):
         assert_equivalent(nn.Linear(3, SIZES["d"]), artifact, urza=store)
-    norm = compiled("rmsnorm", store)
+    norm = compiled("rmsnorm")
     with pytest.raises(ValueError, match="has no counterpart of LayerNorm's 'bias'"):
         assert_equivalent(nn.LayerNorm(SIZES["d"]), norm, urza=store)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 import esper_triton as esper
 from esper_triton.contracts.manifest import KernelStatus, parameter_records
 from esper_triton.kasmina.loading import make_parameters
+from esper_triton.urabrask.verdict import read_report
 
 NAMES = set(
     "linear conv1x1 conv3x3 layernorm rmsnorm multi_head_attention bottleneck_adapter lora swiglu_ffn residual_mlp "
@@ -162,6 +163,9 @@ def test_compiled_for_this_machine_and_proven(
     artifact = library_store.get(library_artifact(name, dtype))
     assert artifact.status is KernelStatus.VALIDATED
     assert (artifact.manifest.dims, artifact.manifest.dtype) == (dims_of(name), dtype)
+    report = read_report(artifact.id, library_store)  # of a seed that this run has drawn
+    assert (report.verdict, report.failures) == ("VALIDATED", ())
+    assert report.cases >= 20
 
 
 @pytest.mark.parametrize("name", BLUEPRINTS)

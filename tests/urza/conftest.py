@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,14 +16,6 @@ from esper_triton.urza import Urza
 def make_artifact() -> Callable[..., tuple[Manifest, dict[str, bytes]]]:
     """`make_artifact(artifact_id, binary=..., status=..., created_at=..., ...)`, every argument with a default."""
     return handmade.make_artifact
-
-
-@pytest.fixture(autouse=True)
-def fsync_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test here cuts the power, and thousands of waits for the disk would be most of the time. One test checks that
-    data is synced, and in which order."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr("esper_triton.urza.index.SYNCHRONOUS", "OFF")
 
 
 @pytest.fixture

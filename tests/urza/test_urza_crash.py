@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from crash_points import EVERY_STEP, every_call
+from seeding import memory_folder
 
 from esper_triton.contracts.errors import ArtifactNotFound, StoreUnavailable
 from esper_triton.contracts.manifest import KernelStatus, Manifest, sha256
@@ -94,9 +95,8 @@ def test_data_is_on_the_disk_before_it_has_a_name_and_the_name_before_the_next_o
 
 @pytest.fixture
 def memory_path(tmp_path) -> Iterator[Path]:
-    """A folder in memory, where there can be one: hundreds of stores on a disk take minutes."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
+    """A folder in memory, where there can be one."""
+    with tempfile.TemporaryDirectory(dir=memory_folder() or tmp_path) as folder:
         yield Path(folder)
 
 
