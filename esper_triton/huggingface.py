@@ -86,6 +86,7 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
             raise ValueError(f"{type(model).__name__} is not wrapped; esper_triton.wrap(model, ...) before the Trainer")
         optimizer, scheduler = _bare(kwargs["optimizer"], "optimizer"), _bare(kwargs["lr_scheduler"], "scheduler")
         schedulers = [] if scheduler is None else [scheduler]
+        self._close()  # a training that ended with an exception has told nobody
         attachment = attachment_of(optimizer)
         if attachment is not None:
             for one in schedulers:
@@ -135,8 +136,12 @@ class GrowthCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         `hook` can still be read."""
         assert self.hook is not None
         self._end_epochs(self._over if control.should_epoch_stop else int(state.epoch or 0))
-        self._listening.remove()
-        self.hook.close()
+        self._close()
+
+    def _close(self) -> None:
+        if self.hook is not None:
+            self._listening.remove()
+            self.hook.close()
 
     def _end_epochs(self, until: int) -> None:
         assert self.hook is not None

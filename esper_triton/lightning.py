@@ -96,6 +96,10 @@ class GrowthCallback(Callback):  # type: ignore[misc]  # Lightning is not looked
         if self.hook is not None:
             self.hook.close()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As `teardown`, which Lightning does not call then: the module can be fitted again."""
+        self.teardown(trainer, pl_module, "fit")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A checkpoint may be taken now, and a fit that goes on from it does not validate again."""
         if not trainer.sanity_checking:

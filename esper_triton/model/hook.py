@@ -273,6 +273,7 @@ class GrowthHook:
         if self._asked is not None:
             return self._go_back("it was asked for", asked=self._asked)
         self._control()
+        self._measure()  # whoever goes on from the checkpoint begins with this too
         if self.epoch % self._checkpoint_every == 0:
             self.checkpoint()
         return None

@@ -25,7 +25,7 @@ from esper_triton.urza import Urza
 D, BATCHES = 16, 6
 S = esper.SeedLifecycleState
 QUICK = Policy(
-    to_grafting=ReconstructionGate(max_steps=3), schedule=linear(4), stabilization_steps=2, fine_tuning_steps=4
+    to_grafting=ReconstructionGate(max_steps=3), schedule=linear(8), stabilization_steps=2, fine_tuning_steps=4
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning says what one might do better
@@ -164,10 +164,10 @@ def test_a_seed_goes_its_way_under_the_trainer(kernels: Urza, tmp_path: Path) ->
 
 def test_a_fit_that_is_resumed_goes_on_with_its_seeds(kernels: Urza, tmp_path: Path) -> None:
     whole, half, rest = Module(kernels), Module(kernels), Module(kernels)
-    fit(whole, [growing(whole, kernels)], tmp_path / "whole", 5)
-    fit(half, [growing(half, kernels)], tmp_path / "half", 3)
+    fit(whole, [growing(whole, kernels)], tmp_path / "whole", 3)
+    fit(half, [growing(half, kernels)], tmp_path / "half", 2)
     (saved,) = (tmp_path / "half").rglob("*.ckpt")
-    fit(rest, [growing(rest, kernels)], tmp_path / "rest", 5, resume=saved)
+    fit(rest, [growing(rest, kernels)], tmp_path / "rest", 3, resume=saved)
     assert_same(whole, rest)
 
 
@@ -175,12 +175,12 @@ def test_a_fit_that_is_resumed_within_an_epoch_ends_it_where_the_whole_one_does(
     whole = Module(kernels)
     every_step = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     callback = growing(whole, kernels)
-    fit(whole, [callback, every_step], tmp_path, 5, loader=Resumable())
+    fit(whole, [callback, every_step], tmp_path, 3, loader=Resumable())
     assert callback.hook is not None
-    for step in (2 * BATCHES, 2 * BATCHES + 1, 3 * BATCHES - 1, 3 * BATCHES):  # of a last batch, it ends at once
+    for step in (BATCHES + 1, 2 * BATCHES, 2 * BATCHES + 1, 3 * BATCHES - 1, 3 * BATCHES):  # the last ends at once
         rest = Module(kernels)
         resumed = growing(rest, kernels)
-        fit(rest, [resumed], tmp_path, 5, loader=Resumable(), resume=tmp_path / f"step={step}.ckpt")
+        fit(rest, [resumed], tmp_path, 3, loader=Resumable(), resume=tmp_path / f"step={step}.ckpt")
         assert_same(whole, rest)
         assert resumed.hook is not None
         assert resumed.hook.metrics == callback.hook.metrics
@@ -238,6 +238,20 @@ def test_a_logged_metric_is_what_the_controller_sees(
     run("rest", second, 3, saved)
     assert second.hook is not None
     assert second.hook.metrics == callback.hook.metrics
+
+
+def test_a_fit_that_ended_with_an_exception_leaves_nothing(kernels: Urza, tmp_path: Path) -> None:
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            raise RuntimeError("no more")
+
+    module = Module(kernels)
+    with pytest.raises(RuntimeError, match="no more"):
+        fit(module, [growing(module, kernels), Fails()], tmp_path, 1)
+    again = growing(module, kernels)
+    fit(module, [again], tmp_path, 1)
+    assert again.hook is not None
+    assert again.hook.steps == BATCHES
 
 
 def test_modules_without_one_wrapped_model_are_refused(kernels: Urza, tmp_path: Path) -> None:

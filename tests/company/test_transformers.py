@@ -185,17 +185,41 @@ def test_a_seed_that_makes_the_loss_diverge_is_locked_and_training_goes_on(
 
     trainer(model, [callback, Spoiler()], tmp_path, 5).train()
     ((step, name),) = spoiled
+    saved = (step - 1) // STEPS * STEPS  # the end of the epoch before
     assert callback.hook is not None
     assert callback.hook.rollbacks == [
-        Rollback(reason="the loss is nan", step=step, checkpoint_step=STEPS, layer=name, seed=0)
+        Rollback(reason="the loss is nan", step=step, checkpoint_step=saved, layer=name, seed=0)
     ]
-    assert all(torch.equal(after[step][key], value) for key, value in after[STEPS].items())
+    assert all(torch.equal(after[step][key], value) for key, value in after[saved].items())
     assert model.kasmina_layers[name].seed_state(0) is S.ROLLED_BACK
     assert callback.hook.steps == 5 * STEPS
     assert len(callback.hook.metrics) == 5
     assert all(value.isfinite().all() for value in after[5 * STEPS].values())
-    assert not torch.equal(after[5 * STEPS]["classifier.weight"], after[STEPS]["classifier.weight"])
+    assert not torch.equal(after[5 * STEPS]["classifier.weight"], after[saved]["classifier.weight"])
     capsys.readouterr()
+
+
+class Interrupts(transformers.TrainerCallback):
+    """As a person does, once."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def test_a_training_that_was_interrupted_can_be_begun_again(kernels: Urza, tmp_path: Path) -> None:
+    callback = growing(kernels)
+    training = trainer(classifier(kernels), [callback, Interrupts()], tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt):
+        training.train()
+    training.train()
+    assert callback.hook is not None
+    assert callback.hook.steps == STEPS
+    assert len(callback.hook._watch._losses) == STEPS  # each heard once
 
 
 def test_a_model_that_is_not_wrapped_is_refused(kernels: Urza, tmp_path: Path) -> None:

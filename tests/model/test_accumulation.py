@@ -19,7 +19,7 @@ from esper_triton.kasmina.lifecycle import SeedLifecycleState
 from esper_triton.model.checkpoints import checkpoints_in
 from esper_triton.urza import Urza
 
-BATCHES, WINDOW, EPOCHS = 13, 3, 9  # one batch is left over: its gradient goes into the next epoch's first window
+BATCHES, WINDOW, EPOCHS = 13, 3, 12  # one batch is left over: its gradient goes into the next epoch's first window
 
 
 def accumulating(store: Urza, checkpoints: Path | None, **options: Any) -> Run:
