@@ -143,7 +143,7 @@ class HookSection(_Section):
     auto_advance: _Flag = Field(default=True, description="whether seeds make their next move by themselves")
     control_every: _Positive = Field(default=10, description="steps between two questions to the controller")
     measure_every: _Steps = Field(
-        default=100, description="steps between two rounds of measuring gradients; 0 for never"
+        default=100, description="steps between two rounds of measuring gradients, where they are needed; 0 for never"
     )
     max_rollbacks: _Positive = Field(default=3, description="ways back to one checkpoint before TrainingDiverged")
 
