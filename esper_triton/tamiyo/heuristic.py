@@ -140,6 +140,8 @@ class Heuristic:
         self._commands = 0
         self._since = 0  # gradients of before this step are of another model
         self._needs_gradients = False
+        self._asked_in = 0  # the epoch in which it began to need them
+        self._asks_from = 0  # the epoch from which it may, after they could not be had
         self.explanation = "not asked yet"
 
     @property
@@ -149,11 +151,13 @@ class Heuristic:
 
     def step(self, state: SystemState) -> list[KasminaCommand]:
         """At most one command: `request_germination`, or `cull` for a seed of its own whose kernel has failed."""
-        self._needs_gradients = False
+        asked, self._needs_gradients = self._needs_gradients, False
         broken = self._take_in(state)
-        command, self.explanation = self._decide(state) if broken is None else broken
+        command, self.explanation = self._decide(state, asked) if broken is None else broken
         if not self._needs_gradients:
             self._since = state.step
+        elif not asked:
+            self._asked_in = state.epoch
         return [] if command is None else [command]
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,6 +170,8 @@ class Heuristic:
             "commands": self._commands,
             "since": self._since,
             "needs_gradients": self._needs_gradients,
+            "asked_in": self._asked_in,
+            "asks_from": self._asks_from,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -175,7 +181,9 @@ class Heuristic:
         self._failed = {(layer, artifact) for layer, artifact in state["failed"]}
         self._record = {name: (stayed, tries) for name, (stayed, tries) in state["record"].items()}
         self._commands = state["commands"]
+        # The release before knew none of these.
         self._since, self._needs_gradients = state.get("since", 0), state.get("needs_gradients", False)
+        self._asked_in, self._asks_from = state.get("asked_in", 0), state.get("asks_from", 0)
 
     # ---- what became of the last trial
 
@@ -228,7 +236,7 @@ class Heuristic:
 
     # ---- what next
 
-    def _decide(self, state: SystemState) -> tuple[KasminaCommand | None, str]:
+    def _decide(self, state: SystemState, asked: bool) -> tuple[KasminaCommand | None, str]:
         if state.epoch < self._warmup_epochs:
             return None, f"waits for epoch {self._warmup_epochs} (warmup_epochs); it is {state.epoch}"
         seeds = state.seeds
@@ -254,9 +262,21 @@ class Heuristic:
         for slot in ranked:
             if slot.position in choices:
                 return self._germination(state, slot, choices[slot.position], ranked)
+        return None, self._ask(state, asked, [slot.form.name for slot in slots if slot.position in choices])
+
+    def _ask(self, state: SystemState, asked: bool, layers: Sequence[str]) -> str:
+        """Needs gradients from now on, unless the layers that count have shown that they have none to give."""
+        which = f"layer {layers[0]!r}" if len(layers) == 1 else f"{len(layers)} layers"
+        in_vain = any(g is not None and g.step >= self._since for g in state.gradients)
+        if asked and (in_vain or state.epoch > self._asked_in + 1):
+            self._asks_from = state.epoch + max(self._embargo_epochs, 1)
+        if state.epoch < self._asks_from:
+            return (
+                f"what the loss asks of {which} that a kernel fits could not be measured (of Linear layers and "
+                f"convolutions it can, outside of compiled graphs); waits for epoch {self._asks_from} to try again"
+            )
         self._needs_gradients = True
-        layers = f"layer {slots[0].form.name!r}" if len(slots) == 1 else f"{len(slots)} layers"
-        return None, f"waits for what the loss asks of {layers} to be measured"
+        return f"waits for what the loss asks of {which} to be measured"
 
     def _unknown(self, kinds: Collection[tuple[str | None, str | None]]) -> tuple[list[str], bool]:
         """In words, the names and tags asked for that no validated kernel for these dtypes and targets has; and whether

@@ -92,7 +92,7 @@ def test_a_transformer_grows_under_its_own_trainer(run_example: Run, tmp_path: P
     said = run_example("transformer.py", packages=(company,), warnings="ignore")  # theirs, of what might be better
     states = dict(re.findall(r"^(bert\S+dense) ([A-Z_]+)$", said, re.MULTILINE))
     assert len(states) == 4
-    assert set(states.values()) - {"DORMANT", "CULLED"}, "the controller has tried no layer, or all in vain"
+    assert set(states.values()) & {"FINE_TUNING", "FOSSILIZED"}, "nothing has become better by any seed"
     assert (tmp_path / "grown" / "lineage.json").exists()
 
 

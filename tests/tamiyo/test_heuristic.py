@@ -70,6 +70,24 @@ def test_gradients_are_asked_for_when_they_decide_something_and_not_before(kerne
     assert not controller.needs_gradients  # no kernel fits, whatever they say
 
 
+def test_what_cannot_be_measured_is_not_measured_for_ever(kernels: Urza, adapter: str) -> None:
+    controller = esper.Heuristic(kernels, plateau_epochs=0, embargo_epochs=3)
+    no_kernel_fits = (form("wide", x_width=3), gradients(1.0, step=95), ["FOSSILIZED"])
+    layers = [no_kernel_fits, (form("norm"), None, ["DORMANT"])]
+    assert controller.step(system(layers, step=90, epoch=5)) == []
+    assert controller.needs_gradients
+    assert controller.step(system(layers, step=100, epoch=5)) == []  # a round has ended, without that layer
+    assert not controller.needs_gradients
+    assert controller.explanation.startswith("what the loss asks of layer 'norm' that a kernel fits could not be")
+    assert controller.step(system(layers, step=150, epoch=7)) == []
+    assert not controller.needs_gradients
+    assert controller.step(system(layers, step=200, epoch=8)) == []
+    assert controller.needs_gradients
+    for epoch, needs in ((9, True), (10, False), (12, False), (13, True)):  # no round ends at all
+        assert controller.step(system(layers[1:], step=100 * epoch, epoch=epoch)) == []
+        assert controller.needs_gradients is needs
+
+
 def test_what_a_kernel_cannot_reach_because_it_sees_too_little_does_not_count(
     controller: esper.Heuristic, adapter: str
 ) -> None:
