@@ -79,7 +79,7 @@ def compile(
     if jobs > 1 and len(specs) > 1:
         from esper_triton.tezzeret.pool import Forge
 
-        with Forge(store, jobs=min(jobs, len(specs))) as forge:
+        with Forge(store, jobs=min(jobs, len(specs)), nice=0) as forge:  # this thread waits for it
             tasks = [
                 forge.submit(blueprint, given, name, target, pipeline, budget_s=budget_s)
                 for target in dict.fromkeys(wanted)

@@ -36,6 +36,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=1, metavar="N", help="jobs at a time, each in a process of its own (default: 1)")
     add("--time-limit", type=float, default=600.0, metavar="SECONDS", help="of one job (default: %(default)g)")
     add("--memory-limit", type=int, metavar="BYTES", help="that one job may take; by default no limit")
+    add(
+        "--nice",
+        type=int,
+        default=15,
+        metavar="N",
+        help="niceness of the processes that compile (default: %(default)s, below whatever else the machine does; "
+        "0 for a machine of its own)",
+    )
     add("--allow-sources", action="store_true", help="also run hand-written sources that come over the bus")
     return parser
 
@@ -54,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(options: argparse.Namespace, stop: threading.Event) -> int:
     store = Urza(options.store or default_root())
     store.ids()  # a store that cannot be read at all is told now
+    limits = {"time_limit": options.time_limit, "memory_limit": options.memory_limit}
     with (
-        Forge(store, jobs=options.jobs, time_limit=options.time_limit, memory_limit=options.memory_limit) as forge,
+        Forge(store, jobs=options.jobs, nice=options.nice, **limits) as forge,
         bus_of(options, "tezzeret") as bus,
     ):
         server = compile_server(bus, forge, store, slots=options.jobs, allow_sources=options.allow_sources)

@@ -49,7 +49,8 @@ class Worker:
 
     def __init__(self, server: Server, folder: Path, *arguments: str, environment: dict[str, str] | None = None):
         self.log = folder / f"worker-{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", "esper_triton.tezzeret", "worker", "--bus", server.address]
+        # As on a machine of its own: at low priority the tests beside it would come before what it has seconds for.
+        command = [sys.executable, "-m", "esper_triton.tezzeret", "worker", "--bus", server.address, "--nice", "0"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*command, "--store", str(folder / "urza"), *arguments],
