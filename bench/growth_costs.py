@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,6 @@ class AlwaysMeasures:
 
     def step(self, state: SystemState) -> list[KasminaCommand]:
         return []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 def _compared(loops: dict[str, Callable[[], None]], samples: int) -> list[dict[str, Any]]:

@@ -173,8 +173,9 @@ class Adapter(nn.Module):
         super().__init__()
         self.host = host
 
-    def _starts_at_zero(self, last: nn.Module) -> None:
-        for parameter in last.parameters():
+    def _begins(self, *before: nn.Module, last: nn.Module) -> None:
+        """With zeros in the last layer, and in the biases of those before."""
+        for parameter in (*last.parameters(), *(layer.get_parameter("bias") for layer in before)):
             nn.init.zeros_(parameter)
 
 
@@ -184,8 +185,7 @@ class RowsAdapter(Adapter):
     def __init__(self, host: nn.Linear, r: int) -> None:
         super().__init__(host)
         self.down, self.up = nn.Linear(host.in_features, r), nn.Linear(r, host.out_features)
-        nn.init.zeros_(self.down.bias)
-        self._starts_at_zero(self.up)
+        self._begins(self.down, last=self.up)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.host(x) + self.up(F.gelu(self.down(x)))
@@ -198,7 +198,7 @@ class NormalisedAdapter(Adapter):
         super().__init__(host)
         d = host.out_features
         self.norm, self.down, self.up = nn.LayerNorm(d), nn.Linear(d, r), nn.Linear(r, d)
-        self._starts_at_zero(self.up)
+        self._begins(last=self.up)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.host(x)
@@ -214,9 +214,7 @@ class ImageAdapter(Adapter):
         d = host.out_channels
         self.expand, self.project = nn.Conv2d(d, r, 1), nn.Conv2d(r, d, 1)
         self.depth = nn.Conv2d(r, r, 3, padding=1, groups=r)
-        nn.init.zeros_(self.expand.bias)
-        nn.init.zeros_(self.depth.bias)
-        self._starts_at_zero(self.project)
+        self._begins(self.expand, self.depth, last=self.project)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.host(x)
@@ -232,9 +230,7 @@ class SequenceAdapter(Adapter):
         d = host.out_features
         self.expand, self.project = nn.Linear(d, r), nn.Linear(r, d)
         self.depth = nn.Conv1d(r, r, w, padding=w // 2, groups=r)
-        nn.init.zeros_(self.expand.bias)
-        nn.init.zeros_(self.depth.bias)
-        self._starts_at_zero(self.project)
+        self._begins(self.expand, self.depth, last=self.project)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.host(x)

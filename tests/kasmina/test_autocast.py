@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from seeding import grow, law_2, linear_with_seeds, own_parameters
 from torch import nn
 
-from esper_triton.kasmina import KasminaLayer, KernelCache
+from esper_triton.kasmina import KasminaLayer
 from esper_triton.urza import Urza
 
 D, R, IN = 16, 4, 6
 NARROW = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_cache() -> Iterator[None]:
-    KernelCache.process().reset()
-    yield
-    KernelCache.process().reset()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,19 +12,12 @@ from seeding import break_launches, grow, law_2, linear_with_seeds, own_paramete
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esper_triton.kasmina import KasminaLayer, KernelCache, SeedLifecycleState
+from esper_triton.kasmina import KasminaLayer, SeedLifecycleState
 from esper_triton.kasmina.dispatch import Dispatch
 from esper_triton.kasmina.prepared import Prepared
 from esper_triton.urza import Urza
 
 D, R, IN = 16, 4, 6
-
-
-@pytest.fixture(autouse=True)
-def _fresh_cache() -> Iterator[None]:
-    KernelCache.process().reset()
-    yield
-    KernelCache.process().reset()
 
 
 def _grown(store: Urza, artifact: str, seeds: list[int], of: int) -> KasminaLayer:
